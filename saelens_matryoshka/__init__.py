@@ -1,0 +1,48 @@
+"""Matryoshka SAEs and Matryoshka transcoders for SAELens.
+
+Importing this package registers the architectures "matryoshka_sae", "matryoshka_transcoder" and
+"matryoshka_skip_transcoder" in SAELens; its stock runner then trains them.
+"""
+
+from saelens_matryoshka.architectures import (
+    MatryoshkaTrainingSAE,
+    MatryoshkaTrainingSAEConfig,
+    MatryoshkaTrainingSkipTranscoder,
+    MatryoshkaTrainingSkipTranscoderConfig,
+    MatryoshkaTrainingTranscoder,
+    MatryoshkaTrainingTranscoderConfig,
+    NonFiniteActivationsError,
+)
+from saelens_matryoshka.evaluation import EvalResult, evaluate
+from saelens_matryoshka.plugin import install as _install
+from saelens_matryoshka.prefixes import (
+    decode_prefixes,
+    inference_model,
+    matryoshka_widths,
+    truncate,
+)
+from saelens_matryoshka.sites import Site, find_site
+from saelens_matryoshka.widths import cumulative_widths
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EvalResult",
+    "MatryoshkaTrainingSAE",
+    "MatryoshkaTrainingSAEConfig",
+    "MatryoshkaTrainingSkipTranscoder",
+    "MatryoshkaTrainingSkipTranscoderConfig",
+    "MatryoshkaTrainingTranscoder",
+    "MatryoshkaTrainingTranscoderConfig",
+    "NonFiniteActivationsError",
+    "Site",
+    "cumulative_widths",
+    "decode_prefixes",
+    "evaluate",
+    "find_site",
+    "inference_model",
+    "matryoshka_widths",
+    "truncate",
+]
+
+_install()

@@ -1,0 +1,21 @@
+"""What SAELens registers: the training classes and their configs."""
+
+from saelens_matryoshka.architectures.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
+from saelens_matryoshka.architectures.training import MatryoshkaTraining, NonFiniteActivationsError
+from saelens_matryoshka.architectures.transcoder import (
+    MatryoshkaTrainingSkipTranscoder,
+    MatryoshkaTrainingSkipTranscoderConfig,
+    MatryoshkaTrainingTranscoder,
+    MatryoshkaTrainingTranscoderConfig,
+)
+
+__all__ = [
+    "MatryoshkaTraining",
+    "MatryoshkaTrainingSAE",
+    "MatryoshkaTrainingSAEConfig",
+    "MatryoshkaTrainingSkipTranscoder",
+    "MatryoshkaTrainingSkipTranscoderConfig",
+    "MatryoshkaTrainingTranscoder",
+    "MatryoshkaTrainingTranscoderConfig",
+    "NonFiniteActivationsError",
+]

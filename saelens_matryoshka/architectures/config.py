@@ -1,0 +1,139 @@
+"""What a user can set on every Matryoshka architecture, and what is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC
+from dataclasses import dataclass
+from typing import Literal
+
+from sae_lens import MatryoshkaBatchTopKTrainingSAEConfig
+from typing_extensions import override
+
+from saelens_matryoshka.ops import NestedObjective
+from saelens_matryoshka.widths import cumulative_widths
+
+# The auxiliary loss, and a target in another space, are undefined under a per-row normalisation.
+_PER_ROW_NORMALISATIONS = ("layer_norm", "constant_norm_rescale")
+
+
+@dataclass
+class MatryoshkaTrainingConfig(MatryoshkaBatchTopKTrainingSAEConfig, ABC):
+    """Fields shared by Matryoshka SAEs and transcoders: SAELens's own, and a few more.
+
+    Args:
+        matryoshka_widths (list[int]): Cumulative widths of the nested levels, or group sizes that add up
+            to d_sae (converted to cumulative widths). One entry, `[d_sae]`, is a plain dictionary.
+        level_weights (list[float] | None): Weight of each level's reconstruction loss. None: all 1.
+        selection (str): "batch" keeps the k·B largest activations of a batch of B rows (BatchTopK),
+            "token" the k largest of each row (TopK).
+        l1_coefficient (float): Weight of the L1 norm of the activations, each times its decoder norm.
+        threshold_calibration (str): Where the threshold of the saved JumpReLU model comes from. "ema":
+            moving average of each batch's smallest kept activation, as SAELens does. "l0": tracked so
+            that the mean number of activations above it is k; needed with selection="token".
+        k (float): Latents kept per row, on average. Inherited from BatchTopKTrainingSAEConfig.
+        use_matryoshka_aux_loss (bool): Dead latents learn the residual of their own level. Inherited
+            from MatryoshkaBatchTopKTrainingSAEConfig.
+        topk_threshold_lr (float): Rate of the "ema" threshold. Inherited from BatchTopKTrainingSAEConfig.
+        aux_loss_coefficient (float): Weight of the dead latents' loss. Inherited from
+            TopKTrainingSAEConfig.
+        rescale_acts_by_decoder_norm (bool): Select by activation times decoder norm. Inherited from
+            TopKTrainingSAEConfig.
+        decoder_init_norm (float | None): Norm of the decoder rows at the start. Inherited from
+            TrainingSAEConfig.
+        d_in (int): Width of the encoder's input. Inherited from SAEConfig.
+        d_sae (int): Number of latents. Inherited from SAEConfig.
+        dtype (str): Data type of the parameters. Inherited from SAEConfig.
+        device (str): Device of the parameters. Inherited from SAEConfig.
+        normalize_activations (str): Scaling of the activations in training. Inherited from SAEConfig.
+    """
+
+    level_weights: list[float] | None = None
+    selection: Literal["batch", "token"] = "batch"
+    l1_coefficient: float = 0.0
+    threshold_calibration: Literal["ema", "l0"] = "ema"
+
+    @override
+    def __post_init__(self) -> None:
+        _require_positive_int("d_in", self.d_in)
+        _require_positive_int("d_sae", self.d_sae)
+        self.matryoshka_widths = cumulative_widths(self.matryoshka_widths, self.d_sae)
+        self._check_k()
+        self._check_level_weights()
+        if self.threshold_calibration not in ("ema", "l0"):
+            raise ValueError(
+                f"threshold_calibration={self.threshold_calibration!r} must be 'ema' or 'l0'."
+            )
+        if self.selection == "token" and self.threshold_calibration == "ema":
+            raise ValueError(
+                "threshold_calibration='ema' follows the smallest kept activation of a batch, which with "
+                "selection='token' is not a threshold: set threshold_calibration='l0'."
+            )
+        for name in ("aux_loss_coefficient", "l1_coefficient"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}={value} must be a finite number, 0 or larger.")
+        if self.normalize_activations in _PER_ROW_NORMALISATIONS:
+            raise ValueError(
+                f"normalize_activations={self.normalize_activations!r} is not supported: the auxiliary "
+                "loss and the thresholds would be in another space than the target. Use 'none' or "
+                "'expected_average_only_in'."
+            )
+        super().__post_init__()
+
+    @override
+    def add_training_info_to_metadata(self) -> None:
+        super().add_training_info_to_metadata()
+        self.metadata.matryoshka_widths = list(self.matryoshka_widths)
+        if self.selection == "token":
+            self.metadata.inference_activation = (
+                f"JumpReLU at the threshold that keeps k={self.k:g} latents per token on average; "
+                "trained with the k largest of each token"
+            )
+
+    def objective(self, *, subtract_b_dec: bool) -> NestedObjective:
+        """The loss these settings describe."""
+        return NestedObjective(
+            widths=tuple(self.matryoshka_widths),
+            level_weights=tuple(self.level_weights or [1.0] * len(self.matryoshka_widths)),
+            k=self.k,
+            selection=self.selection,
+            subtract_b_dec=subtract_b_dec,
+            rescale_by_decoder_norm=self.rescale_acts_by_decoder_norm,
+            aux_coefficient=self.aux_loss_coefficient,
+            aux_per_level=self.use_matryoshka_aux_loss,
+            l1_coefficient=self.l1_coefficient,
+        )
+
+    def _check_k(self) -> None:
+        if self.selection not in ("batch", "token"):
+            raise ValueError(f"selection={self.selection!r} must be 'batch' or 'token'.")
+        if not (math.isfinite(self.k) and 0 < self.k <= self.d_sae):
+            raise ValueError(
+                f"k={self.k} must be larger than 0 and at most d_sae={self.d_sae}: it is the number of "
+                "latents kept per token."
+            )
+        if self.selection == "token" and self.k != int(self.k):
+            raise ValueError(
+                f"k={self.k} must be a whole number with selection='token', which keeps k latents of "
+                "every token."
+            )
+
+    def _check_level_weights(self) -> None:
+        weights, n_levels = self.level_weights, len(self.matryoshka_widths)
+        if weights is None:
+            return
+        if len(weights) != n_levels:
+            raise ValueError(
+                f"level_weights={weights} has {len(weights)} entries for the {n_levels} levels of "
+                f"matryoshka_widths={self.matryoshka_widths}: give one per level."
+            )
+        if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or sum(weights) == 0:
+            raise ValueError(
+                f"level_weights={weights} must be finite, 0 or larger, and not all 0."
+            )
+
+
+def _require_positive_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ValueError(f"{name}={value!r} must be a positive integer.")

@@ -1,0 +1,233 @@
+"""What the Matryoshka architectures share: the training step, its metrics, the threshold, the folding.
+
+A subclass says how a batch becomes source and target (`split_batch`) and how the skip enters; the
+mathematics of the step is in `saelens_matryoshka.ops`.
+
+The trained model selects with TopK. What is *used* is a JumpReLU model: `encode` (inference, of the
+training object and of the saved stock model alike) keeps the activations above one learned threshold.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from sae_lens import BatchTopKTrainingSAE
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.saes.topk_sae import TopK
+from typing_extensions import override
+
+from saelens_matryoshka.architectures.config import MatryoshkaTrainingConfig
+from saelens_matryoshka.ops import NestedStep, NestedStepFn, NestedWeights, SparseStep
+
+# Gain of the "l0" threshold tracker: the threshold's relative correction per unit of relative L0 error.
+# It settles within some ten steps and leaves a third of a batch's own L0 noise.
+_L0_TRACKING_GAIN = 0.05
+
+
+class NonFiniteActivationsError(RuntimeError):
+    """NaN or Inf in a training step, raised before the weights are touched."""
+
+
+class MatryoshkaTraining(BatchTopKTrainingSAE):
+    """Base of the Matryoshka training classes."""
+
+    cfg: MatryoshkaTrainingConfig  # type: ignore[assignment]
+
+    step_fn: NestedStepFn
+    """The implementation of the training step: `ops.SparseStep`, or `ops.reference_step`"""
+
+    def __init__(self, cfg: MatryoshkaTrainingConfig, use_error_term: bool = False) -> None:
+        super().__init__(cfg, use_error_term)
+        self.step_fn = SparseStep()
+
+    # ---- what a subclass defines
+
+    @abstractmethod
+    def split_batch(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Source `[B, d_in]` and target `[B, d_out]` of a batch as the data provider gives it."""
+
+    def weights(self) -> NestedWeights:
+        """The parameters, as the step takes them."""
+        return NestedWeights(self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+
+    def prepare_for_training(self, batch: torch.Tensor) -> None:
+        """Called once, with the first batch that weights not loaded from a file are trained on."""
+
+    @override
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self.W_enc.data = _by_latent(self.W_enc.data)
+
+    # ---- training
+
+    _prepared = False
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_loading(state_dict)
+        state_dict["W_enc"] = _by_latent(state_dict["W_enc"])
+        self._prepared = True
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving(state_dict)
+        state_dict["W_enc"] = state_dict["W_enc"].contiguous()  # safetensors takes no other layout
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        if not self._prepared:
+            self.prepare_for_training(step_input.sae_in)
+            self._prepared = True
+        source, target = self.split_batch(step_input.sae_in)
+        step = self.step_fn(
+            self.weights(),
+            source,
+            target,
+            self.cfg.objective(subtract_b_dec=self.cfg.apply_b_dec_to_input),
+            dead=step_input.dead_neuron_mask,
+            threshold=self.topk_threshold if self.cfg.threshold_calibration == "l0" else None,
+        )
+        self._require_finite(step, source, target, step_input.n_training_steps)
+        self._update_threshold(step)
+        return TrainStepOutput(
+            sae_in=target,
+            sae_out=step.prediction,
+            feature_acts=step.feature_acts,
+            hidden_pre=step.hidden_pre,
+            loss=step.loss,
+            losses=self._losses(step),
+            metrics=self._metrics(step, target, step_input.dead_neuron_mask),
+        )
+
+    def _losses(self, step: NestedStep) -> dict[str, torch.Tensor]:
+        """Under SAELens's names: mse_loss is the whole dictionary's, inner_mse_loss_* the prefixes'."""
+        *inner, full = step.level_losses
+        losses = {"mse_loss": full, "auxiliary_reconstruction_loss": step.aux_loss}
+        for width, loss in zip(self.cfg.matryoshka_widths, inner, strict=False):
+            losses[f"inner_mse_loss_{width}"] = loss
+        if self.cfg.l1_coefficient > 0:
+            losses["l1_loss"] = step.l1_loss
+        return losses
+
+    def _metrics(
+        self, step: NestedStep, target: torch.Tensor, dead: torch.Tensor | None
+    ) -> dict[str, Any]:
+        """Of this batch. The variance is only computed when something is logged, so each is lazy."""
+        levels = step.level_losses
+
+        def variance() -> torch.Tensor:
+            wide = target.detach().to(torch.promote_types(target.dtype, torch.float32))
+            return (wide - wide.mean(dim=0)).pow(2).sum(dim=-1).mean()
+
+        metrics: dict[str, Any] = {
+            "fvu": lambda: levels[-1] / variance(),
+            "prefix_l2_min": lambda: levels.min(),
+            "prefix_l2_max": lambda: levels.max(),
+            "topk_threshold": self.topk_threshold,
+        }
+        for level, width in enumerate(self.cfg.matryoshka_widths):
+            metrics[f"fvu_w{width}"] = lambda level=level: levels[level] / variance()
+        if dead is not None:
+            metrics["dead_fraction"] = lambda: dead.float().mean()
+        return metrics
+
+    def _require_finite(
+        self, step: NestedStep, source: torch.Tensor, target: torch.Tensor, n_steps: int
+    ) -> None:
+        # A source row of NaN selects nothing, so it would not show in the loss.
+        if bool(torch.isfinite(step.loss) & torch.isfinite(source.sum(dtype=torch.float32))):
+            return
+        metadata = self.cfg.metadata
+        hooks = {"source": (source, metadata.hook_name), "target": (target, metadata.hook_name_out)}
+        for role, (values, hook) in hooks.items():
+            bad_rows = int((~torch.isfinite(values)).any(dim=-1).sum())
+            if bad_rows:
+                raise NonFiniteActivationsError(
+                    f"Step {n_steps}: the {role} activations of hook {hook or metadata.hook_name!r} "
+                    f"contain NaN or Inf in {bad_rows} of {len(values)} rows. The weights have not been "
+                    "touched by this step and saved checkpoints are intact. A model in float16, or "
+                    "autocast_lm, may overflow: run it in bfloat16 or float32."
+                )
+        raise NonFiniteActivationsError(
+            f"Step {n_steps}: the loss is {step.loss.item()} although the activations of hook "
+            f"{metadata.hook_name!r} are finite. The weights have not been touched by this step and "
+            "saved checkpoints are intact. Try a lower lr, or normalize_activations="
+            "'expected_average_only_in'."
+        )
+
+    # ---- threshold
+
+    @torch.no_grad()
+    def _update_threshold(self, step: NestedStep) -> None:
+        old = self.topk_threshold
+        batch_threshold = step.batch_threshold.to(old.dtype)
+        if self.cfg.threshold_calibration == "ema":
+            rate = self.cfg.topk_threshold_lr
+            new = torch.where(batch_threshold > 0, (1 - rate) * old + rate * batch_threshold, old)
+        else:
+            # Robbins-Monro in log space: the only fixed point is the threshold whose mean L0 is k. A
+            # moving average of the batches' own thresholds starts at 0 and lags behind the training.
+            error = step.l0_at_threshold.to(old.dtype) / self.cfg.k - 1
+            tracked = old * torch.exp((_L0_TRACKING_GAIN * error).clamp(-0.5, 0.5))
+            new = torch.where(old > 0, tracked, batch_threshold)
+        self.topk_threshold.copy_(new)
+
+    @override
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        # nn.Module.to(dtype) would cast the buffers too, and in bfloat16 a moving average sticks.
+        before = dict(self._buffers)
+        out = super()._apply(*args, **kwargs)
+        for name, buffer in before.items():
+            cast = self._buffers[name]
+            if buffer is not None and cast is not None and cast.dtype != buffer.dtype:
+                source = cast if buffer.is_meta else buffer.to(cast.device)
+                self._buffers[name] = source.to(buffer.dtype)
+        return out
+
+    # ---- inference
+
+    @override
+    def get_activation_fn(self) -> Any:
+        if self.cfg.selection == "token":
+            return TopK(int(self.cfg.k))
+        return super().get_activation_fn()
+
+    @override
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Activations `[*batch, d_sae]` of the inference model: JumpReLU at the threshold so far."""
+        hidden_pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
+        if self.cfg.rescale_acts_by_decoder_norm:
+            hidden_pre = hidden_pre * self.W_dec.norm(dim=-1)
+        kept = hidden_pre > self.topk_threshold.clamp(min=0)
+        return self.hook_sae_acts_post(hidden_pre * kept)
+
+    # ---- saving
+
+    @override
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
+        """Turn a training state dict into that of the stock JumpReLU model, everything folded.
+
+        Decoder rows get norm 1 and the threshold one entry per latent, whatever the selection was by.
+        """
+        self.process_state_dict_for_saving(state_dict)
+        dtype = state_dict["b_enc"].dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        norms = state_dict["W_dec"].to(wide).norm(dim=-1).clamp(min=1e-8)
+        threshold = state_dict.pop("topk_threshold").to(wide).clamp(min=0)
+        if not self.cfg.rescale_acts_by_decoder_norm:
+            threshold = threshold * norms
+        state_dict["W_enc"] = (state_dict["W_enc"].to(wide) * norms).to(dtype).contiguous()
+        state_dict["b_enc"] = (state_dict["b_enc"].to(wide) * norms).to(dtype)
+        state_dict["W_dec"] = (state_dict["W_dec"].to(wide) / norms[:, None]).to(dtype).contiguous()
+        state_dict["threshold"] = threshold.expand(self.cfg.d_sae).to(dtype).contiguous()
+
+
+def _by_latent(W_enc: torch.Tensor) -> torch.Tensor:
+    """The same `[d_in, d_sae]` matrix, a latent's entries next to each other in memory.
+
+    That is the layout in which the encoder's gradient is made; in any other it would be transposed at
+    every step.
+    """
+    return W_enc.T.contiguous().T

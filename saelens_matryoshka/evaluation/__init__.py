@@ -1,0 +1,6 @@
+"""Metrics of every prefix, on held-out tokens."""
+
+from saelens_matryoshka.evaluation.evaluator import evaluate
+from saelens_matryoshka.evaluation.result import EvalResult, PrefixMetrics
+
+__all__ = ["EvalResult", "PrefixMetrics", "evaluate"]

@@ -1,0 +1,113 @@
+"""What an evaluation returns: numbers per prefix, what they were measured on, a table and JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class PrefixMetrics:
+    """Metrics of one prefix, as the inference (JumpReLU) model, on held-out tokens."""
+
+    width: int
+    """latents in the prefix"""
+    fvu: float
+    """Σ‖y - ŷ‖² / Σ‖y - ȳ‖²; 0 is perfect, predicting the mean scores 1"""
+    l0: float
+    """active latents per token"""
+    n_dead: int
+    """latents that never fired on these tokens"""
+    ce: float | None
+    """cross-entropy of the language model with the prefix's output in place of the target, nats"""
+    ce_recovered: float | None
+    """(CE_zero - CE) / (CE_zero - CE_clean), the target zero-ablated"""
+    ce_recovered_mean: float | None
+    """the same against mean ablation of the target"""
+    kl: float | None
+    """KL(clean ‖ with the prefix's output) of the next token, nats"""
+
+    @property
+    def dead_fraction(self) -> float:
+        """Share of the prefix's latents that never fired on these tokens."""
+        return self.n_dead / self.width
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Metrics of every prefix of one SAE or transcoder."""
+
+    prefixes: list[PrefixMetrics]
+    """narrowest first"""
+    n_tokens: int
+    """tokens behind fvu, l0 and n_dead; excluded tokens are not among them"""
+    n_ce_tokens: int
+    """next-token predictions behind ce and kl"""
+    hook_name: str
+    """hook the model reads"""
+    hook_name_out: str
+    """hook it predicts, and replaces"""
+    input_frame: str
+    """frame of the source, see `saelens_matryoshka.sites.norm_frame`"""
+    ce_clean: float | None = None
+    """cross-entropy of the language model untouched, nats"""
+    ce_zero: float | None = None
+    """with the target replaced by zeros"""
+    ce_mean: float | None = None
+    """with the target replaced by its mean over the evaluated tokens"""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, with the derived dead_fraction."""
+        result = dataclasses.asdict(self)
+        for row, prefix in zip(result["prefixes"], self.prefixes, strict=True):
+            row["dead_fraction"] = prefix.dead_fraction
+        return result
+
+    def to_json(self) -> str:
+        """`to_dict` as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def table(self) -> Table:
+        """One row per prefix, for rich."""
+        table = Table(title=f"{self.hook_name} → {self.hook_name_out}")
+        for heading in ("width", "FVU", "L0", "dead"):
+            table.add_column(heading, justify="right")
+        with_ce = self.ce_clean is not None
+        if with_ce:
+            for heading in ("CE", "CE recovered\n(zero abl.)", "CE recovered\n(mean abl.)", "KL"):
+                table.add_column(heading, justify="right")
+        for prefix in self.prefixes:
+            row = [
+                f"{prefix.width:,}",
+                f"{prefix.fvu:.3f}",
+                f"{prefix.l0:.1f}",
+                f"{prefix.dead_fraction:.1%}",
+            ]
+            if with_ce:
+                row += [
+                    _number(prefix.ce),
+                    _percent(prefix.ce_recovered),
+                    _percent(prefix.ce_recovered_mean),
+                    _number(prefix.kl),
+                ]
+            table.add_row(*row)
+        caption = f"{self.n_tokens:,} held-out tokens"
+        if with_ce:
+            caption += (
+                f"; CE clean {self.ce_clean:.3f}, zero-ablated {self.ce_zero:.3f}, "
+                f"mean-ablated {self.ce_mean:.3f} nats on {self.n_ce_tokens:,} of them"
+            )
+        table.caption = caption
+        return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"

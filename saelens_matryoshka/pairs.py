@@ -1,0 +1,189 @@
+"""Pairs of activations, source and target, from one forward pass of the language model.
+
+`PairedActivationsStore` is SAELens's `ActivationsStore` in its multi-hook form whose rows are
+`[source | target]`: one row is one token, so SAELens's filtering, mixing buffer, prefetcher and trainer
+carry the two together and cannot take them apart.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+from sae_lens import ActivationsStore, LanguageModelSAERunnerConfig
+from sae_lens.config import HfDataset
+from sae_lens.util import get_special_token_ids
+from transformer_lens.HookedTransformer import HookedRootModule
+from typing_extensions import override
+
+from saelens_matryoshka.sites import Site
+
+
+class PairedActivationsStore(ActivationsStore):
+    """Streams `[source | target]` rows, `[train_batch_size_tokens, d_in + d_out]`.
+
+    Built with `paired_store`. The source is multiplied by the site's gain, if it has one, before it is
+    stored.
+    """
+
+    source: Site
+    target_hook: str
+    held_out_tokens: torch.Tensor
+    """`[prompts, context_size]`, set aside for the evaluations during training; may be empty"""
+
+    @override
+    @torch.no_grad()
+    def get_activations(self, batch_tokens: torch.Tensor) -> torch.Tensor:
+        """Pairs of a batch of tokens.
+
+        Args:
+            batch_tokens: `[prompts, context_size]`.
+
+        Returns:
+            `[prompts, context_size after seqpos_slice, d_in + d_out]` on the store's device.
+        """
+        activations = self.get_multi_hook_activations(batch_tokens)
+        source = self.source(activations[self.source.hook_name])
+        target = activations[self.target_hook]
+        pair = torch.cat([source.to(target.device), target], dim=-1)
+        return pair.to(self.device, self.dtype)
+
+
+def paired_store(
+    model: HookedRootModule,
+    cfg: LanguageModelSAERunnerConfig[Any],
+    source: Site,
+    override_dataset: HfDataset | None = None,
+) -> PairedActivationsStore:
+    """The paired store of a transcoder's runner config.
+
+    Args:
+        model: The language model.
+        cfg: Runner config whose `sae` is a transcoder's.
+        source: The hook to read and its gain.
+        override_dataset: Used in place of `cfg.dataset_path`.
+    """
+    if cfg.use_cached_activations:
+        raise ValueError(
+            "use_cached_activations=True: SAELens's activation caches hold one hook, a transcoder needs "
+            "pairs. Set use_cached_activations=False."
+        )
+    target_hook, sae = cfg.sae.hook_name_out, cfg.sae
+    device = torch.device(cfg.act_store_device or cfg.device)
+    store = PairedActivationsStore.from_config_multi_hook(
+        model,
+        dataset=override_dataset if override_dataset is not None else cfg.dataset_path,
+        hook_names=[cfg.hook_name, target_hook],
+        hook_d_ins={target_hook: sae.d_out, cfg.hook_name: sae.d_in},
+        hook_head_indices={cfg.hook_name: cfg.hook_head_index},
+        streaming=cfg.streaming,
+        context_size=cfg.context_size,
+        n_batches_in_buffer=cfg.n_batches_in_buffer,
+        total_training_tokens=cfg.training_tokens,
+        store_batch_size_prompts=cfg.store_batch_size_prompts,
+        train_batch_size_tokens=cfg.train_batch_size_tokens,
+        prepend_bos=cfg.prepend_bos,
+        normalize_activations=sae.normalize_activations,
+        device=device,
+        dtype=cfg.dtype,
+        model_kwargs=cfg.model_kwargs,
+        autocast_lm=cfg.autocast_lm,
+        dataset_trust_remote_code=cfg.dataset_trust_remote_code,
+        seqpos_slice=cfg.seqpos_slice,
+        exclude_special_tokens=_special_tokens(model, cfg.exclude_special_tokens, device),
+        disable_concat_sequences=cfg.disable_concat_sequences,
+        sequence_separator_token=cfg.sequence_separator_token,
+        activations_mixing_fraction=cfg.activations_mixing_fraction,
+        use_chat_formatting=cfg.use_chat_formatting,
+    )
+    assert isinstance(store, PairedActivationsStore)
+    store.source, store.target_hook = source, target_hook
+    store.d_in = sae.d_in + sae.d_out  # the width of a row, which the stock methods reshape to
+    store.held_out_tokens = _hold_out(store, cfg)
+    return store
+
+
+def _hold_out(store: ActivationsStore, cfg: LanguageModelSAERunnerConfig[Any]) -> torch.Tensor:
+    """Take the first prompts of the dataset out of the training data, if they will be evaluated on."""
+    if not cfg.logger.log_to_wandb or cfg.n_eval_batches == 0:
+        return torch.empty((0, cfg.context_size), dtype=torch.long)
+    batch_size = cfg.eval_batch_size_prompts or cfg.store_batch_size_prompts
+    try:
+        batches = [
+            store.get_batch_tokens(batch_size, raise_at_epoch_end=True)
+            for _ in range(cfg.n_eval_batches)
+        ]
+    except StopIteration:
+        raise ValueError(
+            f"n_eval_batches={cfg.n_eval_batches} sets {cfg.n_eval_batches * batch_size} prompts aside for "
+            f"evaluation, more than dataset_path={cfg.dataset_path!r} has. Lower n_eval_batches."
+        ) from None
+    return torch.cat(batches)
+
+
+def _special_tokens(
+    model: Any, exclude: bool | list[int], device: torch.device
+) -> torch.Tensor | None:
+    ids = get_special_token_ids(model.tokenizer) if exclude is True else exclude
+    return torch.tensor(ids, dtype=torch.long, device=device) if ids else None
+
+
+def require_enough_text(store: ActivationsStore, cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Refuse a dataset that cannot fill one batch of the language model without repeating itself.
+
+    Raises:
+        ValueError: fewer than `store_batch_size_prompts` sequences of `context_size` tokens.
+    """
+    if store.dataset is None:
+        return
+    position = store.n_dataset_processed
+    needed = store.store_batch_size_prompts
+    found = sum(1 for _ in itertools.islice(store._iterate_tokenized_sequences(), needed))
+    store.n_dataset_processed = position
+    if found < needed:
+        raise ValueError(
+            f"dataset_path={cfg.dataset_path!r}: the dataset is too small. It gives {found} sequences of "
+            f"context_size={cfg.context_size} tokens, and one batch of the language model takes "
+            f"store_batch_size_prompts={needed}. Use more text, or lower one of the two."
+        )
+
+
+class HookProbe(NamedTuple):
+    """What one short forward pass tells about a source and a target hook."""
+
+    d_in: int
+    """width of the source, heads flattened"""
+    d_out: int
+    """width of the target, heads flattened"""
+    target_is_first: bool
+    """the target is computed before the source"""
+    same_tensor: bool
+    """source and target hold the same values"""
+
+
+@torch.no_grad()
+def probe_hooks(
+    model: HookedRootModule, hook_name: str, hook_name_out: str, head_index: int | None = None
+) -> HookProbe:
+    """Run two tokens through the model and look at both hooks, in the order they fire."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def look(activation: torch.Tensor, hook: Any) -> None:
+        seen.setdefault(hook.name, activation.detach().float().cpu())
+
+    device = next(model.parameters()).device
+    tokens = torch.zeros((1, 2), dtype=torch.long, device=device)
+    names = dict.fromkeys([hook_name, hook_name_out])
+    model.run_with_hooks(tokens, fwd_hooks=[(name, look) for name in names])
+    order = list(seen)
+    source, target = seen[hook_name], seen[hook_name_out]
+    if head_index is not None:
+        source = source[:, :, head_index]
+    source, target = source.flatten(2), target.flatten(2)
+    return HookProbe(
+        d_in=source.shape[-1],
+        d_out=target.shape[-1],
+        target_is_first=order.index(hook_name_out) < order.index(hook_name),
+        same_tensor=torch.equal(source, target),
+    )

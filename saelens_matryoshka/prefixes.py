@@ -1,0 +1,152 @@
+"""The prefixes of a nested dictionary, as stock SAELens objects.
+
+Everything here works on trained, loaded and published models alike: a prefix needs nothing but the
+weights, as long as the activation of a latent does not depend on the other latents (JumpReLU, ReLU).
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from sae_lens import SAE, TrainingSAE
+from sae_lens.registry import get_sae_class
+
+from saelens_matryoshka.ops import nested_decode
+from saelens_matryoshka.widths import cumulative_widths
+
+# The dimension of each tensor that runs over the latents.
+_LATENT_DIM = {
+    "W_enc": 1,
+    "b_enc": 0,
+    "threshold": 0,
+    "W_dec": 0,
+    "b_gate": 0,
+    "r_mag": 0,
+    "b_mag": 0,
+}
+_PER_LATENT_ARCHITECTURES = frozenset(
+    {
+        "standard",
+        "jumprelu",
+        "gated",
+        "transcoder",
+        "skip_transcoder",
+        "jumprelu_transcoder",
+        "jumprelu_skip_transcoder",
+    }
+)
+
+
+def matryoshka_widths(sae: SAE[Any]) -> list[int]:
+    """Cumulative widths of the nested levels an SAE or transcoder was trained with.
+
+    They are read from the metadata, where this package and SAELens's `matryoshka_batchtopk` record them.
+    `[d_sae]` if none are known: then the model has one prefix, itself.
+    """
+    metadata = sae.cfg.metadata
+    details = metadata.get("training_architecture_details") or {}
+    recorded = (
+        metadata.get("matryoshka_widths")
+        or getattr(sae.cfg, "matryoshka_widths", None)
+        or details.get("matryoshka_widths")
+    )
+    return cumulative_widths(recorded, sae.cfg.d_sae) if recorded else [sae.cfg.d_sae]
+
+
+def inference_model(sae: SAE[Any]) -> SAE[Any]:
+    """The stock model that saving and loading `sae` gives; `sae` itself if it already is one.
+
+    Args:
+        sae: A training SAE or transcoder, or a stock one.
+
+    Returns:
+        A model on the same device that reads the raw hook. A training object is copied, not changed.
+    """
+    if not isinstance(sae, TrainingSAE):
+        return sae
+    state = {name: tensor.detach().clone() for name, tensor in sae.state_dict().items()}
+    sae.process_state_dict_for_saving_inference(state)
+    return _build(copy.deepcopy(sae.cfg.get_inference_sae_cfg_dict()), state, str(sae.device))
+
+
+def truncate(sae: SAE[Any], width: int) -> SAE[Any]:
+    """The prefix of the first `width` latents, as a stock SAE or transcoder of its own.
+
+    Args:
+        sae: A nested SAE or transcoder, trained here or loaded.
+        width: How many latents to keep; normally one of `matryoshka_widths(sae)`.
+
+    Returns:
+        A stock model with d_sae == width, on the same device, that shares no memory with `sae`.
+
+    Raises:
+        ValueError: `width` is not in 1 .. d_sae, or the activation of a latent depends on the others
+            (TopK), so that a prefix is not a model of its own.
+    """
+    sae = inference_model(sae)
+    if isinstance(width, bool) or not isinstance(width, int) or not 0 < width <= sae.cfg.d_sae:
+        raise ValueError(f"width={width!r} must be an integer from 1 to d_sae={sae.cfg.d_sae}.")
+    architecture = sae.cfg.architecture()
+    if architecture not in _PER_LATENT_ARCHITECTURES:
+        raise ValueError(
+            f"A prefix of a {architecture!r} model is not a model of its own: which latents are active "
+            "depends on all of them. Convert it to JumpReLU thresholds first."
+        )
+    widths = matryoshka_widths(sae)
+    if width not in widths:
+        warnings.warn(
+            f"width={width} is not one of the trained prefixes {widths}: nothing in training asked the "
+            "first latents to reconstruct on their own there.",
+            stacklevel=2,
+        )
+    state = {
+        name: tensor.narrow(_LATENT_DIM[name], 0, width) if name in _LATENT_DIM else tensor
+        for name, tensor in sae.state_dict().items()
+    }
+    cfg = copy.deepcopy(sae.cfg.to_dict())
+    cfg["d_sae"] = width
+    cfg["metadata"]["matryoshka_widths"] = [w for w in widths if w < width] + [width]
+    return _build(cfg, {name: tensor.clone() for name, tensor in state.items()}, str(sae.device))
+
+
+def decode_prefixes(sae: SAE[Any], feature_acts: torch.Tensor) -> torch.Tensor:
+    """The decoder's output for every prefix at once, each latent decoded once.
+
+    Args:
+        sae: A nested SAE or transcoder.
+        feature_acts: `[*batch, d_sae]`, as `sae.encode` gives them.
+
+    Returns:
+        `[n_levels, *batch, d_out]`, narrowest prefix first; the last equals `sae.decode(feature_acts)`.
+        Like `decode`, it is without the skip of a skip transcoder.
+    """
+    if feature_acts.is_sparse:
+        feature_acts = feature_acts.to_dense()
+    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+        feature_acts = feature_acts / sae.W_dec.norm(dim=-1)
+    outputs = nested_decode(feature_acts, sae.W_dec, sae.b_dec, matryoshka_widths(sae))
+    if "target_scale" in dict(sae.named_buffers()):
+        outputs = outputs / sae.get_buffer("target_scale").to(outputs.dtype)
+    outputs = sae.run_time_activation_norm_fn_out(outputs)
+    return sae.reshape_fn_out(outputs, sae.d_head)
+
+
+def predict_prefixes(sae: SAE[Any], x: torch.Tensor, feature_acts: torch.Tensor) -> torch.Tensor:
+    """What every prefix predicts for `x`, skip included: `[n_levels, *batch, d_out]`."""
+    outputs = decode_prefixes(sae, feature_acts)
+    W_skip = getattr(sae, "W_skip", None)
+    return outputs if W_skip is None else outputs + x.to(outputs.dtype) @ W_skip.T
+
+
+def _build(cfg: dict[str, Any], state: dict[str, torch.Tensor], device: str) -> SAE[Any]:
+    sae_class, cfg_class = get_sae_class(cfg["architecture"])
+    # On the meta device first, so that no weights are made only to be replaced.
+    sae = sae_class(cfg_class.from_dict({**cfg, "device": "meta"}))
+    sae.process_state_dict_for_loading(state)
+    sae.load_state_dict(state, assign=True)
+    sae.to(device=device)
+    sae.eval()
+    return sae

@@ -1,0 +1,221 @@
+"""What happens inside SAELens's runner for our architectures: the checks, the paired store, the trainer.
+
+The runner loads the model, builds the store, builds the SAE, and trains. `build_store` is called at the
+second of these steps, `prepare_trainer` right before the last.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import ActivationsStore, LanguageModelSAERunnerConfig, SAETrainer
+from sae_lens.config import HfDataset
+from sae_lens.constants import RUNNER_CFG_FILENAME
+from sae_lens.load_model import HookedProxyLM, get_hook_fn
+from sae_lens.saes.sae import TrainStepOutput
+from tqdm.auto import tqdm
+from transformer_lens.hook_points import HookPoint
+
+from saelens_matryoshka.architectures import (
+    MatryoshkaTrainingTranscoder,
+    MatryoshkaTrainingTranscoderConfig,
+)
+from saelens_matryoshka.evaluation.training_evaluator import TranscoderEvaluator
+from saelens_matryoshka.pairs import (
+    PairedActivationsStore,
+    paired_store,
+    probe_hooks,
+    require_enough_text,
+)
+from saelens_matryoshka.sites import Site, check_hook, norm_frame, norm_gain
+
+# Entries of a runner config that differ between two starts of the same run.
+_VOLATILE = frozenset(
+    {
+        "checkpoint_path",
+        "resume_from_checkpoint",
+        "logger",
+        "sae_lens_version",
+        "sae_lens_training_version",
+        "device",
+        "llm_device",
+        "act_store_device",
+        "verbose",
+        "output_path",
+        "tokens_per_buffer",
+        "metadata",
+    }
+)
+_BAR_REFRESH_SECONDS = 0.5
+
+
+# ---- the store
+
+
+def build_store(
+    model: Any,
+    cfg: LanguageModelSAERunnerConfig[Any],
+    override_dataset: HfDataset | None = None,
+    *,
+    stock_from_config: Callable[..., ActivationsStore],
+) -> ActivationsStore:
+    """The activation store of one of our runner configs, after checking that it can work.
+
+    Args:
+        model: The language model.
+        cfg: Runner config whose `sae` is ours.
+        override_dataset: Used in place of `cfg.dataset_path`.
+        stock_from_config: What builds SAELens's own store, of one hook.
+
+    Raises:
+        ValueError: the config does not fit the model, the dataset or the output folder; the message names
+            the field. Raised before the dataset is opened where possible, and before anything is written.
+    """
+    require_own_output_path(cfg)
+    check_hook(model, cfg.hook_name, "hook_name")
+    store: ActivationsStore
+    try:
+        if isinstance(cfg.sae, MatryoshkaTrainingTranscoderConfig):
+            source = _check_transcoder(model, cfg)
+            store = paired_store(model, cfg, source, override_dataset)
+        else:
+            store = stock_from_config(model, cfg, override_dataset)
+    except StopIteration:
+        raise ValueError(f"dataset_path={cfg.dataset_path!r}: the dataset is empty.") from None
+    require_enough_text(store, cfg)
+    return store
+
+
+def _check_transcoder(model: Any, cfg: LanguageModelSAERunnerConfig[Any]) -> Site:
+    """Check hooks, their order and widths; return the source with its gain."""
+    sae: MatryoshkaTrainingTranscoderConfig = cfg.sae
+    check_hook(model, sae.hook_name_out, "hook_name_out")
+    if isinstance(model, HookedProxyLM):
+        _instrument(model, sae.hook_name_out)
+    site = Site(cfg.hook_name)
+    if sae.input_gain == "norm_weight":
+        gain, offset = norm_gain(model, cfg.hook_name)
+        site = Site(cfg.hook_name, gain.detach(), None if offset is None else offset.detach())
+    probe = probe_hooks(model, cfg.hook_name, sae.hook_name_out, cfg.hook_head_index)
+    for field, hook, configured, actual in (
+        ("d_in", cfg.hook_name, sae.d_in, probe.d_in),
+        ("d_out", sae.hook_name_out, sae.d_out, probe.d_out),
+    ):
+        if configured != actual:
+            raise ValueError(
+                f"{field}={configured}, but hook {hook!r} of this model gives {actual} values per token. "
+                f"Set {field}={actual}."
+            )
+    if probe.target_is_first:
+        raise ValueError(
+            f"hook_name_out={sae.hook_name_out!r} is computed before hook_name={cfg.hook_name!r}: a "
+            "transcoder predicts the target from the source. Swap them, or choose a later target."
+        )
+    if probe.same_tensor:
+        warnings.warn(
+            f"hook_name={cfg.hook_name!r} and hook_name_out={sae.hook_name_out!r} are the same tensor, so "
+            "this transcoder is an autoencoder with a free encoder. For what a layer computes, take its "
+            "resid_pre and its resid_post.",
+            stacklevel=2,
+        )
+    return site
+
+
+def _instrument(model: HookedProxyLM, name: str) -> None:
+    """Make a module readable that the runner, which knows one hook, left without a hook point."""
+    if name in model.hook_dict:
+        return
+    module = model.model.get_submodule(name)
+    hook_point = HookPoint()
+    hook_point.name = name
+    module.register_forward_hook(get_hook_fn(hook_point))
+    model.hook_dict[name] = model.mod_dict[name] = hook_point
+    model.named_modules_dict[name] = module
+
+
+def require_own_output_path(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Refuse an output_path that holds the result of another run.
+
+    The same settings again may overwrite their own result.
+    """
+    if cfg.output_path is None:
+        return
+    saved_path = Path(cfg.output_path) / RUNNER_CFG_FILENAME
+    if not saved_path.exists():
+        return
+    try:
+        saved = json.loads(saved_path.read_text())
+    except (OSError, ValueError):
+        saved = {}
+    ours = json.loads(json.dumps(cfg.to_dict()))
+    differences = _differences(saved, ours)
+    if differences:
+        shown = "; ".join(differences[:3]) + ("; ..." if len(differences) > 3 else "")
+        raise ValueError(
+            f"output_path={cfg.output_path!r} holds the result of another run ({shown}). Choose another "
+            "output_path, or move that folder away."
+        )
+
+
+def _differences(saved: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for key in sorted((saved.keys() | ours.keys()) - _VOLATILE):
+        old, new = saved.get(key), ours.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key}: {old!r} there, {new!r} here")
+    return found
+
+
+# ---- the trainer
+
+
+def prepare_trainer(trainer: SAETrainer[Any, Any]) -> None:
+    """Give a trainer of one of our architectures what the stock one lacks, before it trains."""
+    trainer._update_pbar = functools.partial(_update_bar, trainer, [0.0])  # type: ignore[method-assign]
+    store = getattr(trainer.evaluator, "activations_store", None)
+    if isinstance(trainer.sae, MatryoshkaTrainingTranscoder) and isinstance(
+        store, PairedActivationsStore
+    ):
+        source = store.source
+        if source.gain is not None:
+            trainer.sae.set_input_gain(source.gain, source.offset)
+        trainer.sae.cfg.metadata.input_frame = norm_frame(store.model, source.hook_name)
+        trainer.evaluator = TranscoderEvaluator.from_stock(trainer.evaluator, store)
+
+
+@torch.no_grad()
+def _update_bar(
+    trainer: SAETrainer[Any, Any],
+    last_shown: list[float],
+    step_output: TrainStepOutput,
+    pbar: tqdm,  # type: ignore[type-arg]
+    update_interval: int = 100,  # noqa: ARG001  (the stock signature)
+) -> None:
+    """Show loss, L0, squared error, FVU and dead latents, twice a second."""
+    pbar.update(trainer.n_training_samples - pbar.n)
+    now = time.monotonic()
+    finished = trainer.n_training_samples >= trainer.cfg.total_training_samples
+    if now - last_shown[0] < _BAR_REFRESH_SECONDS and not finished:
+        return
+    last_shown[0] = now  # reading the numbers waits for the GPU, so it is not done every step
+    acts = step_output.feature_acts
+    n_active = acts._nnz() if acts.is_sparse else int((acts > 0).sum())
+    dead = trainer.dead_neurons.float().mean().item()
+    fvu = step_output.metrics["fvu"]
+    pbar.unit, pbar.unit_scale = "tok", True
+    pbar.set_description_str("", refresh=False)
+    pbar.set_postfix_str(
+        f"loss {step_output.loss.item():.3g} L0 {n_active / len(acts):.1f} "
+        f"L2 {step_output.losses['mse_loss'].item():.3g} "
+        f"FVU {fvu().item():.3f} dead {dead:.0%}",  # type: ignore[operator]
+        refresh=False,
+    )
