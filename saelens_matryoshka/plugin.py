@@ -12,10 +12,17 @@ Both dispatch on the type of the config or the SAE, so nothing changes for SAELe
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from argparse import ArgumentError
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from sae_lens import ActivationsStore, SAETrainer, register_sae_training_class
+from sae_lens import (
+    ActivationsStore,
+    LanguageModelSAERunnerConfig,
+    SAETrainer,
+    llm_sae_training_runner,
+    register_sae_training_class,
+)
 from sae_lens import __version__ as sae_lens_version
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
@@ -70,6 +77,18 @@ def _fit(stock: Callable[..., Any]) -> Any:
         return stock(self)
 
     return fit
+
+
+def parse_runner_config(args: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
+    """SAELens's command-line flags as a runner config; `--help` prints them and exits.
+
+    Raises:
+        ValueError: a flag is unknown, or its value is refused.
+    """
+    try:
+        return llm_sae_training_runner._parse_cfg_args(args)
+    except ArgumentError as error:
+        raise ValueError(str(error)) from None
 
 
 def _redirect(

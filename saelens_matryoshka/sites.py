@@ -1,30 +1,28 @@
 """Which tensor is "mlp_in", and the other sites, on each kind of language model.
 
 A transcoder reads the MLP's *true input*, the vector which the MLP's weights multiply, and
-writes *what the block adds to the residual stream*. The same hook name is not the same tensor on
-the three kinds of model which SAELens trains on, and some names that look right are not:
+writes *what the block adds to the residual stream*. One hook name is not one tensor on the three
+kinds of model which SAELens trains on, and some names that look right are not:
 
 | tensor | HookedTransformer | TransformerBridge | HookedProxyLM (HF modules) |
 |---|---|---|---|
-| residual before the norm | `hook_resid_mid`, and `hook_mlp_in` | `hook_resid_mid` | none |
+| residual before the norm | `hook_resid_mid`, `hook_mlp_in` | `hook_resid_mid` | none |
 | normalised, before the gain | `ln2.hook_normalized` | `ln2.hook_normalized` | none |
-| the MLP's true input | `ln2.hook_normalized * ln2.w + ln2.b` | `mlp.hook_in` | the norm before the MLP |
-| what the block adds | `hook_mlp_out` | `hook_mlp_out` | the norm after the MLP, or the MLP |
+| the MLP's true input | `ln2.hook_normalized * ln2.w + ln2.b` | `mlp.hook_in` | norm before MLP |
+| what the block adds | `hook_mlp_out` | `hook_mlp_out` | norm after MLP, or MLP |
 
-A HookedTransformer has no hook after the norm's gain, so a site is a hook *and* the gain and
-offset which turn its activation into the tensor meant. A HookedTransformer with folded norms has
-no gain: there `ln2.hook_normalized` is what the MLP reads, in another coordinate frame, which
-`norm_frame` names. On HF models the structure is read from the modules (the decoder layers, and
-which of a layer's norms stands where), never from the model's name, and what is not recognised is
-refused: a plausible wrong tensor trains without complaint.
+A HookedTransformer has no hook behind a norm's gain, so a site is a hook *and* the gain and offset
+which make its activation the tensor that is meant. Where norms were folded there is no gain:
+`ln2.hook_normalized` is then what the MLP reads, in another coordinate frame (`norm_frame`).
 """
 
 from __future__ import annotations
 
 import difflib
-import inspect
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -35,24 +33,17 @@ from transformer_lens.model_bridge import TransformerBridge
 
 try:
     from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
-except ImportError:  # releases of transformer-lens 3 which have no such list
+except ImportError:  # a release of transformer-lens 3 without this list
     POST_NORM_ARCHITECTURES = {"Olmo2ForCausalLM", "Olmo3ForCausalLM"}
 
-SITE_NAMES = (
-    "resid_pre",
-    "resid_mid",
-    "resid_post",
-    "attn_out",
-    "mlp_in",
-    "mlp_out",
-    "ln2_normalized",
-)
+RESIDUAL_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+SITE_NAMES = (*RESIDUAL_SITES, "mlp_in", "ln2_normalized")
 
 _NO_MLP = "its blocks have no MLP (attn_only)"
-_PARALLEL = "attention and MLP read the same residual in parallel, so there is no residual between"
-_POST_NORM = "the MLP reads the residual itself; the block's norms act on what it adds"
+_PARALLEL = "attention and MLP read the same residual, so there is none between them"
+_POST_NORM = "the MLP reads the residual itself, and the norms act on what the block adds"
 
-# Hook points which exist in every block but fire only when a field of the model's config is on.
+# Hook points which every block has, and which fire only while a field of the config is on.
 _GATED_HOOKS = {
     "hook_mlp_in": "use_hook_mlp_in",
     "hook_attn_in": "use_attn_in",
@@ -61,14 +52,15 @@ _GATED_HOOKS = {
     "hook_v_input": "use_split_qkv_input",
     "hook_result": "use_attn_result",
 }
+_MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe")
 
 
 @dataclass(frozen=True)
 class Site:
-    """A tensor of a language model: the activation at a hook, times `gain` plus `offset`.
+    """A tensor of a language model: the activation at a hook, times `gain`, plus `offset`.
 
     Attributes:
-        hook_name: the hook, as `run_with_cache(names_filter=[hook_name])` wants it.
+        hook_name: the hook, as `run_with_cache(names_filter=[hook_name])` takes it.
         gain: [d], or None for 1.
         offset: [d], or None for 0.
     """
@@ -80,38 +72,40 @@ class Site:
     def __call__(self, activation: torch.Tensor) -> torch.Tensor:
         """The site's tensor [..., d] from the activation [..., d] at `hook_name`.
 
-        Computed in float32 or wider, returned in the activation's dtype.
+        Computed in float32 or wider, and returned in the activation's dtype.
         """
         if self.gain is None and self.offset is None:
             return activation
-        wide = activation.to(torch.promote_types(activation.dtype, torch.float32))
+        tensor = activation.to(torch.promote_types(activation.dtype, torch.float32))
         if self.gain is not None:
-            wide = wide * self.gain.to(wide)
+            tensor = tensor * self.gain.to(tensor)
         if self.offset is not None:
-            wide = wide + self.offset.to(wide)
-        return wide.to(activation.dtype)
+            tensor = tensor + self.offset.to(tensor)
+        return tensor.to(activation.dtype)
 
 
 class NormGain(NamedTuple):
-    """What a norm does after normalising: times `gain` [d], plus `offset` [d] where it has one."""
+    """What a norm does once it has normalised: times `gain` [d], plus `offset` [d] if any."""
 
     gain: torch.Tensor
     offset: torch.Tensor | None
 
 
 def find_site(model: Any, layer: int, name: str) -> Site:
-    """The hook, and the gain and offset if any, which give a named tensor of one layer.
+    """The hook, with the gain and offset if any, which give a named tensor of one layer.
+
+    A HookedProxyLM is run on four tokens, to see which module puts out which tensor.
 
     Args:
-        model: a HookedTransformer, TransformerBridge or HookedProxyLM; torch.compile'd too.
+        model: a HookedTransformer, TransformerBridge or HookedProxyLM, or one of them compiled.
         layer: from 0.
         name: one of SITE_NAMES. "mlp_in" is the MLP's true input; "mlp_out" and "attn_out" are
-            what is added to the residual stream, after a post-norm where there is one;
-            "ln2_normalized" is the MLP's input before the norm's gain.
+            what is added to the residual stream, behind a post-norm where there is one;
+            "ln2_normalized" is "mlp_in" before the norm's gain.
 
     Raises:
-        ValueError: an unknown name, a layer out of range, a kind of model or a structure that is
-            not recognised, or a tensor which this kind of model has no hook for.
+        ValueError: an unknown name, a layer out of range, a kind of model or a structure which
+            is not recognised, or a tensor which no hook of this model gives.
     """
     model = _unwrap(model)
     if name not in SITE_NAMES:
@@ -132,10 +126,10 @@ def find_site(model: Any, layer: int, name: str) -> Site:
         )
     site = sites[name]
     if isinstance(site, str):
-        present = [other for other, found in sites.items() if isinstance(found, Site)]
+        present = ", ".join(other for other, found in sites.items() if isinstance(found, Site))
         raise ValueError(
             f"name={name!r} has no hook at layer={layer} of this {type(model).__name__}: {site}. "
-            f"The sites it has there are {', '.join(present)}"
+            f"The sites it has there are {present}"
         )
     return site
 
@@ -151,16 +145,14 @@ def norm_gain(model: Any, hook_name: str) -> NormGain:
     norm = _norm_of(model, hook_name)
     needs = "input_gain='norm_weight' needs hook_name to be a norm's hook_normalized"
     if norm is None:
-        what = (
-            "this model's hooks are module outputs, where a norm's gain is already in: "
-            if isinstance(model, HookedProxyLM)
-            else "take find_site(model, layer, 'ln2_normalized').hook_name, or "
-        )
-        raise ValueError(f"{needs}, but it is {hook_name!r}: {what}set input_gain='none'")
+        instead = "take find_site(model, layer, 'ln2_normalized').hook_name, or "
+        if isinstance(model, HookedProxyLM):
+            instead = "a norm's output, which is what this model's hooks give, has its gain: "
+        raise ValueError(f"{needs}, and it is {hook_name!r}: {instead}set input_gain='none'")
     gain = _gain_of(model, norm)
     if gain is None:
         raise ValueError(
-            f"{needs} with its weight, but at hook_name={hook_name!r} the norm's weight was "
+            f"{needs} with its weight, and at hook_name={hook_name!r} the norm's weight was "
             "folded into the next layer: load the model with no processing "
             "(from_pretrained_no_processing / fold_ln=False), or set input_gain='none'"
         )
@@ -171,8 +163,8 @@ def norm_frame(model: Any, hook_name: str) -> str:
     """The coordinate frame of a hook's tensor.
 
     Returns:
-        "raw" for a hook which is not a norm's `hook_normalized`, "normalized" for one of a norm
-        with its weight, "normalized_folded" where that weight was folded into the next layer.
+        "raw" for a hook which is not a norm's `hook_normalized`, "normalized" for that of a norm
+        with its weight, "normalized_folded" where the weight was folded into the next layer.
 
     Raises:
         ValueError: a `hook_normalized` which the model does not have.
@@ -187,19 +179,15 @@ def norm_frame(model: Any, hook_name: str) -> str:
 def hook_names(model: Any) -> list[str]:
     """Every hook that can be read on this model.
 
-    Hook points which never fire as the model is configured are left out. For a HookedProxyLM
-    these are all the modules that are called, whichever of them it was made to instrument.
+    Hook points which do not fire as the model is configured are left out. For a HookedProxyLM
+    these are its modules, whether or not it was made to instrument them.
     """
     model = _unwrap(model)
-    if isinstance(model, HookedProxyLM):
-        modules = _unwrap(model.model).named_modules()
-        # A container such as ModuleList has no forward, so a hook on it never fires.
-        return [
-            name
-            for name, module in modules
-            if name and type(module).forward is not nn.Module.forward
-        ]
-    return [name for name in model.hook_dict if _gate(model, name) is None]
+    if not isinstance(model, HookedProxyLM):
+        return [name for name in model.hook_dict if _switched_off(model, name) is None]
+    modules = _unwrap(model.model).named_modules()
+    # A container such as a ModuleList has no forward, so a hook on it would not fire.
+    return [name for name, m in modules if name and type(m).forward is not nn.Module.forward]
 
 
 def check_hook(model: Any, hook_name: str, field: str) -> None:
@@ -208,7 +196,7 @@ def check_hook(model: Any, hook_name: str, field: str) -> None:
     Args:
         model: any model with TransformerLens hooks.
         hook_name: the hook.
-        field: the configuration field which the hook comes from, for the message.
+        field: the configuration field where the hook was given, for the message.
 
     Raises:
         ValueError: naming the field, the value and the hooks with a similar name.
@@ -217,13 +205,13 @@ def check_hook(model: Any, hook_name: str, field: str) -> None:
     known = hook_names(model)
     if hook_name in known:
         return
-    gate = None if isinstance(model, HookedProxyLM) else _gate(model, hook_name)
-    if gate is not None and hook_name in model.hook_dict:
+    if hook_name in model.hook_dict and (switch := _switched_off(model, hook_name)):
         raise ValueError(
-            f"{field}={hook_name!r} never fires while the model's {gate} is off: "
-            f"call model.set_{gate}(True), or take another hook"
+            f"{field}={hook_name!r} does not fire while the model's {switch} is off: "
+            f"call model.set_{switch}(True), or take another hook"
         )
-    near = _did_you_mean(hook_name, known) or f"; its hooks are such as {known[-1]!r}"
+    example = known[len(known) // 2]
+    near = _did_you_mean(hook_name, known) or f"; its hooks have names like {example!r}"
     raise ValueError(f"{field}={hook_name!r} is not a hook of this {type(model).__name__}{near}")
 
 
@@ -246,10 +234,11 @@ def _check_layer(layer: int, n_layers: int) -> None:
         )
 
 
-def _gate(model: Any, hook_name: str) -> str | None:
-    """The config field which has to be on, and is not, for the hook to fire."""
-    gate = _GATED_HOOKS.get(hook_name.rpartition(".")[2])
-    return gate if gate is not None and not getattr(model.cfg, gate, False) else None
+def _switched_off(model: Any, hook_name: str) -> str | None:
+    """The config field which is off and keeps the hook from firing."""
+    switch = _GATED_HOOKS.get(hook_name.rpartition(".")[2])
+    is_off = switch is not None and not getattr(getattr(model, "cfg", None), switch, False)
+    return switch if is_off else None
 
 
 def _norm_of(model: Any, hook_name: str) -> nn.Module | None:
@@ -261,212 +250,185 @@ def _norm_of(model: Any, hook_name: str) -> nn.Module | None:
     return model.get_submodule(path)
 
 
-def _gain_of(model: Any, norm: Any) -> NormGain | None:
-    """A norm's gain and offset; None for a norm without a weight of its own."""
-    if not isinstance(model, TransformerBridge):
-        gain, offset = getattr(norm, "w", None), getattr(norm, "b", None)
-        return None if gain is None else NormGain(*_copies(gain, offset))
-    hf_norm = norm.original_component
-    weight, offset = getattr(hf_norm, "weight", None), getattr(hf_norm, "bias", None)
-    if weight is None:
-        return None
-    gain = weight.float() if _multiplies_by(hf_norm, weight, offset) else 1.0 + weight.float()
-    # A bridge keeps its norm modules when it folds their weights away (compatibility mode), and
-    # leaves them doing nothing.
-    idle = bool((gain == 1).all()) and (offset is None or not bool(offset.any()))
-    return None if idle and model.compatibility_mode else NormGain(*_copies(gain, offset))
-
-
 @torch.no_grad()
-def _multiplies_by(norm: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether an HF norm multiplies by its weight, and not by 1 + its weight as Gemma's do.
+def _gain_of(model: Any, norm: Any) -> NormGain | None:
+    """Copies of a norm's gain and offset; None for a norm without a weight of its own."""
+    if isinstance(model, TransformerBridge):
+        norm = norm.original_component
+        gain, offset = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    else:
+        gain, offset = getattr(norm, "w", None), getattr(norm, "b", None)
+    if gain is None:
+        return None
+    if isinstance(model, TransformerBridge):
+        gain = gain.float() + _is_zero_centred(norm, gain, offset)
+        idle = bool((gain == 1).all()) and (offset is None or not bool(offset.any()))
+        # In compatibility mode a bridge folds the weights away and leaves the norms idle.
+        if idle and model.compatibility_mode:
+            return None
+    return NormGain(gain.clone(), None if offset is None else offset.clone())
 
-    Seen from what the norm does to a vector of mean 0 and RMS 1, as no attribute says it on
-    every architecture.
+
+def _is_zero_centred(norm: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether an HF norm multiplies by 1 + its weight, as Gemma's do, and not by its weight.
+
+    Seen from what it does to a vector of mean 0 and RMS 1, since no attribute tells it of every
+    architecture.
     """
     signs = torch.ones_like(weight)
     signs[1::2] = -1
-    out = norm(signs) if bias is None else norm(signs) - bias
-    measured = (out * signs).float()
-    distance = [(measured - gain).abs().sum() for gain in (weight, 1 + weight)]
-    return bool(distance[0] <= distance[1])
-
-
-def _copies(
-    gain: torch.Tensor, offset: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Copies which neither carry gradients nor follow later changes of the model."""
-    return gain.detach().clone(), None if offset is None else offset.detach().clone()
+    gain = (norm(signs) - (0 if bias is None else bias)) * signs
+    return bool((gain - weight).abs().sum() > (gain - weight - 1).abs().sum())
 
 
 def _hooked_transformer_sites(model: HookedTransformer, layer: int) -> dict[str, Site | str]:
-    """Each site, or why a HookedTransformer has no hook for it."""
+    """Each site, or why no hook of a HookedTransformer gives it."""
     cfg = model.cfg
     _check_layer(layer, cfg.n_layers)
     block = f"blocks.{layer}."
-    sites: dict[str, Site | str] = {
-        name: Site(f"{block}hook_{name}")
-        for name in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
-    }
+    sites: dict[str, Site | str] = {name: Site(f"{block}hook_{name}") for name in RESIDUAL_SITES}
     if cfg.attn_only:
-        return sites | dict.fromkeys(("resid_mid", "mlp_in", "mlp_out", "ln2_normalized"), _NO_MLP)
-    mlp_reads = Site(f"{block}hook_resid_{'pre' if cfg.parallel_attn_mlp else 'mid'}")
+        return sites | dict.fromkeys(("resid_mid", "mlp_out", "mlp_in", "ln2_normalized"), _NO_MLP)
+    residual = sites["resid_pre"] if cfg.parallel_attn_mlp else sites["resid_mid"]
     if cfg.parallel_attn_mlp:
         sites["resid_mid"] = _PARALLEL
     if cfg.original_architecture in POST_NORM_ARCHITECTURES:
-        return sites | {"mlp_in": mlp_reads, "ln2_normalized": _POST_NORM}
+        return sites | {"mlp_in": residual, "ln2_normalized": _POST_NORM}
     if cfg.normalization_type is None:
-        return sites | {"mlp_in": mlp_reads, "ln2_normalized": "the model has no norms"}
+        return sites | {"mlp_in": residual, "ln2_normalized": "the model has no norms"}
     normalized = f"{block}ln2.hook_normalized"
-    gain = _gain_of(model, model.get_submodule(f"{block}ln2"))
-    mlp_in = Site(normalized) if gain is None else Site(normalized, gain.gain, gain.offset)
-    return sites | {"mlp_in": mlp_in, "ln2_normalized": Site(normalized)}
+    gain = _gain_of(model, model.get_submodule(f"{block}ln2")) or ()
+    return sites | {"mlp_in": Site(normalized, *gain), "ln2_normalized": Site(normalized)}
 
 
 def _bridge_sites(model: TransformerBridge, layer: int) -> dict[str, Site | str]:
-    """Each site, or why a TransformerBridge has no hook for it.
+    """Each site, or why no hook of a TransformerBridge gives it.
 
-    The bridge's aliases (hook_resid_mid, hook_mlp_out and so on) follow its architecture: behind
-    a post-norm, absent where blocks are parallel. Unlike hook_mlp_in they fire by default.
+    The bridge's names (hook_resid_mid, hook_mlp_out and so on) follow its architecture: behind a
+    post-norm, absent where attention and MLP are parallel. Unlike hook_mlp_in they always fire.
     """
     blocks: Any = getattr(model, "blocks", ())
     _check_layer(layer, len(blocks))
-    block, path = blocks[layer], f"blocks.{layer}."
-    fires = set(hook_names(model))
-    mlp = getattr(block, "mlp", None)
-    # Where the HF layer holds the MLP's two matrices itself (OPT), the bridge's mlp is never
-    # called, and the first matrix is what receives the input.
-    mlp_in = "mlp.hook_in" if mlp is None or mlp.name is not None else "mlp.in.hook_in"
-    hooks = {
-        "resid_pre": "hook_resid_pre",
-        "resid_mid": "hook_resid_mid",
-        "resid_post": "hook_resid_post",
-        "attn_out": "hook_attn_out",
-        "mlp_in": mlp_in,
-        "mlp_out": "hook_mlp_out",
-        "ln2_normalized": "ln2.hook_normalized",
-    }
-    sites: dict[str, Site | str] = {
-        name: Site(path + hook) if path + hook in fires else f"it has no {path + hook}"
-        for name, hook in hooks.items()
-    }
+    block = blocks[layer]
+    hooks = {name: f"hook_{name}" for name in RESIDUAL_SITES}
+    hooks |= {"mlp_in": "mlp.hook_in", "ln2_normalized": "ln2.hook_normalized"}
+    # Where the HF layer itself holds the MLP's two matrices (OPT), the bridge's mlp is not
+    # called, and the first matrix takes the input.
+    if hasattr(block, "mlp") and block.mlp.name is None:
+        hooks["mlp_in"] = "mlp.in.hook_in"
+    exist = set(hook_names(model))
+    sites: dict[str, Site | str] = {}
+    for name, leaf in hooks.items():
+        hook = f"blocks.{layer}.{leaf}"
+        sites[name] = Site(hook) if hook in exist else f"there is no {hook}"
     if getattr(block, "mlp_reads_resid_directly", False):
         sites["ln2_normalized"] = _POST_NORM
     return sites
 
 
-class _Layout(NamedTuple):
-    """Which norms of an HF decoder layer stand around its sub-layers, None for none."""
+class _Call(NamedTuple):
+    """The first tensor which a module took, and the first which it gave."""
 
-    before_mlp: str | None
-    after_attn: str | None = None
-    after_mlp: str | None = None
-
-
-# By the names of all the norms of a layer, since one name means different things in different
-# company: post_attention_layernorm feeds the MLP in Llama and follows attention in Gemma-2.
-_LAYOUTS = {
-    frozenset({"ln_1", "ln_2"}): _Layout("ln_2"),
-    frozenset({"input_layernorm", "post_attention_layernorm"}): _Layout("post_attention_layernorm"),
-    frozenset(
-        {
-            "input_layernorm",
-            "post_attention_layernorm",
-            "pre_feedforward_layernorm",
-            "post_feedforward_layernorm",
-        }
-    ): _Layout(
-        "pre_feedforward_layernorm", "post_attention_layernorm", "post_feedforward_layernorm"
-    ),
-    frozenset({"post_attention_layernorm", "post_feedforward_layernorm"}): _Layout(
-        None, "post_attention_layernorm", "post_feedforward_layernorm"
-    ),
-    # One norm for both sub-layers, which run in parallel.
-    frozenset({"ln_1"}): _Layout("ln_1"),
-    frozenset({"input_layernorm"}): _Layout("input_layernorm"),
-}
-_ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
-_MLP_NAMES = ("mlp", "block_sparse_moe", "feed_forward")
-_RESCALES = ("residual_multiplier", "layer_scalar")
+    input: torch.Tensor
+    output: torch.Tensor
 
 
 def _hf_sites(hf: nn.Module, layer: int) -> dict[str, Site | str]:
-    """Each site, or why no module of an HF model puts it out."""
-    path, layers = _decoder_layers(hf)
-    _check_layer(layer, len(layers))
-    block = layers[layer]
-    prefix = f"{path}.{layer}."
-    layout = _LAYOUTS.get(_norm_names(block))
-    attention, mlp = _child(block, _ATTENTION_NAMES), _child(block, _MLP_NAMES)
-    if layout is None or mlp is None:
+    """Each site, or why no module of an HF model puts it out.
+
+    Names do not tell: what comes out of `post_attention_layernorm` feeds the MLP in Llama and is
+    added to the residual in Gemma-2, and some models rescale between modules. So the modules are
+    found by what they put out: the MLP's input, and the two tensors which make the layer's output
+    when they are added to its input.
+    """
+    calls = _calls(hf)
+    layers, n_layers = _decoder_layers(hf, calls)
+    _check_layer(layer, n_layers)
+    block = f"{layers}.{layer}"
+    children = {name: call.output for name, call in calls.items() if _parent(name) == block}
+    mlp = next((f"{block}.{name}" for name in _MLP_NAMES if f"{block}.{name}" in calls), None)
+    if block not in calls or mlp is None:
         raise ValueError(
-            f"layer={layer} ({path}.{layer}) of this HookedProxyLM has a structure which is not "
-            f"recognised. Its modules are {_children(block)}"
+            f"layer={layer} ({block}) of this HookedProxyLM runs no module that is known as an "
+            f"MLP ({', '.join(_MLP_NAMES)}); it runs {', '.join(children)}"
         )
-    rescales = [name for name in _RESCALES if hasattr(block, name)]
-    if "residual" in inspect.signature(getattr(block, mlp).forward).parameters:
-        rescales.append(f"{mlp}.forward(residual)")
-    added = {"attn_out": layout.after_attn or attention, "mlp_out": layout.after_mlp or mlp}
-    sites: dict[str, Site | str] = {"resid_post": Site(f"{path}.{layer}")}
-    sites["resid_pre"] = Site(f"{path}.{layer - 1}") if layer else _embedding(hf, path)
-    for name, module in added.items():
-        if rescales:
-            sites[name] = f"no module puts out what is added to the residual ({rescales[0]})"
-        else:
-            sites[name] = Site(prefix + module) if module else f"of {_children(block)} none is it"
-    sites["mlp_in"] = Site(prefix + layout.before_mlp) if layout.before_mlp else _POST_NORM
-    only_outputs = "a HookedProxyLM reads the outputs of modules, and none puts it out"
-    return sites | dict.fromkeys(("resid_mid", "ln2_normalized"), only_outputs)
+    before, after = calls[block]
+    sites: dict[str, Site | str] = dict.fromkeys(
+        SITE_NAMES, f"no module puts it out (none of {', '.join(children)})"
+    )
+    sites["resid_post"] = Site(block)
+    # Before layer 0 stand the decoder's embeddings, and in some models a dropout behind them.
+    for name, call in calls.items():
+        at_place = name == f"{layers}.{layer - 1}" if layer else _parent(name) == _parent(layers)
+        if at_place and torch.equal(call.output, before):
+            sites["resid_pre"] = Site(name)
+    for name, output in children.items():
+        if torch.equal(output, calls[mlp].input):
+            sites["mlp_in"] = Site(name)
+    # In the order of the calls: attention's part before the MLP's, and a sub-layer before a
+    # dropout which repeats it.
+    names = list(children)
+    parts = [
+        (attention, added)
+        for added in names[names.index(mlp) :]
+        for attention in names[: names.index(added)]
+        if _adds_up(before, children[attention], children[added], after)
+    ]
+    if parts:
+        sites["attn_out"], sites["mlp_out"] = map(Site, parts[0])
+    return sites
 
 
-def _decoder_layers(hf: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The path and the list of an HF model's decoder layers."""
-    lists = {n: m for n, m in hf.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
-    known = {
-        name: layers
+@torch.no_grad()
+def _calls(hf: nn.Module) -> dict[str, _Call]:
+    """What each module that runs exactly once takes and gives on a few tokens, in order."""
+    calls: dict[str, list[_Call | None]] = defaultdict(list)
+
+    def record(name: str, _: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        # Of a tuple, HookedProxyLM reads the first element.
+        given = output[0] if isinstance(output, tuple) and output else output
+        taken = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
+        if taken is None or not isinstance(given, torch.Tensor):
+            calls[name].append(None)
+        else:  # on one device, for models which are spread over several
+            calls[name].append(_Call(taken.to("cpu", copy=True), given.to("cpu", copy=True)))
+
+    modules = hf.named_modules()
+    handles = [m.register_forward_hook(partial(record, n), with_kwargs=True) for n, m in modules]
+    try:
+        hf(torch.arange(2, 6, device=next(hf.parameters()).device)[None])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: runs[0] for name, runs in calls.items() if len(runs) == 1 and runs[0]}
+
+
+def _decoder_layers(hf: nn.Module, calls: dict[str, _Call]) -> tuple[str, int]:
+    """The path and the length of the list of decoder layers: the one whose MLPs run."""
+    lists = {name: m for name, m in hf.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    with_mlps = [
+        name
         for name, layers in lists.items()
-        if any(_norm_names(layer) in _LAYOUTS and _child(layer, _MLP_NAMES) for layer in layers)
-    }
-    if len(known) != 1:
-        what = f"{len(known)} lists of decoder layers" if known else "no known decoder layers"
-        listed = {name: _children(layers[0]) for name, layers in (known or lists).items()}
-        raise ValueError(f"{type(hf).__name__} has {what}. Its lists of modules are {listed}")
-    return next(iter(known.items()))
+        if any(f"{name}.{i}.{mlp}" in calls for i in range(len(layers)) for mlp in _MLP_NAMES)
+    ]
+    if len(with_mlps) != 1:
+        found = {name: [child for child, _ in m[0].named_children()] for name, m in lists.items()}
+        raise ValueError(
+            f"{len(with_mlps)} lists of modules of {type(hf).__name__}, and not 1, are known as "
+            f"decoder layers. Its lists, with the modules of their first element, are {found}"
+        )
+    return with_mlps[0], len(lists[with_mlps[0]])
 
 
-def _embedding(hf: nn.Module, layers_path: str) -> Site | str:
-    """What puts out the residual stream before layer 0: the embeddings' dropout, or the only
-    embedding where nothing is done to its output."""
-    path = layers_path.rpartition(".")[0]
-    decoder = hf.get_submodule(path)
-    children = dict(decoder.named_children())
-    dropouts = [name for name, child in children.items() if isinstance(child, nn.Dropout)]
-    embeddings = [name for name, child in children.items() if isinstance(child, nn.Embedding)]
-    # Granite, and Gemma before transformers 5, scale the embeddings outside of their module.
-    model_type = getattr(getattr(hf, "config", None), "model_type", "")
-    scaled = hasattr(decoder, "embedding_multiplier") or (
-        model_type.startswith("gemma") and type(children[embeddings[0]]) is nn.Embedding
-    )
-    if len(dropouts) == 1:
-        return Site(f"{path}.{dropouts[0]}".lstrip("."))
-    if len(embeddings) == 1 and len(_norm_names(decoder)) <= 1 and not scaled:
-        return Site(f"{path}.{embeddings[0]}".lstrip("."))
-    return (
-        f"before layer 0 no module puts it out ({path} scales or adds to the output of "
-        f"{', '.join(embeddings) or 'its embedding'})"
-    )
+def _adds_up(before: torch.Tensor, a: torch.Tensor, b: torch.Tensor, after: torch.Tensor) -> bool:
+    """Whether before + a + b is after to the last bit, in one of the orders of adding.
+
+    Not within a tolerance: beside a large residual a wrong tensor would be within it.
+    """
+    if not before.shape == a.shape == b.shape == after.shape:
+        return False
+    return any(torch.equal(x, after) for x in (before + a + b, a + b + before, before + b + a))
 
 
-def _norm_names(module: nn.Module) -> frozenset[str]:
-    """The names of the norms that are direct children."""
-    children = module.named_children()
-    return frozenset(name for name, child in children if "norm" in type(child).__name__.lower())
-
-
-def _child(module: nn.Module, names: tuple[str, ...]) -> str | None:
-    """The first of the names which is a direct child."""
-    return next((name for name in names if isinstance(getattr(module, name, None), nn.Module)), None)
-
-
-def _children(module: nn.Module) -> str:
-    return ", ".join(name for name, _ in module.named_children()) or type(module).__name__
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]

@@ -55,8 +55,8 @@ class MatryoshkaTrainingConfig(MatryoshkaBatchTopKTrainingSAEConfig, ABC):
 
     @override
     def __post_init__(self) -> None:
-        _require_positive_int("d_in", self.d_in)
-        _require_positive_int("d_sae", self.d_sae)
+        require_positive_int("d_in", self.d_in)
+        require_positive_int("d_sae", self.d_sae)
         self.matryoshka_widths = cumulative_widths(self.matryoshka_widths, self.d_sae)
         self._check_k()
         self._check_level_weights()
@@ -134,6 +134,6 @@ class MatryoshkaTrainingConfig(MatryoshkaBatchTopKTrainingSAEConfig, ABC):
             )
 
 
-def _require_positive_int(name: str, value: object) -> None:
+def require_positive_int(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise ValueError(f"{name}={value!r} must be a positive integer.")

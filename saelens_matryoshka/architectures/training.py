@@ -18,13 +18,9 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopK
 from typing_extensions import override
 
+from saelens_matryoshka.architectures.calibration import RecentRows, threshold_for_l0
 from saelens_matryoshka.architectures.config import MatryoshkaTrainingConfig
 from saelens_matryoshka.ops import NestedStep, NestedStepFn, NestedWeights, SparseStep
-
-# Gain of the "l0" threshold tracker: the threshold's relative correction per unit of relative L0 error.
-# It settles within some ten steps and leaves a third of a batch's own L0 noise.
-_L0_TRACKING_GAIN = 0.05
-
 
 class NonFiniteActivationsError(RuntimeError):
     """NaN or Inf in a training step, raised before the weights are touched."""
@@ -41,6 +37,8 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
     def __init__(self, cfg: MatryoshkaTrainingConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
         self.step_fn = SparseStep()
+        self._recent = RecentRows()
+        self._threshold_is_stale = False
 
     # ---- what a subclass defines
 
@@ -68,6 +66,9 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_loading(state_dict)
         state_dict["W_enc"] = _by_latent(state_dict["W_enc"])
+        for name, buffer in self.named_buffers():
+            if name in state_dict:  # SAELens's loader casts everything to the weights' dtype
+                state_dict[name] = state_dict[name].to(buffer.dtype)
         self._prepared = True
 
     @override
@@ -87,10 +88,9 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
             target,
             self.cfg.objective(subtract_b_dec=self.cfg.apply_b_dec_to_input),
             dead=step_input.dead_neuron_mask,
-            threshold=self.topk_threshold if self.cfg.threshold_calibration == "l0" else None,
         )
         self._require_finite(step, source, target, step_input.n_training_steps)
-        self._update_threshold(step)
+        self._update_threshold(step, source)
         return TrainStepOutput(
             sae_in=target,
             sae_out=step.prediction,
@@ -160,19 +160,42 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
     # ---- threshold
 
     @torch.no_grad()
-    def _update_threshold(self, step: NestedStep) -> None:
-        old = self.topk_threshold
-        batch_threshold = step.batch_threshold.to(old.dtype)
+    def _update_threshold(self, step: NestedStep, source: torch.Tensor) -> None:
+        old, batch_threshold = self.topk_threshold, step.batch_threshold.to(torch.double)
         if self.cfg.threshold_calibration == "ema":
             rate = self.cfg.topk_threshold_lr
-            new = torch.where(batch_threshold > 0, (1 - rate) * old + rate * batch_threshold, old)
+            moved = (1 - rate) * old + rate * batch_threshold
+            old.copy_(torch.where(batch_threshold > 0, moved, old))
         else:
-            # Robbins-Monro in log space: the only fixed point is the threshold whose mean L0 is k. A
-            # moving average of the batches' own thresholds starts at 0 and lags behind the training.
-            error = step.l0_at_threshold.to(old.dtype) / self.cfg.k - 1
-            tracked = old * torch.exp((_L0_TRACKING_GAIN * error).clamp(-0.5, 0.5))
-            new = torch.where(old > 0, tracked, batch_threshold)
-        self.topk_threshold.copy_(new)
+            old.copy_(batch_threshold)
+            self._recent.add(source)
+            self._threshold_is_stale = True
+
+    @torch.no_grad()
+    def calibrate_threshold(self) -> None:
+        """With "l0" calibration, set the threshold so that k latents per recent row are above it.
+
+        Done by itself before inference, folding and saving. Without recent rows, as after loading, the
+        threshold stays as it is.
+        """
+        if not self._threshold_is_stale:
+            return
+        rows = self._recent.rows()
+        threshold = threshold_for_l0(
+            rows - self.b_dec if self.cfg.apply_b_dec_to_input else rows,
+            self.W_enc,
+            self.b_enc,
+            self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None,
+            self.cfg.k,
+            guess=self.topk_threshold.item(),
+        )
+        self.topk_threshold.fill_(threshold)
+        self._threshold_is_stale = False
+
+    def _leave_training_space(self) -> None:
+        """Before the weights are folded: the recent rows would not fit them any more."""
+        self.calibrate_threshold()
+        self._recent.clear()
 
     @override
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
@@ -197,6 +220,7 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
     @override
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Activations `[*batch, d_sae]` of the inference model: JumpReLU at the threshold so far."""
+        self.calibrate_threshold()
         hidden_pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
         if self.cfg.rescale_acts_by_decoder_norm:
             hidden_pre = hidden_pre * self.W_dec.norm(dim=-1)
@@ -204,6 +228,28 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
         return self.hook_sae_acts_post(hidden_pre * kept)
 
     # ---- saving
+
+    @override
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self.calibrate_threshold()
+        return super().state_dict(*args, **kwargs)
+
+    @override
+    @torch.no_grad()
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        self._leave_training_space()
+        super().fold_activation_norm_scaling_factor(scaling_factor)
+
+    @override
+    @torch.no_grad()
+    def fold_activation_whitening(
+        self,
+        mean: torch.Tensor,
+        whitening_matrix: torch.Tensor,
+        unwhitening_matrix: torch.Tensor,
+    ) -> None:
+        self._leave_training_space()
+        super().fold_activation_whitening(mean, whitening_matrix, unwhitening_matrix)
 
     @override
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:

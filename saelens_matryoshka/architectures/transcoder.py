@@ -27,7 +27,7 @@ from typing_extensions import override
 
 from saelens_matryoshka.architectures.config import (
     MatryoshkaTrainingConfig,
-    _require_positive_int,
+    require_positive_int,
 )
 from saelens_matryoshka.architectures.training import MatryoshkaTraining
 from saelens_matryoshka.ops import NestedWeights
@@ -62,9 +62,10 @@ class MatryoshkaTrainingTranscoderConfig(MatryoshkaTrainingConfig):
 
     @override
     def __post_init__(self) -> None:
+        require_positive_int("d_in", self.d_in)
         if self.d_out is None:
             self.d_out = self.d_in
-        _require_positive_int("d_out", self.d_out)
+        require_positive_int("d_out", self.d_out)
         if not self.hook_name_out:
             raise ValueError(
                 "hook_name_out is empty: name the hook of the transcoder's target, e.g. "
@@ -237,6 +238,7 @@ class MatryoshkaTrainingTranscoder(MatryoshkaTraining):
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
         """Fold the trainer's factor and the two of our own, so that the weights read unscaled pairs."""
+        self._leave_training_space()
         state = dict(self.named_parameters())
         source = scaling_factor * self.source_scale.item()
         target = scaling_factor * self.target_scale.item()

@@ -26,7 +26,6 @@ def nested_step(
     objective: NestedObjective,
     *,
     dead: torch.Tensor | None,
-    threshold: torch.Tensor | None,
 ) -> NestedStep:
     """One step through autograd. See `NestedStepFn` for the arguments."""
     encoder_in = x - weights.b_dec if objective.subtract_b_dec else x
@@ -56,9 +55,6 @@ def nested_step(
         feature_acts=feature_acts.detach(),
         hidden_pre=hidden_pre.detach(),
         batch_threshold=kept.min() if kept.numel() else scores.new_zeros(()),
-        l0_at_threshold=scores.new_zeros(())
-        if threshold is None
-        else (scores.detach().relu() > threshold).sum() / len(x),
     )
 
 

@@ -33,8 +33,6 @@ class Selection(NamedTuple):
     """`[n]`, pre-activations in the units they were selected by"""
     batch_threshold: torch.Tensor
     """scalar: the smallest score kept, 0 if none was"""
-    l0_at_threshold: torch.Tensor
-    """scalar: mean number of scores per row above the given threshold"""
 
 
 def select_batch(
@@ -42,7 +40,6 @@ def select_batch(
     norms: torch.Tensor | None,
     k: float,
     *,
-    threshold: torch.Tensor | None,
     last_threshold: torch.Tensor | None,
     mask: torch.Tensor | None = None,
 ) -> Selection:
@@ -52,24 +49,16 @@ def select_batch(
         hidden_pre: `[B, d_sae]`.
         norms: Decoder norms `[d_sae]` the scores are multiplied by, or None.
         k: Entries per row on average.
-        threshold: Scalar at which to measure L0, or None to leave it out (0 is returned).
         last_threshold: Scalar, the batch threshold of the step before, or None.
         mask: Boolean scratch `[B, d_sae]`, to spare its allocation.
     """
-    n_rows = len(hidden_pre)
-    n = int(k * n_rows)
+    n = int(k * len(hidden_pre))
     cutoff = _MARGIN * last_threshold if last_threshold is not None else None
     if cutoff is None:
         cutoff = _estimated_cutoff(hidden_pre, norms, k)
-    if threshold is not None:
-        # nothing above the threshold may be dismissed, or it could not be counted
-        cutoff = torch.minimum(cutoff, threshold.to(cutoff.dtype))
     index, pre, scores = _candidates(hidden_pre, norms, cutoff, mask)
     if len(index) < n and bool(cutoff > 0):
         index, pre, scores = _candidates(hidden_pre, norms, torch.zeros_like(cutoff), mask)
-    l0 = scores.new_zeros(())
-    if threshold is not None:
-        l0 = (scores > threshold).sum() / n_rows
     if len(index) > n:
         keep = _largest(scores, n)
         index, pre, scores = index[keep], pre[keep], scores[keep]
@@ -80,22 +69,12 @@ def select_batch(
         pre=pre,
         scores=scores,
         batch_threshold=scores.min() if len(scores) else scores.new_zeros(()),
-        l0_at_threshold=l0,
     )
 
 
-def select_token(
-    hidden_pre: torch.Tensor,
-    norms: torch.Tensor | None,
-    k: int,
-    *,
-    threshold: torch.Tensor | None,
-) -> Selection:
+def select_token(hidden_pre: torch.Tensor, norms: torch.Tensor | None, k: int) -> Selection:
     """The k largest scores of each row, if positive. Arguments as in `select_batch`."""
     scores = (hidden_pre if norms is None else hidden_pre * norms).relu()
-    l0 = scores.new_zeros(())
-    if threshold is not None:
-        l0 = (scores > threshold).sum() / len(scores)
     smallest_kept = scores.topk(k, dim=-1).values[:, -1:]
     # ">= and positive" is right but for ties, which go to the lower index
     keep = (scores >= smallest_kept) & (scores > 0)
@@ -111,7 +90,6 @@ def select_token(
         pre=hidden_pre[rows, columns],
         scores=kept,
         batch_threshold=kept.min() if len(kept) else kept.new_zeros(()),
-        l0_at_threshold=l0,
     )
 
 

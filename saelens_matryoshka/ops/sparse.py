@@ -46,13 +46,12 @@ class SparseStep:
         objective: NestedObjective,
         *,
         dead: torch.Tensor | None,
-        threshold: torch.Tensor | None,
     ) -> NestedStep:
         """Run one step. See `NestedStepFn` for the arguments."""
         dead_columns = None
         if dead is not None and objective.aux_coefficient > 0:
             dead_columns = dead.nonzero().squeeze(1)
-        loss, parts = _run(self, weights, x, y, objective, dead_columns, threshold)
+        loss, parts = _run(self, weights, x, y, objective, dead_columns)
         chosen = parts.selection
         self._last_threshold = chosen.batch_threshold if len(chosen.rows) else None
         shape = (len(x), weights.W_dec.shape[0])
@@ -66,7 +65,6 @@ class SparseStep:
             feature_acts=_coo(index, chosen.scores, shape),
             hidden_pre=_coo(index, chosen.pre, shape),
             batch_threshold=chosen.batch_threshold,
-            l0_at_threshold=chosen.l0_at_threshold,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseStep:
@@ -97,10 +95,9 @@ def _run(
     y: torch.Tensor,
     objective: NestedObjective,
     dead_columns: torch.Tensor | None,
-    threshold: torch.Tensor | None,
 ) -> tuple[torch.Tensor, _Parts]:
     box: list[_Parts] = []
-    loss = _NestedLoss.apply(*weights, x, y, objective, dead_columns, threshold, step, box)
+    loss = _NestedLoss.apply(*weights, x, y, objective, dead_columns, step, box)
     assert isinstance(loss, torch.Tensor)
     return loss, box[0]
 
@@ -120,7 +117,6 @@ class _NestedLoss(torch.autograd.Function):
         y: torch.Tensor,
         objective: NestedObjective,
         dead_columns: torch.Tensor | None,
-        threshold: torch.Tensor | None,
         step: SparseStep,
         box: list[_Parts],
     ) -> torch.Tensor:
@@ -129,15 +125,12 @@ class _NestedLoss(torch.autograd.Function):
         norms = W_dec.norm(dim=-1)
         selection_norms = norms if objective.rescale_by_decoder_norm else None
         if objective.selection == "token":
-            selection = select_token(
-                hidden_pre, selection_norms, int(objective.k), threshold=threshold
-            )
+            selection = select_token(hidden_pre, selection_norms, int(objective.k))
         else:
             selection = select_batch(
                 hidden_pre,
                 selection_norms,
                 objective.k,
-                threshold=threshold,
                 last_threshold=step._last_threshold,
                 mask=step.scratch("mask", hidden_pre, tuple(hidden_pre.shape), torch.bool),
             )
@@ -196,7 +189,7 @@ class _NestedLoss(torch.autograd.Function):
         b_dec_grad = base_grad.sum(dim=0)
         if objective.subtract_b_dec:
             b_dec_grad = b_dec_grad - W_enc @ b_enc_grad
-        return (W_enc_grad.T, b_enc_grad, W_dec_grad, b_dec_grad, W_skip_grad, *[None] * 7)
+        return (W_enc_grad.T, b_enc_grad, W_dec_grad, b_dec_grad, W_skip_grad, *[None] * 6)
 
 
 def _encode(

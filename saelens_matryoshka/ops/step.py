@@ -66,8 +66,6 @@ class NestedStep(NamedTuple):
     """`[B, d_sae]`, what the encoder gives before the selection; detached"""
     batch_threshold: torch.Tensor
     """scalar: the smallest positive value kept, 0 if none was; in the units of feature_acts"""
-    l0_at_threshold: torch.Tensor
-    """scalar: mean number of scores per row above the given threshold, kept or not; 0 if none was given"""
 
 
 class NestedStepFn(Protocol):
@@ -81,7 +79,6 @@ class NestedStepFn(Protocol):
         objective: NestedObjective,
         *,
         dead: torch.Tensor | None,
-        threshold: torch.Tensor | None,
     ) -> NestedStep:
         """Run one step.
 
@@ -91,6 +88,5 @@ class NestedStepFn(Protocol):
             y: Target `[B, d_out]`; x itself for an SAE.
             objective: The loss.
             dead: Mask `[d_sae]` of the latents to revive with the auxiliary loss, or None.
-            threshold: Scalar, the inference threshold so far, to measure L0 at; None: do not.
         """
         ...

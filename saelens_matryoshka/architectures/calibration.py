@@ -1,0 +1,88 @@
+"""The threshold at which the inference model keeps k latents per token.
+
+TopK training selects by rank, the saved JumpReLU model by a threshold. A moving average of the batches' own
+thresholds starts at 0 and lags behind the training; this calibration instead takes source rows of the last
+batches and, with the weights as they are now, the threshold that exactly k·N of their scores exceed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+
+# Rows kept: enough that the sampling error of L0 is below a percent at usual k, few enough to be cheap.
+_MAX_ROWS = 16_384
+_ROWS_PER_BATCH = 1_024
+# Scores computed at a time.
+_CHUNK_VALUES = 1 << 25
+
+
+class RecentRows:
+    """Source rows of the last training batches."""
+
+    def __init__(self) -> None:
+        self._batches: deque[torch.Tensor] = deque()
+
+    def add(self, source: torch.Tensor) -> None:
+        """Keep some rows of a batch `[B, d_in]`; the oldest go when there are enough."""
+        self._batches.append(source[:_ROWS_PER_BATCH].detach().clone())
+        while len(self._batches) > 1 and self.count() - len(self._batches[0]) >= _MAX_ROWS:
+            self._batches.popleft()
+
+    def count(self) -> int:
+        """Rows kept."""
+        return sum(map(len, self._batches))
+
+    def clear(self) -> None:
+        """Forget them."""
+        self._batches.clear()
+
+    def rows(self) -> torch.Tensor:
+        """`[n, d_in]`."""
+        return torch.cat(list(self._batches))
+
+
+@torch.no_grad()
+def threshold_for_l0(
+    rows: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor,
+    norms: torch.Tensor | None,
+    k: float,
+    guess: float,
+) -> float:
+    """The threshold that int(k·N) of the scores of N rows exceed, 0 if fewer are positive.
+
+    Args:
+        rows: Encoder input `[N, d_in]`.
+        W_enc: `[d_in, d_sae]`.
+        b_enc: `[d_sae]`.
+        norms: Decoder norms `[d_sae]` the scores are multiplied by, or None.
+        k: Wanted mean number of scores above the threshold per row.
+        guess: About where the threshold is; scores far below it are searched only if need be.
+    """
+    n = int(k * len(rows))
+    for cutoff in (0.7 * guess, 0.0):
+        chunks = rows.split(max(1, _CHUNK_VALUES // W_enc.shape[1]))
+        candidates = torch.cat(
+            [_scores_above(chunk, W_enc, b_enc, norms, cutoff) for chunk in chunks]
+        )
+        if len(candidates) > n:
+            # a score is kept if it is larger than the threshold, so the first not to be kept is it
+            return candidates.topk(n + 1, sorted=False).values.min().item()
+    return 0.0
+
+
+def _scores_above(
+    rows: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor,
+    norms: torch.Tensor | None,
+    cutoff: float,
+) -> torch.Tensor:
+    dtype = torch.promote_types(W_enc.dtype, torch.float32)
+    scores = torch.addmm(b_enc.to(dtype), rows.to(dtype), W_enc.to(dtype))
+    if norms is not None:
+        scores.mul_(norms)
+    return scores[scores > cutoff]

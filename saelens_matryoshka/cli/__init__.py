@@ -1,0 +1,40 @@
+"""The command line, `saelens-matryoshka`: thin commands over the package."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+from saelens_matryoshka.cli import demo, train
+
+app = typer.Typer(
+    name="saelens-matryoshka",
+    help="Matryoshka SAEs and transcoders for SAELens.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+demo.register(app)
+train.register(app)
+
+
+@app.callback()
+def _root() -> None:
+    """Matryoshka SAEs and transcoders for SAELens."""
+
+
+def main() -> None:
+    """Entry point: what the user can mend is told in a line or two, without a traceback."""
+    try:
+        app()
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {_plain(error)}", highlight=False)
+        sys.exit(1)
+
+
+def _plain(error: BaseException) -> str:
+    text = str(error) or type(error).__name__
+    return text.replace("[", r"\[")

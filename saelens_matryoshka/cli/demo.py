@@ -1,0 +1,181 @@
+"""`saelens-matryoshka demo`: train, evaluate, save and reload a nested transcoder, from one command."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+_TINY = "the embedded tiny model"
+_CONTEXT_SIZE = 256
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("demo")(demo)
+
+
+def demo(
+    model: Annotated[
+        str | None,
+        typer.Option(help="A model TransformerLens knows, e.g. gpt2. Default: the embedded tiny one."),
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="Default: the middle one.")] = None,
+    d_sae: Annotated[int | None, typer.Option(help="Latents. Default: 8 per input dimension.")] = None,
+    k: Annotated[float, typer.Option(help="Active latents per token.")] = 16,
+    tokens: Annotated[int, typer.Option(help="Training tokens.")] = 400_000,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to save. Default: output/demo-MODEL-layer-LAYER.")
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Text to train on, as datasets.load_dataset takes it; the first documents are held "
+            "out. Default: the Python standard library's sources, by file."
+        ),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the initialisation and the shuffling.")] = 0,
+) -> None:
+    """Train a four-level Matryoshka transcoder of one MLP with SAELens's stock runner, and evaluate it.
+
+    Every prefix is evaluated on held-out text, with the model as stock SAELens loads it from disk.
+
+      saelens-matryoshka demo
+      saelens-matryoshka demo --model gpt2 --layer 8
+    """
+    console = Console()
+    _quieten()
+    with console.status("loading"):
+        import torch
+        from sae_lens import SAE, LanguageModelSAETrainingRunner
+
+        import saelens_matryoshka as sm
+        from saelens_matryoshka.runner import require_own_output_path
+
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        language_model = _load_model(model, device)
+        layer = language_model.cfg.n_layers // 2 if layer is None else layer
+        cfg = _runner_config(
+            language_model, model, layer, d_sae, k, tokens, lr, out, dataset, device, seed
+        )
+        require_own_output_path(cfg)
+        train_set, held_out = _text(dataset)
+    torch.manual_seed(seed)
+    console.print(
+        f"[bold]Training[/] a Matryoshka transcoder of layer {layer} of {model or _TINY}\n"
+        f"  {cfg.hook_name} → {cfg.sae.hook_name_out}\n"
+        f"  prefixes of {', '.join(f'{w:,}' for w in cfg.sae.matryoshka_widths)} latents, "
+        f"k = {k:g}, {tokens:,} tokens",
+        highlight=False,
+    )
+    started = time.monotonic()
+    runner = LanguageModelSAETrainingRunner(
+        cfg, override_model=language_model, override_dataset=train_set
+    )
+    runner.run()
+    trained = time.monotonic()
+    with console.status("evaluating every prefix on held-out text"):
+        sae = SAE.load_from_disk(cfg.output_path, device=device)
+        result = sm.evaluate(sae, language_model, held_out, n_tokens=50_000, n_ce_tokens=10_000)
+        (Path(cfg.output_path) / "evaluation.json").write_text(result.to_json())
+    console.print(result.table())
+    console.print(
+        f"Trained in {trained - started:.0f} s, evaluated in {time.monotonic() - trained:.0f} s.\n\n"
+        f"Saved in {cfg.output_path}: a stock {type(sae).__name__}, evaluation.json and the settings.\n"
+        "It loads where this package is not installed:\n"
+        f"  from sae_lens import SAE\n"
+        f'  transcoder = SAE.load_from_disk("{cfg.output_path}")',
+        highlight=False,
+    )
+
+
+def _runner_config(
+    language_model: Any,
+    model: str | None,
+    layer: int,
+    d_sae: int | None,
+    k: float,
+    tokens: int,
+    lr: float,
+    out: Path | None,
+    dataset: str | None,
+    device: str,
+    seed: int,
+) -> Any:
+    from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
+
+    import saelens_matryoshka as sm
+
+    source = sm.find_site(language_model, layer, "mlp_in")
+    target = sm.find_site(language_model, layer, "mlp_out")
+    d_in = language_model.cfg.d_model
+    d_sae = 8 * d_in if d_sae is None else d_sae
+    n_steps = max(tokens // 1024, 1)
+    name = (model or "tiny").replace("/", "-")
+    return LanguageModelSAERunnerConfig(
+        sae=sm.MatryoshkaTrainingTranscoderConfig(
+            d_in=d_in,
+            d_sae=d_sae,
+            k=k,
+            matryoshka_widths=sorted({max(1, d_sae // 16), max(1, d_sae // 8), d_sae // 2, d_sae} - {0}),
+            hook_name_out=target.hook_name,
+            input_gain="none" if source.gain is None else "norm_weight",
+        ),
+        model_name=model or "saelens_matryoshka.tiny",
+        hook_name=source.hook_name,
+        dataset_path=dataset or "the Python standard library",
+        is_dataset_tokenized=False,
+        context_size=min(_CONTEXT_SIZE, language_model.cfg.n_ctx),
+        exclude_special_tokens=True,
+        training_tokens=tokens,
+        train_batch_size_tokens=1024,
+        store_batch_size_prompts=8,
+        n_batches_in_buffer=32,
+        lr=lr,
+        lr_warm_up_steps=n_steps // 20,
+        lr_decay_steps=n_steps // 4,
+        dead_feature_window=max(n_steps // 4, 1),
+        device=device,
+        seed=seed,
+        logger=LoggingConfig(log_to_wandb=False),
+        checkpoint_path=None,
+        output_path=str(out or Path("output") / f"demo-{name}-layer-{layer}"),
+        verbose=False,
+    )
+
+
+def _load_model(name: str | None, device: str) -> Any:
+    if name is None:
+        from saelens_matryoshka.tiny import load_hooked_transformer
+
+        return load_hooked_transformer().to(device)
+    from sae_lens.load_model import load_model
+
+    return load_model("HookedTransformer", name, device)
+
+
+def _text(dataset: str | None) -> tuple[Any, Any]:
+    """Text to train on and held-out text."""
+    if dataset is None:
+        from saelens_matryoshka.tiny import text
+
+        return text.dataset("train"), text.dataset("held_out")
+    from datasets import load_dataset
+
+    stream = load_dataset(dataset, split="train", streaming=True)
+    return stream.skip(500), stream.take(500)
+
+
+def _quieten() -> None:
+    """Hide notices that tell the user of the demo nothing."""
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    for message in ("Dataset is not tokenized", "The training dataset contains fewer samples"):
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("sae_lens").setLevel(logging.ERROR)

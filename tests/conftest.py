@@ -1,0 +1,37 @@
+"""Fixtures shared by all tests. No test reaches for the network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import datasets
+import pytest
+import torch
+from transformer_lens import HookedTransformer
+
+import saelens_matryoshka  # noqa: F401  (registers the architectures)
+from saelens_matryoshka import tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> HookedTransformer:
+    """The embedded language model, norms not folded. Shared: do not change it."""
+    return tiny.load_hooked_transformer()
+
+
+@pytest.fixture(scope="session")
+def token_dataset() -> datasets.Dataset:
+    """Random tokens of the embedded model's vocabulary, 400 prompts of 32."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, 1000, (400, 32), generator=generator)
+    tokens[:, 0] = 0
+    return datasets.Dataset.from_dict({"input_ids": tokens.tolist()})
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,160 @@
+"""The fast step is the reference step: same selection, same losses, same gradients."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+
+from saelens_matryoshka.ops import NestedObjective, NestedWeights, SparseStep, reference_step
+from saelens_matryoshka.ops import sparse as sparse_module
+
+
+def _random_case(seed: int) -> tuple:
+    """A problem of random shape, with what tends to go wrong in it."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    n_rows, d_in = rng.choice([1, 2, 5, 17]), rng.choice([3, 8])
+    subtract = rng.random() < 0.4
+    d_out = d_in if subtract else rng.choice([1, 2, 7])
+    d_sae = rng.choice([6, 20, 33])
+    n_inner = min(rng.randint(0, 4), d_sae - 1)
+    widths = (*sorted(rng.sample(range(1, d_sae), n_inner)), d_sae)
+    selection = rng.choice(["batch", "batch", "token"])
+    k = min(rng.choice([0.3, 1, 2.5, 3, d_sae / 2, d_sae]), d_sae)
+    k = max(1, int(k)) if selection == "token" else k
+
+    def parameter(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.double)
+
+    skip = parameter(d_out, d_in) if rng.random() < 0.5 else None
+    weights = NestedWeights(
+        parameter(d_in, d_sae), parameter(d_sae), parameter(d_sae, d_out), parameter(d_out), skip
+    )
+    x, y = parameter(n_rows, d_in), parameter(n_rows, d_out)
+    trouble = rng.choice(["none", "few active", "nothing active", "ties", "empty level"])
+    if trouble == "few active":
+        weights.b_enc.sub_(3.0)
+    elif trouble == "nothing active":
+        weights.b_enc.sub_(1e3)
+    elif trouble == "ties":
+        for tensor in (weights.W_enc, weights.b_enc, weights.b_dec, x):
+            tensor.round_()
+        weights.W_dec.div_(weights.W_dec.norm(dim=-1, keepdim=True))
+    elif trouble == "empty level":
+        weights.b_enc[: widths[0]] = -1e3
+    dead = rng.choice(
+        [None, torch.rand(d_sae) < 0.3, torch.ones(d_sae).bool(), torch.zeros(d_sae).bool()]
+    )
+    objective = NestedObjective(
+        widths=widths,
+        level_weights=tuple(rng.random() for _ in widths),
+        k=k,
+        selection=selection,
+        subtract_b_dec=subtract,
+        rescale_by_decoder_norm=rng.random() < 0.5,
+        aux_coefficient=rng.choice([0.0, 1.0, 0.3]),
+        aux_per_level=rng.random() < 0.5,
+        l1_coefficient=rng.choice([0.0, 0.1]),
+    )
+    last = rng.choice([None, 0.0, 0.5, 1e3])
+    return weights, x, y, objective, dead, last
+
+
+def _run(step_fn, weights, x, y, objective, dead):
+    weights = NestedWeights(*(None if p is None else p.clone().requires_grad_() for p in weights))
+    step = step_fn(weights, x, y, objective, dead=dead)
+    (1.7 * step.loss).backward()  # not 1, so that a dropped incoming gradient shows
+    zeros = [None if p is None else torch.zeros_like(p) for p in weights]
+    grads = [
+        None if p is None else (z if p.grad is None else p.grad)
+        for p, z in zip(weights, zeros, strict=True)
+    ]
+    return step, dict(zip(weights._fields, grads, strict=True))
+
+
+def _assert_same(case, step_fn) -> None:
+    *problem, _ = case
+    expected, expected_grads = _run(reference_step, *problem)
+    actual, grads = _run(step_fn, *problem)
+    close = {"rtol": 1e-9, "atol": 1e-9}
+    for name in expected._fields:
+        if name == "hidden_pre":
+            continue
+        value = getattr(actual, name)
+        value = value.to_dense() if value.is_sparse else value
+        torch.testing.assert_close(
+            value, getattr(expected, name), **close, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    for name, grad in expected_grads.items():
+        if grad is not None:
+            torch.testing.assert_close(
+                grads[name], grad, **close, msg=lambda m, name=name: f"gradient of {name}: {m}"
+            )
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_step_equals_reference_in_losses_selection_and_gradients(seed: int) -> None:
+    case = _random_case(seed)
+    step = SparseStep()
+    if case[-1] is not None:
+        step._last_threshold = torch.tensor(case[-1], dtype=torch.double)
+    _assert_same(case, step)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_step_equals_reference_when_decoded_in_many_chunks(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse_module, "_CPU_DECODE_VALUES", 8)
+    _assert_same(_random_case(seed), SparseStep())
+
+
+def test_what_the_step_remembers_changes_nothing() -> None:
+    """The same step object over many batches of different sizes gives what a new one gives."""
+    step = SparseStep()
+    for seed in range(100, 140):
+        _assert_same(_random_case(seed), step)
+
+
+def test_feature_acts_are_coalesced_and_positive() -> None:
+    weights, x, y, objective, dead, _ = _random_case(3)
+    acts = SparseStep()(weights, x, y, objective, dead=dead).feature_acts
+    assert acts.is_coalesced()
+    assert (acts.values() > 0).all()
+    rebuilt = torch.sparse_coo_tensor(acts.indices(), acts.values(), acts.shape).coalesce()
+    assert torch.equal(rebuilt.indices(), acts.indices())
+
+
+def test_copying_a_model_does_not_copy_the_scratch_memory() -> None:
+    weights, x, y, objective, *_ = _random_case(0)
+    step = SparseStep()
+    step(weights, x, y, objective, dead=None)
+    assert copy.deepcopy(step)._scratch == {}
+
+
+def test_autocast_gives_the_reference_gradients_to_bfloat16_accuracy() -> None:
+    torch.manual_seed(0)
+    d_in, d_sae, n_rows = 16, 64, 32
+    weights = NestedWeights(
+        torch.randn(d_in, d_sae),
+        torch.zeros(d_sae),
+        torch.randn(d_sae, d_in),
+        torch.zeros(d_in),
+        torch.zeros(d_in, d_in),
+    )
+    x = torch.randn(n_rows, d_in)
+    dead = torch.zeros(d_sae, dtype=torch.bool)
+    dead[::7] = True
+    objective = NestedObjective((16, 64), (1.0, 1.0), k=64, aux_coefficient=1.0)
+    problem = (weights, x, x, objective, dead)
+    _, expected = _run(reference_step, *problem)
+    with torch.autocast("cpu", torch.bfloat16):
+        step, grads = _run(SparseStep(), *problem)
+    assert step.loss.dtype == torch.float32
+    for name, grad in expected.items():
+        assert grads[name].dtype == torch.float32
+        error = (grads[name] - grad).norm() / grad.norm().clamp(min=1e-6)
+        assert error < 0.03, name

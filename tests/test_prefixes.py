@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import (
+    SAE,
+    JumpReLUSAE,
+    MatryoshkaBatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+    TopKSAE,
+    TopKSAEConfig,
+)
+
+import saelens_matryoshka as sm
+from saelens_matryoshka.prefixes import predict_prefixes
+from tests.helpers import run_steps, sparse_batches, trainer_for
+
+WIDTHS = [8, 24, 64]
+
+
+def _trained(kind: str) -> Any:
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"d_in": 16, "d_sae": 64, "k": 4, "matryoshka_widths": WIDTHS}
+    batches = sparse_batches(20, 128, 16)
+    if kind == "sae":
+        model: Any = sm.MatryoshkaTrainingSAE(sm.MatryoshkaTrainingSAEConfig(**settings))
+    else:
+        batches = [torch.cat([b, b[:, :10].relu()], dim=-1) for b in batches]
+        settings |= {"d_out": 10, "hook_name_out": "out"}
+        if kind == "transcoder":
+            cfg: Any = sm.MatryoshkaTrainingTranscoderConfig(**settings)
+            model = sm.MatryoshkaTrainingTranscoder(cfg)
+        else:
+            cfg = sm.MatryoshkaTrainingSkipTranscoderConfig(**settings)
+            model = sm.MatryoshkaTrainingSkipTranscoder(cfg)
+    run_steps(trainer_for(model, batches), batches)
+    return model
+
+
+@pytest.fixture(params=["sae", "transcoder", "skip"])
+def trained(request: pytest.FixtureRequest) -> Any:
+    return _trained(request.param)
+
+
+def test_truncated_model_is_the_prefix_of_the_whole(trained: Any, tmp_path: Path) -> None:
+    stock = sm.inference_model(trained)
+    x = sparse_batches(1, 32, 16, seed=3)[0]
+    acts = stock.encode(x)
+    prefixes = predict_prefixes(stock, x, acts)
+    for level, width in enumerate(WIDTHS):
+        for model in (trained, stock):
+            prefix = sm.truncate(model, width)
+            assert prefix.cfg.d_sae == width
+            assert sm.matryoshka_widths(prefix) == WIDTHS[: level + 1]
+            torch.testing.assert_close(prefix.encode(x), acts[:, :width])
+            torch.testing.assert_close(prefix(x), prefixes[level], rtol=1e-5, atol=1e-5)
+        prefix.save_model(tmp_path / str(width))
+        torch.testing.assert_close(SAE.load_from_disk(tmp_path / str(width))(x), prefix(x))
+
+
+def test_last_prefix_is_what_the_model_decodes(trained: Any) -> None:
+    x = sparse_batches(1, 32, 16)[0]
+    for model in (trained, sm.inference_model(trained)):
+        acts = model.encode(x)
+        torch.testing.assert_close(
+            sm.decode_prefixes(model, acts)[-1], model.decode(acts), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_decode_prefixes_keeps_batch_dimensions_and_takes_sparse_activations() -> None:
+    stock = sm.inference_model(_trained("transcoder"))
+    acts = stock.encode(torch.randn(2, 5, 16))
+    outputs = sm.decode_prefixes(stock, acts)
+    assert outputs.shape == (3, 2, 5, 10)
+    sparse = sm.decode_prefixes(stock, acts[0].to_sparse())
+    torch.testing.assert_close(sparse, outputs[:, 0])
+
+
+def test_truncating_shares_no_memory_and_changes_nothing() -> None:
+    stock = sm.inference_model(_trained("sae"))
+    prefix = sm.truncate(stock, 24)
+    before = stock.W_dec.clone()
+    prefix.W_dec.data.zero_()
+    assert torch.equal(stock.W_dec, before)
+    assert sm.matryoshka_widths(stock) == WIDTHS
+
+
+def test_widths_of_stock_saelens_matryoshka_are_read_from_its_metadata(tmp_path: Path) -> None:
+    stock = MatryoshkaBatchTopKTrainingSAE(
+        MatryoshkaBatchTopKTrainingSAEConfig(
+            d_in=16, d_sae=64, k=4, matryoshka_widths=list(WIDTHS)
+        )
+    )
+    stock.save_inference_model(tmp_path)
+    loaded = SAE.load_from_disk(tmp_path)
+    assert type(loaded) is JumpReLUSAE
+    assert sm.matryoshka_widths(loaded) == WIDTHS
+    assert sm.truncate(loaded, 8).cfg.d_sae == 8
+
+
+def test_a_model_without_recorded_widths_has_one_prefix() -> None:
+    stock = sm.inference_model(_trained("sae"))
+    del stock.cfg.metadata.matryoshka_widths
+    del stock.cfg.metadata.training_architecture_details
+    assert sm.matryoshka_widths(stock) == [64]
+
+
+@pytest.mark.parametrize("width", [0, -1, 65, 8.0, True])
+def test_impossible_width_is_refused(width: Any) -> None:
+    with pytest.raises(ValueError, match="width="):
+        sm.truncate(_trained("sae"), width)
+
+
+def test_width_between_the_trained_prefixes_warns() -> None:
+    with pytest.warns(UserWarning, match="not one of the trained prefixes"):
+        assert sm.truncate(_trained("sae"), 9).cfg.d_sae == 9
+
+
+def test_topk_model_has_no_prefix_of_its_own() -> None:
+    with pytest.raises(ValueError, match="topk"):
+        sm.truncate(TopKSAE(TopKSAEConfig(d_in=4, d_sae=8, k=2)), 4)
