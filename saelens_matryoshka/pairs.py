@@ -7,6 +7,7 @@ carry the two together and cannot take them apart.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from sae_lens import ActivationsStore, LanguageModelSAERunnerConfig
 from sae_lens.config import HfDataset
 from sae_lens.util import get_special_token_ids
-from transformer_lens.HookedTransformer import HookedRootModule
+from transformer_lens import HookedRootModule
 from typing_extensions import override
 
 from saelens_matryoshka.sites import Site
@@ -111,8 +112,7 @@ def _hold_out(store: ActivationsStore, cfg: LanguageModelSAERunnerConfig[Any]) -
     batch_size = cfg.eval_batch_size_prompts or cfg.store_batch_size_prompts
     try:
         batches = [
-            store.get_batch_tokens(batch_size, raise_at_epoch_end=True)
-            for _ in range(cfg.n_eval_batches)
+            store.get_batch_tokens(batch_size, raise_at_epoch_end=True) for _ in range(cfg.n_eval_batches)
         ]
     except StopIteration:
         raise ValueError(
@@ -122,9 +122,7 @@ def _hold_out(store: ActivationsStore, cfg: LanguageModelSAERunnerConfig[Any]) -
     return torch.cat(batches)
 
 
-def _special_tokens(
-    model: Any, exclude: bool | list[int], device: torch.device
-) -> torch.Tensor | None:
+def _special_tokens(model: Any, exclude: bool | list[int], device: torch.device) -> torch.Tensor | None:
     ids = get_special_token_ids(model.tokenizer) if exclude is True else exclude
     return torch.tensor(ids, dtype=torch.long, device=device) if ids else None
 
@@ -169,13 +167,13 @@ def probe_hooks(
     """Run two tokens through the model and look at both hooks, in the order they fire."""
     seen: dict[str, torch.Tensor] = {}
 
-    def look(activation: torch.Tensor, hook: Any) -> None:
-        seen.setdefault(hook.name, activation.detach().float().cpu())
+    def look(name: str, activation: torch.Tensor, hook: Any) -> None:  # noqa: ARG001
+        seen.setdefault(name, activation.detach().float().cpu())
 
     device = next(model.parameters()).device
     tokens = torch.zeros((1, 2), dtype=torch.long, device=device)
     names = dict.fromkeys([hook_name, hook_name_out])
-    model.run_with_hooks(tokens, fwd_hooks=[(name, look) for name in names])
+    model.run_with_hooks(tokens, fwd_hooks=[(name, functools.partial(look, name)) for name in names])
     order = list(seen)
     source, target = seen[hook_name], seen[hook_name_out]
     if head_index is not None:

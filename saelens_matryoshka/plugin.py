@@ -11,7 +11,9 @@ Both dispatch on the type of the config or the SAE, so nothing changes for SAELe
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -85,10 +87,17 @@ def parse_runner_config(args: Sequence[str]) -> LanguageModelSAERunnerConfig[Any
     Raises:
         ValueError: a flag is unknown, or its value is refused.
     """
+    said = io.StringIO()
     try:
-        return llm_sae_training_runner._parse_cfg_args(args)
+        with contextlib.redirect_stderr(said):
+            return llm_sae_training_runner._parse_cfg_args(args)
     except ArgumentError as error:
         raise ValueError(str(error)) from None
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        # argparse has written the usage of some hundred flags, and then what is wrong
+        raise ValueError(said.getvalue().rpartition("error: ")[2].strip()) from None
 
 
 def _redirect(

@@ -18,6 +18,7 @@ import torch
 from sae_lens import ActivationsStore, LanguageModelSAERunnerConfig, SAETrainer
 from sae_lens.config import HfDataset
 from sae_lens.constants import RUNNER_CFG_FILENAME
+from sae_lens.llm_sae_training_runner import LLMSaeEvaluator
 from sae_lens.load_model import HookedProxyLM, get_hook_fn
 from sae_lens.saes.sae import TrainStepOutput
 from tqdm.auto import tqdm
@@ -181,15 +182,18 @@ def _differences(saved: dict[str, Any], ours: dict[str, Any], prefix: str = "") 
 def prepare_trainer(trainer: SAETrainer[Any, Any]) -> None:
     """Give a trainer of one of our architectures what the stock one lacks, before it trains."""
     trainer._update_pbar = functools.partial(_update_bar, trainer, [0.0])  # type: ignore[method-assign]
-    store = getattr(trainer.evaluator, "activations_store", None)
-    if isinstance(trainer.sae, MatryoshkaTrainingTranscoder) and isinstance(
-        store, PairedActivationsStore
+    stock = trainer.evaluator
+    store = getattr(stock, "activations_store", None)
+    if (
+        isinstance(trainer.sae, MatryoshkaTrainingTranscoder)
+        and isinstance(stock, LLMSaeEvaluator)
+        and isinstance(store, PairedActivationsStore)
     ):
         source = store.source
         if source.gain is not None:
             trainer.sae.set_input_gain(source.gain, source.offset)
         trainer.sae.cfg.metadata.input_frame = norm_frame(store.model, source.hook_name)
-        trainer.evaluator = TranscoderEvaluator.from_stock(trainer.evaluator, store)
+        trainer.evaluator = TranscoderEvaluator.from_stock(stock, store)
 
 
 @torch.no_grad()

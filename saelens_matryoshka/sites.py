@@ -229,9 +229,7 @@ def _did_you_mean(value: str, known: Iterable[str]) -> str:
 
 def _check_layer(layer: int, n_layers: int) -> None:
     if not 0 <= layer < n_layers:
-        raise ValueError(
-            f"layer={layer}, but the model has {n_layers} layers (0 to {n_layers - 1})"
-        )
+        raise ValueError(f"layer={layer}, but the model has {n_layers} layers (0 to {n_layers - 1})")
 
 
 def _switched_off(model: Any, hook_name: str) -> str | None:

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.HookedTransformer import HookedRootModule
 
 N_VOCAB = 1000
 

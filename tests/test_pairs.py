@@ -21,16 +21,13 @@ def _dataset() -> datasets.Dataset:
     return datasets.Dataset.from_dict({"input_ids": tokens.tolist()})
 
 
-def _store(
-    model: FakeModel, site: Site | None = None, **overrides: Any
-) -> PairedActivationsStore:
+def _store(model: FakeModel, site: Site | None = None, **overrides: Any) -> PairedActivationsStore:
     sae = sm.MatryoshkaTrainingTranscoderConfig(
         d_in=2, d_out=1, d_sae=8, k=1, matryoshka_widths=[8], hook_name_out="hook_target"
     )
     cfg = runner_config(
         sae,
-        **{"hook_name": "hook_source", "context_size": 16, "train_batch_size_tokens": 32}
-        | overrides,
+        **{"hook_name": "hook_source", "context_size": 16, "train_batch_size_tokens": 32} | overrides,
     )
     return paired_store(model, cfg, site or Site("hook_source"), _dataset())
 
@@ -110,7 +107,10 @@ def test_tokens_set_aside_for_evaluation_are_not_trained_on() -> None:
     from sae_lens import LoggingConfig
 
     store = _store(
-        FakeModel(), logger=LoggingConfig(log_to_wandb=True), n_eval_batches=3, n_batches_in_buffer=2
+        FakeModel(),
+        logger=LoggingConfig(log_to_wandb=True),
+        n_eval_batches=3,
+        n_batches_in_buffer=2,
     )
     assert store.held_out_tokens.shape == (12, 16)
     following = store.get_batch_tokens(188)

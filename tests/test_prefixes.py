@@ -90,9 +90,7 @@ def test_truncating_shares_no_memory_and_changes_nothing() -> None:
 
 def test_widths_of_stock_saelens_matryoshka_are_read_from_its_metadata(tmp_path: Path) -> None:
     stock = MatryoshkaBatchTopKTrainingSAE(
-        MatryoshkaBatchTopKTrainingSAEConfig(
-            d_in=16, d_sae=64, k=4, matryoshka_widths=list(WIDTHS)
-        )
+        MatryoshkaBatchTopKTrainingSAEConfig(d_in=16, d_sae=64, k=4, matryoshka_widths=list(WIDTHS))
     )
     stock.save_inference_model(tmp_path)
     loaded = SAE.load_from_disk(tmp_path)

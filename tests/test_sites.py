@@ -29,9 +29,7 @@ FAMILIES = ("gpt2", "llama", "gemma2", "neox", "olmo2")
 HF_ONLY_FAMILIES = ("gptj", "mistral", "qwen2", "qwen3", "gemma3")
 KINDS = {
     "hooked_transformer": tiny_models.hooked_transformer,
-    "hooked_transformer_with_hook_mlp_in": partial(
-        tiny_models.hooked_transformer, use_hook_mlp_in=True
-    ),
+    "hooked_transformer_with_hook_mlp_in": partial(tiny_models.hooked_transformer, use_hook_mlp_in=True),
     "bridge": tiny_models.bridge,
     "proxy": tiny_models.proxy,
 }
@@ -139,9 +137,7 @@ def is_absent(family: str, kind: str, name: str) -> bool:
 def read(model: Any, site: Site, layer: int) -> torch.Tensor:
     """The site's tensor, with the call that SAELens's activation store makes."""
     with torch.no_grad():
-        _, activations = model.run_with_cache(
-            TOKENS, names_filter=[site.hook_name], stop_at_layer=layer + 1
-        )
+        _, activations = model.run_with_cache(TOKENS, names_filter=[site.hook_name], stop_at_layer=layer + 1)
     return site(activations[site.hook_name])
 
 
@@ -191,11 +187,7 @@ def test_folded_norms(family: str) -> None:
     site = find_site(folded(family), 1, "mlp_in")
     assert site == Site("blocks.1.ln2.hook_normalized")
     received = []
-    handle = (
-        folded(family)
-        .blocks[1]
-        .mlp.register_forward_pre_hook(lambda _, args: received.append(args[0]))
-    )
+    handle = folded(family).blocks[1].mlp.register_forward_pre_hook(lambda _, args: received.append(args[0]))
     tensor = read(folded(family), site, 1)
     handle.remove()
     assert_close(tensor, received[0])
@@ -258,9 +250,7 @@ def test_norm_gain_does_not_trust_the_bridges_config() -> None:
         bridge = tiny_models.bridge(hf(family))
         bridge.cfg.rmsnorm_uses_offset = flag
         found = norm_gain(bridge, "blocks.1.ln2.hook_normalized")
-        assert_close(
-            found, norm_gain(model(family, "hooked_transformer"), "blocks.1.ln2.hook_normalized")
-        )
+        assert_close(found, norm_gain(model(family, "hooked_transformer"), "blocks.1.ln2.hook_normalized"))
 
 
 @pytest.mark.parametrize("kind", ["hooked_transformer", "bridge", "proxy"])
@@ -292,9 +282,7 @@ def test_attention_only_transformer() -> None:
     read(attention_only, find_site(attention_only, 1, "attn_out"), 1)
 
 
-@pytest.mark.parametrize(
-    ("parallel", "hook"), [(False, "hook_resid_mid"), (True, "hook_resid_pre")]
-)
+@pytest.mark.parametrize(("parallel", "hook"), [(False, "hook_resid_mid"), (True, "hook_resid_pre")])
 def test_transformer_without_norms(parallel: bool, hook: str) -> None:
     plain = small_config(act_fn="relu", normalization_type=None, parallel_attn_mlp=parallel)
     received = []
@@ -328,9 +316,7 @@ def test_names_of_the_hf_modules() -> None:
         ],
         "neox": [f"gpt_neox.layers.{x}" for x in ("0", "1.attention", "1.mlp", "1")],
     }
-    first = {
-        family: find_site(model(family, "proxy"), 0, "resid_pre").hook_name for family in names
-    }
+    first = {family: find_site(model(family, "proxy"), 0, "resid_pre").hook_name for family in names}
     assert first == {
         "gpt2": "transformer.drop",
         "llama": "model.embed_tokens",
@@ -342,9 +328,7 @@ def test_names_of_the_hf_modules() -> None:
 def test_hf_model_which_rescales_between_modules() -> None:
     granite = model("granite", "proxy")
     for name in ("attn_out", "mlp_out"):
-        with pytest.raises(
-            ValueError, match=r"no module puts it out.*resid_pre, resid_post, mlp_in"
-        ):
+        with pytest.raises(ValueError, match=r"no module puts it out.*resid_pre, resid_post, mlp_in"):
             find_site(granite, 1, name)
     with pytest.raises(ValueError, match="name='resid_pre' has no hook at layer=0"):
         find_site(granite, 0, "resid_pre")
@@ -412,9 +396,7 @@ def test_compiled_model(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["hooked_transformer", "bridge", "proxy"])
 def test_wrong_layer_or_name(kind: str) -> None:
     for layer in (3, 12, -1):
-        with pytest.raises(
-            ValueError, match=rf"layer={layer}, but the model has 3 layers \(0 to 2\)"
-        ):
+        with pytest.raises(ValueError, match=rf"layer={layer}, but the model has 3 layers \(0 to 2\)"):
             find_site(model("llama", kind), layer, "mlp_in")
     with pytest.raises(ValueError, match=r"name='mlp_input' .* did you mean 'mlp_in'.*resid_pre"):
         find_site(model("llama", kind), 1, "mlp_input")

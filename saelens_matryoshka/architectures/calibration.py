@@ -65,9 +65,7 @@ def threshold_for_l0(
     n = int(k * len(rows))
     for cutoff in (0.7 * guess, 0.0):
         chunks = rows.split(max(1, _CHUNK_VALUES // W_enc.shape[1]))
-        candidates = torch.cat(
-            [_scores_above(chunk, W_enc, b_enc, norms, cutoff) for chunk in chunks]
-        )
+        candidates = torch.cat([_scores_above(chunk, W_enc, b_enc, norms, cutoff) for chunk in chunks])
         if len(candidates) > n:
             # a score is kept if it is larger than the threshold, so the first not to be kept is it
             return candidates.topk(n + 1, sorted=False).values.min().item()

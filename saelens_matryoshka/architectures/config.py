@@ -61,9 +61,7 @@ class MatryoshkaTrainingConfig(MatryoshkaBatchTopKTrainingSAEConfig, ABC):
         self._check_k()
         self._check_level_weights()
         if self.threshold_calibration not in ("ema", "l0"):
-            raise ValueError(
-                f"threshold_calibration={self.threshold_calibration!r} must be 'ema' or 'l0'."
-            )
+            raise ValueError(f"threshold_calibration={self.threshold_calibration!r} must be 'ema' or 'l0'.")
         if self.selection == "token" and self.threshold_calibration == "ema":
             raise ValueError(
                 "threshold_calibration='ema' follows the smallest kept activation of a batch, which with "
@@ -129,9 +127,7 @@ class MatryoshkaTrainingConfig(MatryoshkaBatchTopKTrainingSAEConfig, ABC):
                 f"matryoshka_widths={self.matryoshka_widths}: give one per level."
             )
         if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or sum(weights) == 0:
-            raise ValueError(
-                f"level_weights={weights} must be finite, 0 or larger, and not all 0."
-            )
+            raise ValueError(f"level_weights={weights} must be finite, 0 or larger, and not all 0.")
 
 
 def require_positive_int(name: str, value: object) -> None:

@@ -10,7 +10,8 @@ training object and of the saved stock model alike) keeps the activations above 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from sae_lens import BatchTopKTrainingSAE
@@ -21,6 +22,10 @@ from typing_extensions import override
 from saelens_matryoshka.architectures.calibration import RecentRows, threshold_for_l0
 from saelens_matryoshka.architectures.config import MatryoshkaTrainingConfig
 from saelens_matryoshka.ops import NestedStep, NestedStepFn, NestedWeights, SparseStep
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
 
 class NonFiniteActivationsError(RuntimeError):
     """NaN or Inf in a training step, raised before the weights are touched."""
@@ -82,7 +87,8 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
             self.prepare_for_training(step_input.sae_in)
             self._prepared = True
         source, target = self.split_batch(step_input.sae_in)
-        step = self.step_fn(
+        # Not traced by torch.compile: its sizes depend on the data, and it brings its own gradient.
+        step = _untraced(self.step_fn)(
             self.weights(),
             source,
             target,
@@ -111,9 +117,7 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
             losses["l1_loss"] = step.l1_loss
         return losses
 
-    def _metrics(
-        self, step: NestedStep, target: torch.Tensor, dead: torch.Tensor | None
-    ) -> dict[str, Any]:
+    def _metrics(self, step: NestedStep, target: torch.Tensor, dead: torch.Tensor | None) -> dict[str, Any]:
         """Of this batch. The variance is only computed when something is logged, so each is lazy."""
         levels = step.level_losses
 
@@ -268,6 +272,10 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
         state_dict["b_enc"] = (state_dict["b_enc"].to(wide) * norms).to(dtype)
         state_dict["W_dec"] = (state_dict["W_dec"].to(wide) / norms[:, None]).to(dtype).contiguous()
         state_dict["threshold"] = threshold.expand(self.cfg.d_sae).to(dtype).contiguous()
+
+
+def _untraced(function: Callable[P, R]) -> Callable[P, R]:
+    return torch.compiler.disable(function)  # type: ignore[return-value]
 
 
 def _by_latent(W_enc: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ multiplies them by the norm's weight, so the *source* a transcoder trains on is 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -125,9 +126,7 @@ class MatryoshkaTrainingTranscoder(MatryoshkaTraining):
     gain: torch.Tensor
     offset: torch.Tensor
 
-    def __init__(
-        self, cfg: MatryoshkaTrainingTranscoderConfig, use_error_term: bool = False
-    ) -> None:
+    def __init__(self, cfg: MatryoshkaTrainingTranscoderConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
         device = self.W_enc.device
         for name in ("source_scale", "target_scale"):
@@ -169,9 +168,7 @@ class MatryoshkaTrainingTranscoder(MatryoshkaTraining):
         if self.cfg.input_gain != "norm_weight":
             raise ValueError("set_input_gain needs a config with input_gain='norm_weight'.")
         if gain.shape != (self.cfg.d_in,):
-            raise ValueError(
-                f"The norm's weight has shape {tuple(gain.shape)}, but d_in={self.cfg.d_in}."
-            )
+            raise ValueError(f"The norm's weight has shape {tuple(gain.shape)}, but d_in={self.cfg.d_in}.")
         self.gain.copy_(gain)
         self.offset.copy_(torch.zeros_like(gain) if offset is None else offset)
 
@@ -292,7 +289,7 @@ class MatryoshkaTrainingSkipTranscoder(MatryoshkaTrainingTranscoder):
 
 
 def _fold_scales(
-    tensors: dict[str, torch.Tensor], source: float, target: float
+    tensors: Mapping[str, torch.Tensor], source: float, target: float
 ) -> dict[str, torch.Tensor]:
     """The weights that do for x and y what `tensors` do for source·x and target·y."""
     folded = {
@@ -306,7 +303,7 @@ def _fold_scales(
 
 
 def _fold_gain(
-    tensors: dict[str, torch.Tensor], gain: torch.Tensor, offset: torch.Tensor
+    tensors: Mapping[str, torch.Tensor], gain: torch.Tensor, offset: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """The weights that do for x what `tensors` do for gain·x + offset."""
     dtype = tensors["W_enc"].dtype

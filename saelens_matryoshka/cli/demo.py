@@ -29,7 +29,9 @@ def demo(
     d_sae: Annotated[int | None, typer.Option(help="Latents. Default: 8 per input dimension.")] = None,
     k: Annotated[float, typer.Option(help="Active latents per token.")] = 16,
     tokens: Annotated[int, typer.Option(help="Training tokens.")] = 400_000,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    lr: Annotated[
+        float | None, typer.Option(help="Default: 3e-3 for the tiny model, 4e-4 for others.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Where to save. Default: output/demo-MODEL-layer-LAYER.")
     ] = None,
@@ -62,9 +64,8 @@ def demo(
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         language_model = _load_model(model, device)
         layer = language_model.cfg.n_layers // 2 if layer is None else layer
-        cfg = _runner_config(
-            language_model, model, layer, d_sae, k, tokens, lr, out, dataset, device, seed
-        )
+        assert layer is not None
+        cfg = _runner_config(language_model, model, layer, d_sae, k, tokens, lr, out, dataset, device, seed)
         require_own_output_path(cfg)
         train_set, held_out = _text(dataset)
     torch.manual_seed(seed)
@@ -76,9 +77,7 @@ def demo(
         highlight=False,
     )
     started = time.monotonic()
-    runner = LanguageModelSAETrainingRunner(
-        cfg, override_model=language_model, override_dataset=train_set
-    )
+    runner = LanguageModelSAETrainingRunner(cfg, override_model=language_model, override_dataset=train_set)
     runner.run()
     trained = time.monotonic()
     with console.status("evaluating every prefix on held-out text"):
@@ -103,7 +102,7 @@ def _runner_config(
     d_sae: int | None,
     k: float,
     tokens: int,
-    lr: float,
+    lr: float | None,
     out: Path | None,
     dataset: str | None,
     device: str,
@@ -116,15 +115,15 @@ def _runner_config(
     source = sm.find_site(language_model, layer, "mlp_in")
     target = sm.find_site(language_model, layer, "mlp_out")
     d_in = language_model.cfg.d_model
-    d_sae = 8 * d_in if d_sae is None else d_sae
+    n_latents: int = 8 * d_in if d_sae is None else d_sae
     n_steps = max(tokens // 1024, 1)
     name = (model or "tiny").replace("/", "-")
     return LanguageModelSAERunnerConfig(
         sae=sm.MatryoshkaTrainingTranscoderConfig(
             d_in=d_in,
-            d_sae=d_sae,
+            d_sae=n_latents,
             k=k,
-            matryoshka_widths=sorted({max(1, d_sae // 16), max(1, d_sae // 8), d_sae // 2, d_sae} - {0}),
+            matryoshka_widths=sorted({max(1, n_latents // part) for part in (16, 4, 2, 1)}),
             hook_name_out=target.hook_name,
             input_gain="none" if source.gain is None else "norm_weight",
         ),
@@ -138,7 +137,7 @@ def _runner_config(
         train_batch_size_tokens=1024,
         store_batch_size_prompts=8,
         n_batches_in_buffer=32,
-        lr=lr,
+        lr=lr or (3e-3 if model is None else 4e-4),
         lr_warm_up_steps=n_steps // 20,
         lr_decay_steps=n_steps // 4,
         dead_feature_window=max(n_steps // 4, 1),
@@ -155,7 +154,8 @@ def _load_model(name: str | None, device: str) -> Any:
     if name is None:
         from saelens_matryoshka.tiny import load_hooked_transformer
 
-        return load_hooked_transformer().to(device)
+        model = load_hooked_transformer()
+        return model if device == "cpu" else model.to(device)
     from sae_lens.load_model import load_model
 
     return load_model("HookedTransformer", name, device)
@@ -176,6 +176,10 @@ def _text(dataset: str | None) -> tuple[Any, Any]:
 def _quieten() -> None:
     """Hide notices that tell the user of the demo nothing."""
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    for message in ("Dataset is not tokenized", "The training dataset contains fewer samples"):
+    for message in (
+        "Dataset is not tokenized",
+        "The training dataset contains fewer samples",
+        "All samples in the training dataset have been exhausted",
+    ):
         warnings.filterwarnings("ignore", message)
     logging.getLogger("sae_lens").setLevel(logging.ERROR)

@@ -10,6 +10,7 @@ Nothing is trained or moved: a training object is converted to the inference mod
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -73,9 +74,7 @@ def evaluate(
         )
     run = _Evaluation(sae, model, source_hook, target_hook)
     run.excluded = _excluded_ids(model, exclude_special_tokens)
-    batches = list(
-        _token_batches(sae, model, dataset, n_tokens, context_size, batch_size_prompts)
-    )
+    batches = list(_token_batches(sae, model, dataset, n_tokens, context_size, batch_size_prompts))
     was_training = model.training
     model.eval()
     try:
@@ -183,18 +182,26 @@ class _Evaluation:
     def _activations(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Source and target `[prompts, context_size, d]`, heads flattened, on the SAE's device."""
         seen: dict[str, torch.Tensor] = {}
-
-        def read(activation: torch.Tensor, hook: Any) -> None:
-            seen[hook.name] = activation
-
+        # By the name asked for: a TransformerBridge's names may be aliases of the hook's own.
         names = dict.fromkeys([self.source_hook, self.target_hook])
-        self.model.run_with_hooks(tokens, fwd_hooks=[(name, read) for name in names])
+        self.model.run_with_hooks(
+            tokens, fwd_hooks=[(name, functools.partial(_read, seen, name)) for name in names]
+        )
         source, target = seen[self.source_hook], seen[self.target_hook]
         if (head := self.sae.cfg.metadata.hook_head_index) is not None:
             source = source[:, :, head]
             target = target[:, :, head] if self.target_hook == self.source_hook else target
         place = {"device": self.sae.device, "dtype": self.sae.dtype}
         return source.flatten(2).to(**place), target.flatten(2).to(**place)
+
+
+def _read(
+    seen: dict[str, torch.Tensor],
+    name: str,
+    activation: torch.Tensor,
+    hook: Any,  # noqa: ARG001
+) -> None:
+    seen[name] = activation
 
 
 def _replace(replacement: torch.Tensor, keep: torch.Tensor) -> Callable[..., torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Sums over tokens that make the metrics of every prefix, in float64, in memory independent of their number."""
+"""Sums over tokens that make the metrics of every prefix, in float64 and bounded memory."""
 
 from __future__ import annotations
 

@@ -32,9 +32,7 @@ class TranscoderEvaluator:
     exclude_special_tokens: list[int] | bool
 
     @classmethod
-    def from_stock(
-        cls, stock: LLMSaeEvaluator[Any], store: PairedActivationsStore
-    ) -> TranscoderEvaluator:
+    def from_stock(cls, stock: LLMSaeEvaluator[Any], store: PairedActivationsStore) -> TranscoderEvaluator:
         """The same evaluation settings, for a transcoder."""
         batch_size = stock.eval_batch_size_prompts or store.store_batch_size_prompts
         excluded = store.exclude_special_tokens

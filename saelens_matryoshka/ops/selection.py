@@ -130,9 +130,7 @@ def _largest(scores: torch.Tensor, n: int) -> torch.Tensor:
     return above | (tied & (tied.cumsum(0) <= n - above.sum()))
 
 
-def _estimated_cutoff(
-    hidden_pre: torch.Tensor, norms: torch.Tensor | None, k: float
-) -> torch.Tensor:
+def _estimated_cutoff(hidden_pre: torch.Tensor, norms: torch.Tensor | None, k: float) -> torch.Tensor:
     """A cutoff that a sample of the rows says lets more than k·B candidates through."""
     stride = max(1, len(hidden_pre) // _SAMPLE_ROWS)
     sample = hidden_pre[::stride]

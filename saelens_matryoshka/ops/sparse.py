@@ -14,6 +14,7 @@ The same function as `saelens_matryoshka.ops.reference`, to rounding. With n ≈
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,6 @@ class SparseStep:
         self._last_threshold: torch.Tensor | None = None
         self._scratch: dict[str, torch.Tensor] = {}
 
-    @torch.compiler.disable  # its sizes depend on the data, and its gradient is its own
     def __call__(
         self,
         weights: NestedWeights,
@@ -143,9 +143,7 @@ class _NestedLoss(torch.autograd.Function):
 
         prediction = y + decoded.residuals[:, -1]
         level_weights = decoded.level_losses.new_tensor(objective.level_weights)
-        box.append(
-            _Parts(decoded.level_losses, aux.loss, l1_loss, prediction, selection)
-        )
+        box.append(_Parts(decoded.level_losses, aux.loss, l1_loss, prediction, selection))
         ctx.save_for_backward(W_enc, W_dec, W_skip, x, encoder_in)
         ctx.selection, ctx.acts, ctx.norms, ctx.levels = selection, acts, norms, levels
         ctx.bags, ctx.bag_offsets = decoded.bags, decoded.offsets
@@ -241,7 +239,12 @@ def _nested_residuals(
             columns, weights = selection.columns[first:last], acts[first:last]
             bag_range = bag_range - first
         parts = F.embedding_bag(
-            columns, W_dec, bag_range, mode="sum", per_sample_weights=weights, include_last_offset=True
+            columns,
+            W_dec,
+            bag_range,
+            mode="sum",
+            per_sample_weights=weights,
+            include_last_offset=True,
         ).view(-1, n_levels, d_out)
         out, running = residuals[start:stop], start_from[start:stop]
         for level in range(n_levels):
@@ -341,7 +344,7 @@ def _aux_forward(
         bounds = torch.searchsorted(
             dead_columns, torch.tensor([0, *objective.widths], device=dead_columns.device)
         ).tolist()
-        level_columns = [dead_columns[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+        level_columns = [dead_columns[a:b] for a, b in pairwise(bounds)]
     else:
         level_columns = [dead_columns[:0]] * (len(objective.widths) - 1) + [dead_columns]
     for level, columns in enumerate(level_columns):
@@ -362,6 +365,4 @@ def _aux_forward(
 
 
 def _coo(index: torch.Tensor, values: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-    return torch.sparse_coo_tensor(
-        index, values, shape, check_invariants=False, is_coalesced=True
-    )
+    return torch.sparse_coo_tensor(index, values, shape, check_invariants=False, is_coalesced=True)

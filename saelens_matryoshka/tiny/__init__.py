@@ -125,9 +125,7 @@ def _hooked_config(config: Gemma2Config) -> HookedTransformerConfig:
         attn_scale=config.query_pre_attn_scalar**0.5,
         use_local_attn=True,
         window_size=config.sliding_window,
-        attn_types=[
-            "local" if kind == "sliding_attention" else "global" for kind in config.layer_types
-        ],
+        attn_types=["local" if kind == "sliding_attention" else "global" for kind in config.layer_types],
         attn_scores_soft_cap=config.attn_logit_softcapping or _NO_SOFT_CAP,
         output_logits_soft_cap=config.final_logit_softcapping or _NO_SOFT_CAP,
         tie_word_embeddings=True,

@@ -60,9 +60,7 @@ def held_out_figures(
     Returns:
         The model's loss and both unigram references, over the same predicted tokens.
     """
-    total = sum(
-        next_token_loss(model, batch).item() * len(batch) for batch in held_out.split(batch_size)
-    )
+    total = sum(next_token_loss(model, batch).item() * len(batch) for batch in held_out.split(batch_size))
     targets = held_out[:, 1:].flatten()
     vocab_size = model.config.vocab_size
     frequencies = torch.bincount(targets, minlength=vocab_size).double() / len(targets)

@@ -172,8 +172,7 @@ def train(model: Gemma2ForCausalLM, stream: Tensor, args: argparse.Namespace) ->
         if (step + 1) % 50 == 0 or step + 1 == args.steps:
             speed = (step + 1) * args.batch_size * args.context / (time.perf_counter() - started)
             print(
-                f"step {step + 1}/{args.steps} loss {sum(recent) / len(recent):.3f} "
-                f"{speed:.0f} tokens/s",
+                f"step {step + 1}/{args.steps} loss {sum(recent) / len(recent):.3f} {speed:.0f} tokens/s",
                 flush=True,
             )
             recent.clear()

@@ -119,9 +119,9 @@ def test_d_out_is_d_in_unless_given() -> None:
 
 
 def test_metadata_says_what_was_trained() -> None:
-    metadata = transcoder_config(
-        selection="token", threshold_calibration="l0"
-    ).get_inference_sae_cfg_dict()["metadata"]
+    metadata = transcoder_config(selection="token", threshold_calibration="l0").get_inference_sae_cfg_dict()[
+        "metadata"
+    ]
     assert metadata["matryoshka_widths"] == [32, 96, 256]
     assert metadata["hook_name_out"] == "blocks.2.hook_mlp_out"
     assert "k largest of each token" in metadata["inference_activation"]
@@ -130,8 +130,23 @@ def test_metadata_says_what_was_trained() -> None:
 
 def test_command_line_knows_the_architectures() -> None:
     config = parse_runner_config(
-        "--architecture matryoshka_transcoder --d_in 32 --d_sae 64 --matryoshka_widths 16 48 "
-        "--k 4 --hook_name_out blocks.1.hook_mlp_out --input_gain norm_weight".split()
+        [
+            "--architecture",
+            "matryoshka_transcoder",
+            "--d_in",
+            "32",
+            "--d_sae",
+            "64",
+            "--matryoshka_widths",
+            "16",
+            "48",
+            "--k",
+            "4",
+            "--hook_name_out",
+            "blocks.1.hook_mlp_out",
+            "--input_gain",
+            "norm_weight",
+        ]
     )
     assert isinstance(config.sae, sm.MatryoshkaTrainingTranscoderConfig)
     assert config.sae.matryoshka_widths == [16, 64]
@@ -141,10 +156,20 @@ def test_command_line_knows_the_architectures() -> None:
 def test_command_line_refuses_bad_widths() -> None:
     with pytest.raises(ValueError, match="matryoshka_widths"):
         parse_runner_config(
-            "--architecture matryoshka_sae --d_in 32 --d_sae 64 --matryoshka_widths 64 16".split()
+            [
+                "--architecture",
+                "matryoshka_sae",
+                "--d_in",
+                "32",
+                "--d_sae",
+                "64",
+                "--matryoshka_widths",
+                "64",
+                "16",
+            ]
         )
 
 
 def test_command_line_keeps_saelens_architectures() -> None:
-    config = parse_runner_config("--architecture standard --d_in 32 --d_sae 64".split())
+    config = parse_runner_config(["--architecture", "standard", "--d_in", "32", "--d_sae", "64"])
     assert config.sae.architecture() == "standard"

@@ -39,9 +39,7 @@ def test_same_losses_as_stock_matryoshka_batchtopk_for_50_steps(
     if step == "reference":
         ours.step_fn = reference_step
     torch.manual_seed(1)
-    stock = MatryoshkaBatchTopKTrainingSAE(
-        MatryoshkaBatchTopKTrainingSAEConfig(**{**SETTINGS, **change})
-    )
+    stock = MatryoshkaBatchTopKTrainingSAE(MatryoshkaBatchTopKTrainingSAEConfig(**{**SETTINGS, **change}))
     our_trainer, stock_trainer = trainer_for(ours, batches), trainer_for(stock, batches)
     expected, actual = run_steps(stock_trainer, batches), run_steps(our_trainer, batches)
     for one, other in zip(expected, actual, strict=True):
@@ -61,9 +59,7 @@ def test_loss_trajectories_of_200_steps_agree() -> None:
     for name in ("sparse", "reference", "stock"):
         torch.manual_seed(1)
         if name == "stock":
-            sae: Any = MatryoshkaBatchTopKTrainingSAE(
-                MatryoshkaBatchTopKTrainingSAEConfig(**SETTINGS)
-            )
+            sae: Any = MatryoshkaBatchTopKTrainingSAE(MatryoshkaBatchTopKTrainingSAEConfig(**SETTINGS))
         else:
             sae = _ours()
             if name == "reference":
@@ -110,9 +106,7 @@ def test_metrics_of_a_step() -> None:
     ],
     ids=str,
 )
-def test_saved_model_is_a_stock_jumprelu_that_does_the_same(
-    change: dict[str, Any], tmp_path: Path
-) -> None:
+def test_saved_model_is_a_stock_jumprelu_that_does_the_same(change: dict[str, Any], tmp_path: Path) -> None:
     batches = sparse_batches(30, 256, 32)
     sae = _ours(**change)
     trainer_for(sae, batches, total_training_samples=256 * 25).fit()
@@ -180,9 +174,7 @@ def test_bfloat16_weights_train() -> None:
 def test_l0_calibrated_threshold_keeps_k_latents_at_inference(selection: str) -> None:
     batches = sparse_batches(220, 512, 32)
     sae = _ours(selection=selection, threshold_calibration="l0")
-    trainer = trainer_for(
-        sae, batches[:200], total_training_samples=200 * 512, lr_decay_steps=100
-    )
+    trainer = trainer_for(sae, batches[:200], total_training_samples=200 * 512, lr_decay_steps=100)
     run_steps(trainer, batches[:200])
 
     def l0(of: list[torch.Tensor]) -> float:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from sae_lens import SAE, JumpReLUSkipTranscoder, JumpReLUTranscoder, TrainingSAE
+from safetensors.torch import save_file
 
 import saelens_matryoshka as sm
 from tests.helpers import run_steps, sparse_batches, trainer_for
@@ -177,9 +177,7 @@ assert "saelens_matryoshka" not in sys.modules
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "sae"])
-def test_stock_saelens_loads_it_where_this_package_is_not_importable(
-    kind: str, tmp_path: Path
-) -> None:
+def test_stock_saelens_loads_it_where_this_package_is_not_importable(kind: str, tmp_path: Path) -> None:
     if kind == "sae":
         batches = sparse_batches(20, 128, D_IN)
         torch.manual_seed(1)

@@ -60,10 +60,7 @@ def test_one_selection_for_all_levels() -> None:
     x = torch.randn(16, 4).double()
     objective = NestedObjective((8, 64), (1.0, 1.0), k=3)
     one_level = dataclasses.replace(objective, widths=(64,), level_weights=(1.0,))
-    kept = [
-        reference_step(weights, x, x, o, dead=None).feature_acts
-        for o in (objective, one_level)
-    ]
+    kept = [reference_step(weights, x, x, o, dead=None).feature_acts for o in (objective, one_level)]
     assert torch.equal(kept[0], kept[1])
     assert (kept[0] > 0).sum() == 3 * 16
 
@@ -93,9 +90,7 @@ def test_aux_loss_moves_dead_latents_only(per_level: bool) -> None:
     x = torch.randn(8, 4).double()
     dead = torch.zeros(12, dtype=torch.bool)
     dead[[1, 7, 9]] = True
-    objective = NestedObjective(
-        (6, 12), (1.0, 1.0), k=2, aux_coefficient=1.0, aux_per_level=per_level
-    )
+    objective = NestedObjective((6, 12), (1.0, 1.0), k=2, aux_coefficient=1.0, aux_per_level=per_level)
     step = reference_step(weights, x, x, objective, dead=dead)
     step.loss.backward()
     moved = weights.W_dec.grad.abs().sum(dim=1) > 0

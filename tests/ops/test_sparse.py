@@ -45,9 +45,7 @@ def _random_case(seed: int) -> tuple:
         weights.W_dec.div_(weights.W_dec.norm(dim=-1, keepdim=True))
     elif trouble == "empty level":
         weights.b_enc[: widths[0]] = -1e3
-    dead = rng.choice(
-        [None, torch.rand(d_sae) < 0.3, torch.ones(d_sae).bool(), torch.zeros(d_sae).bool()]
-    )
+    dead = rng.choice([None, torch.rand(d_sae) < 0.3, torch.ones(d_sae).bool(), torch.zeros(d_sae).bool()])
     objective = NestedObjective(
         widths=widths,
         level_weights=tuple(rng.random() for _ in widths),
@@ -69,8 +67,7 @@ def _run(step_fn, weights, x, y, objective, dead):
     (1.7 * step.loss).backward()  # not 1, so that a dropped incoming gradient shows
     zeros = [None if p is None else torch.zeros_like(p) for p in weights]
     grads = [
-        None if p is None else (z if p.grad is None else p.grad)
-        for p, z in zip(weights, zeros, strict=True)
+        None if p is None else (z if p.grad is None else p.grad) for p, z in zip(weights, zeros, strict=True)
     ]
     return step, dict(zip(weights._fields, grads, strict=True))
 

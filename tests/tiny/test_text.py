@@ -81,9 +81,7 @@ def test_dataset_leaves_out_empty_and_undecodable_files(fake_stdlib: Path) -> No
 
 
 @pytest.mark.parametrize("folder", ["empty", "missing.zip"])
-def test_missing_sources_are_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
-) -> None:
+def test_missing_sources_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / folder)})
     with pytest.raises(FileNotFoundError, match="zipped or stripped"):

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sae_lens import SAE, JumpReLUTranscoder
+
+COMMAND = [sys.executable, "-c", "from saelens_matryoshka.cli import main; main()"]
+
+
+def _call(*args: str, cwd: Path, columns: int = 80) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *args],
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": str(columns)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_demo_trains_evaluates_saves_and_says_where(tmp_path: Path) -> None:
+    done = _call("demo", "--tokens", "120000", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "output" / "demo-tiny-layer-2"
+    assert "output/demo-tiny-layer-2" in done.stdout
+    result = json.loads((folder / "evaluation.json").read_text())
+    fvu = [row["fvu"] for row in result["prefixes"]]
+    l0 = [row["l0"] for row in result["prefixes"]]
+    assert len(fvu) == 4
+    assert fvu == sorted(fvu, reverse=True)
+    assert l0 == sorted(l0)
+    assert fvu[-1] < 0.6
+    assert l0[-1] == pytest.approx(16, rel=0.1)
+    assert all(0.2 < row["ce_recovered"] < 1 for row in result["prefixes"])
+    assert type(SAE.load_from_disk(folder)) is JumpReLUTranscoder
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    # again with other settings: refused, and nothing lost
+    again = _call("demo", "--tokens", "50000", cwd=tmp_path)
+    assert again.returncode == 1
+    assert "error: output_path" in again.stderr
+    assert "Traceback" not in again.stderr
+    assert json.loads((folder / "evaluation.json").read_text()) == result
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["demo", "--k", "0"], "k=0"),
+        (["demo", "--layer", "7"], "layer=7, but the model has 4 layers"),
+        (["demo", "--d-sae", "0"], "d_sae=0"),
+        (["train", "--architecture", "matryoshka_sae", "--d_in", "8", "--d_sae", "8"], "empty"),
+        (["train", "--no_such_flag", "1"], "no_such_flag"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_1(args: list[str], says: str, tmp_path: Path) -> None:
+    done = _call(*args, cwd=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_lists_the_commands(tmp_path: Path) -> None:
+    done = _call("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "demo" in done.stdout
+    assert "train" in done.stdout
+
+
+def test_train_takes_saelens_flags(tmp_path: Path) -> None:
+    done = _call("train", "--architecture", "matryoshka_transcoder", "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "--hook_name_out" in done.stdout
+    assert "--matryoshka_widths" in done.stdout
