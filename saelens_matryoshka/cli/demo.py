@@ -180,6 +180,7 @@ def _quieten() -> None:
         "Dataset is not tokenized",
         "The training dataset contains fewer samples",
         "All samples in the training dataset have been exhausted",
+        r"\nThis SAE has non-empty model_from_pretrained_kwargs",
     ):
         warnings.filterwarnings("ignore", message)
     logging.getLogger("sae_lens").setLevel(logging.ERROR)
