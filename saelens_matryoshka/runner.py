@@ -24,6 +24,7 @@ from sae_lens.saes.sae import TrainStepOutput
 from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookPoint
 
+from saelens_matryoshka.adam import fuse_adam
 from saelens_matryoshka.architectures import (
     MatryoshkaTrainingTranscoder,
     MatryoshkaTrainingTranscoderConfig,
@@ -181,7 +182,7 @@ def _differences(saved: dict[str, Any], ours: dict[str, Any], prefix: str = "") 
 
 def prepare_trainer(trainer: SAETrainer[Any, Any]) -> None:
     """Give a trainer of one of our architectures what the stock one lacks, before it trains."""
-    _fuse_optimizer(trainer.optimizer)
+    fuse_adam(trainer.optimizer)
     trainer._update_pbar = functools.partial(_update_bar, trainer, [0.0])  # type: ignore[method-assign]
     stock = trainer.evaluator
     store = getattr(stock, "activations_store", None)
@@ -195,18 +196,6 @@ def prepare_trainer(trainer: SAETrainer[Any, Any]) -> None:
             trainer.sae.set_input_gain(source.gain, source.offset)
         trainer.sae.cfg.metadata.input_frame = norm_frame(store.model, source.hook_name)
         trainer.evaluator = TranscoderEvaluator.from_stock(stock, store)
-
-
-def _fuse_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Make Adam do its pass over the weights in one kernel: the same update, several times faster."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if not all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters):
-        return
-    for group in optimizer.param_groups:
-        group["fused"], group["foreach"] = True, False
-    for parameter, state in optimizer.state.items():
-        # a resumed optimizer counted its steps on the CPU
-        state["step"] = state["step"].to(parameter.device, torch.float32)
 
 
 @torch.no_grad()

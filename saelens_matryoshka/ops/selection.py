@@ -11,7 +11,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
+
+from saelens_matryoshka.ops.encoder import Encoder
 
 # How far below the last batch's threshold the candidates begin.
 _MARGIN = 0.9
@@ -36,79 +39,74 @@ class Selection(NamedTuple):
 
 
 def select_batch(
-    hidden_pre: torch.Tensor,
-    norms: torch.Tensor | None,
-    k: float,
-    *,
-    last_threshold: torch.Tensor | None,
-    mask: torch.Tensor | None = None,
+    encoder: Encoder, norms: torch.Tensor | None, k: float, *, last_threshold: torch.Tensor | None
 ) -> Selection:
     """The int(k·B) largest scores of the batch, if positive.
 
     Args:
-        hidden_pre: `[B, d_sae]`.
+        encoder: Gives the pre-activations `[B, d_sae]`.
         norms: Decoder norms `[d_sae]` the scores are multiplied by, or None.
         k: Entries per row on average.
         last_threshold: Scalar, the batch threshold of the step before, or None.
-        mask: Boolean scratch `[B, d_sae]`, to spare its allocation.
     """
-    n = int(k * len(hidden_pre))
-    cutoff = _MARGIN * last_threshold if last_threshold is not None else None
-    if cutoff is None:
-        cutoff = _estimated_cutoff(hidden_pre, norms, k)
-    index, pre, scores = _candidates(hidden_pre, norms, cutoff, mask)
+    n = int(k * encoder.n_rows)
+    if last_threshold is None:
+        cutoff = _estimated_cutoff(encoder, norms, k)
+    else:
+        cutoff = _MARGIN * last_threshold
+    index, pre, scores = _candidates(encoder, norms, cutoff)
     if len(index) < n and bool(cutoff > 0):
-        index, pre, scores = _candidates(hidden_pre, norms, torch.zeros_like(cutoff), mask)
+        index, pre, scores = _candidates(encoder, norms, torch.zeros_like(cutoff))
     if len(index) > n:
         keep = _largest(scores, n)
         index, pre, scores = index[keep], pre[keep], scores[keep]
-    d_sae = hidden_pre.shape[1]
-    return Selection(
-        rows=index // d_sae,
-        columns=index % d_sae,
-        pre=pre,
-        scores=scores,
-        batch_threshold=scores.min() if len(scores) else scores.new_zeros(()),
-    )
+    return _selection(index // encoder.d_sae, index % encoder.d_sae, pre, scores)
 
 
-def select_token(hidden_pre: torch.Tensor, norms: torch.Tensor | None, k: int) -> Selection:
+def select_token(encoder: Encoder, norms: torch.Tensor | None, k: int) -> Selection:
     """The k largest scores of each row, if positive. Arguments as in `select_batch`."""
-    scores = (hidden_pre if norms is None else hidden_pre * norms).relu()
-    smallest_kept = scores.topk(k, dim=-1).values[:, -1:]
-    # ">= and positive" is right but for ties, which go to the lower index
-    keep = (scores >= smallest_kept) & (scores > 0)
-    surplus = keep.sum(dim=-1) - k
-    for row in (surplus > 0).nonzero().squeeze(1).tolist():
-        tied = (scores[row] == smallest_kept[row]).nonzero().squeeze(1)
-        keep[row, tied[len(tied) - int(surplus[row]) :]] = False
-    rows, columns = keep.nonzero(as_tuple=True)
-    kept = scores[rows, columns]
-    return Selection(
-        rows=rows,
-        columns=columns,
-        pre=hidden_pre[rows, columns],
-        scores=kept,
-        batch_threshold=kept.min() if len(kept) else kept.new_zeros(()),
-    )
+    found: list[tuple[torch.Tensor, ...]] = []
+    for start, hidden_pre in encoder.blocks():
+        scores = (hidden_pre if norms is None else hidden_pre * norms).relu()
+        smallest_kept = scores.topk(k, dim=-1).values[:, -1:]
+        # ">= and positive" is right but for ties, which go to the lower index
+        keep = (scores >= smallest_kept) & (scores > 0)
+        surplus = keep.sum(dim=-1) - k
+        for row in (surplus > 0).nonzero().squeeze(1).tolist():
+            tied = (scores[row] == smallest_kept[row]).nonzero().squeeze(1)
+            keep[row, tied[len(tied) - int(surplus[row]) :]] = False
+        rows, columns = keep.nonzero(as_tuple=True)
+        found.append((rows + start, columns, hidden_pre[rows, columns], scores[rows, columns]))
+    return _selection(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def _selection(
+    rows: torch.Tensor, columns: torch.Tensor, pre: torch.Tensor, scores: torch.Tensor
+) -> Selection:
+    smallest = scores.min() if len(scores) else scores.new_zeros(())
+    return Selection(rows, columns, pre, scores, smallest)
 
 
 def _candidates(
-    hidden_pre: torch.Tensor,
-    norms: torch.Tensor | None,
-    cutoff: torch.Tensor,
-    mask: torch.Tensor | None,
+    encoder: Encoder, norms: torch.Tensor | None, cutoff: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Flat index, pre-activation and score of the positive scores above the cutoff, row-major."""
     # The comparison is made in the units of the pre-activations, so that the scores need not be stored;
     # rounding may only let a few more through, which the exact choice then dismisses.
     bound = cutoff * (1 - 1e-5)
     bound = bound if norms is None else bound / norms.clamp(min=torch.finfo(norms.dtype).tiny)
-    bound = bound.clamp(max=torch.finfo(hidden_pre.dtype).max).to(hidden_pre.dtype)
-    above = torch.gt(hidden_pre, bound, out=mask)
-    index = _nonzero(above)
-    pre = hidden_pre.view(-1)[index]
-    scores = pre if norms is None else pre * norms[index % hidden_pre.shape[1]]
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for start, hidden_pre in encoder.blocks():
+        dtype = hidden_pre.dtype
+        above = torch.gt(
+            hidden_pre,
+            bound.clamp(max=torch.finfo(dtype).max).to(dtype),
+            out=encoder.scratch("above", hidden_pre.device, tuple(hidden_pre.shape), torch.bool),
+        )
+        index = _nonzero(above)
+        found.append((index + start * encoder.d_sae, hidden_pre.view(-1)[index]))
+    index, pre = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True))
+    scores = pre if norms is None else pre * norms[index % encoder.d_sae]
     return index, pre, scores
 
 
@@ -116,7 +114,7 @@ def _nonzero(mask: torch.Tensor) -> torch.Tensor:
     """Flat indices of the true entries of a contiguous mask."""
     if mask.device.type == "cpu":
         # numpy skips the false ones faster than torch does
-        return torch.from_numpy(mask.view(-1).numpy().nonzero()[0])
+        return torch.from_numpy(np.flatnonzero(mask.view(-1).numpy()))
     return mask.view(-1).nonzero().squeeze(1)
 
 
@@ -130,10 +128,9 @@ def _largest(scores: torch.Tensor, n: int) -> torch.Tensor:
     return above | (tied & (tied.cumsum(0) <= n - above.sum()))
 
 
-def _estimated_cutoff(hidden_pre: torch.Tensor, norms: torch.Tensor | None, k: float) -> torch.Tensor:
+def _estimated_cutoff(encoder: Encoder, norms: torch.Tensor | None, k: float) -> torch.Tensor:
     """A cutoff that a sample of the rows says lets more than k·B candidates through."""
-    stride = max(1, len(hidden_pre) // _SAMPLE_ROWS)
-    sample = hidden_pre[::stride]
+    sample = encoder.sample(_SAMPLE_ROWS)
     scores = (sample if norms is None else sample * norms).relu().flatten()
     n = min(max(1, int(_SAMPLE_SLACK * k * len(sample))), scores.numel())
     return scores.topk(n, sorted=False).values.min()

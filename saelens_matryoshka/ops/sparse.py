@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from saelens_matryoshka.ops.encoder import Encoder
 from saelens_matryoshka.ops.selection import Selection, select_batch, select_token
 from saelens_matryoshka.ops.step import NestedObjective, NestedStep, NestedWeights
 from saelens_matryoshka.widths import latent_levels
 
 # Values of [rows, levels, d_out] decoded at a time on a CPU, so that they stay in its cache.
-_CPU_DECODE_VALUES = 1 << 19
+_CPU_DECODE_VALUES = 1 << 20
 
 
 class SparseStep:
@@ -70,9 +71,11 @@ class SparseStep:
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseStep:
         return SparseStep()
 
-    def scratch(self, name: str, like: torch.Tensor, shape: tuple[int, ...], dtype: Any) -> Any:
+    def scratch(
+        self, name: str, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor | None:
         """A buffer kept from step to step on a CPU, where fresh memory costs as much as a pass over it."""
-        if like.device.type != "cpu":
+        if device.type != "cpu":
             return None
         buffer = self._scratch.get(name)
         if buffer is None or buffer.shape != shape or buffer.dtype != dtype:
@@ -121,36 +124,31 @@ class _NestedLoss(torch.autograd.Function):
         box: list[_Parts],
     ) -> torch.Tensor:
         encoder_in = x - b_dec if objective.subtract_b_dec else x
-        hidden_pre = _encode(encoder_in, W_enc, b_enc, step)
+        encoder = Encoder(encoder_in, W_enc, b_enc, dead_columns, step.scratch)
         norms = W_dec.norm(dim=-1)
         selection_norms = norms if objective.rescale_by_decoder_norm else None
         if objective.selection == "token":
-            selection = select_token(hidden_pre, selection_norms, int(objective.k))
+            selection = select_token(encoder, selection_norms, int(objective.k))
         else:
             selection = select_batch(
-                hidden_pre,
-                selection_norms,
-                objective.k,
-                last_threshold=step._last_threshold,
-                mask=step.scratch("mask", hidden_pre, tuple(hidden_pre.shape), torch.bool),
+                encoder, selection_norms, objective.k, last_threshold=step._last_threshold
             )
         acts = selection.pre.to(W_dec.dtype)
         base = b_dec if W_skip is None else torch.addmm(b_dec, x, W_skip.T).to(b_dec.dtype)
-        levels = latent_levels(objective.widths, device=W_dec.device)
-        decoded = _nested_residuals(selection, acts, levels, W_dec, base, y, objective)
-        aux = _aux_forward(hidden_pre, W_dec, decoded.residuals, selection_norms, objective, dead_columns)
+        any_dead = dead_columns is not None and len(dead_columns) > 0
+        decoded = _decode(
+            selection, acts, W_dec, base, y, objective, all_residuals=any_dead and objective.aux_per_level
+        )
+        aux = _aux_forward(
+            encoder.dead_pre(), W_dec, decoded.residuals, selection_norms, objective, dead_columns
+        )
         l1_loss = (acts * norms[selection.columns]).sum() * (objective.l1_coefficient / len(x))
-
-        prediction = y + decoded.residuals[:, -1]
-        level_weights = decoded.level_losses.new_tensor(objective.level_weights)
-        box.append(_Parts(decoded.level_losses, aux.loss, l1_loss, prediction, selection))
+        box.append(_Parts(decoded.level_losses, aux.loss, l1_loss, y + decoded.residuals[:, -1], selection))
         ctx.save_for_backward(W_enc, W_dec, W_skip, x, encoder_in)
-        ctx.selection, ctx.acts, ctx.norms, ctx.levels = selection, acts, norms, levels
-        ctx.bags, ctx.bag_offsets = decoded.bags, decoded.offsets
-        ctx.output_grads = _output_grads(decoded.residuals, level_weights)
-        ctx.aux, ctx.objective = aux, objective
+        ctx.selection, ctx.acts, ctx.norms, ctx.bags = selection, acts, norms, decoded.bags
+        ctx.output_grads, ctx.aux, ctx.objective = decoded.output_grads, aux, objective
         ctx.autocast = torch.is_autocast_enabled(x.device.type)
-        return (level_weights * decoded.level_losses).sum() + aux.loss + l1_loss
+        return decoded.total_loss + aux.loss + l1_loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
@@ -162,21 +160,22 @@ class _NestedLoss(torch.autograd.Function):
         per_bag = output_grads.view(-1, d_out)
         base_grad = output_grads[:, 0] * grad_loss  # every level contains the base
 
-        act_grads = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            per_bag, W_dec, selection.columns, ctx.bag_offsets, ctx.bags, 0, -1
-        )
+        # All in the order of the latents: the rows of the small tables are then read from the cache, and
+        # those of the large ones in sequence.
+        entries = _EntriesByLatent.of(selection.columns, W_dec.shape[0])
+        bags, acts = ctx.bags[entries.order], ctx.acts[entries.order] * grad_loss
+        act_grads = entries.dot(bags, per_bag, W_dec)
         l1_rate = objective.l1_coefficient / len(x)
         if l1_rate > 0:
-            act_grads = act_grads + l1_rate * ctx.norms[selection.columns]
+            act_grads = act_grads + l1_rate * ctx.norms[entries.columns]
         act_grads = act_grads * grad_loss
 
-        by_latent = _EntriesByLatent.of(selection.columns, W_dec.shape[0])
-        acts = ctx.acts * grad_loss
-        W_dec_grad = by_latent.sum(ctx.bags, per_bag, acts)
-        W_enc_grad = by_latent.sum(selection.rows, encoder_in, act_grads.to(encoder_in.dtype))
-        b_enc_grad = torch.zeros_like(W_enc[0]).index_add_(0, selection.columns, act_grads)
+        W_dec_grad = entries.sum(bags, per_bag, acts)
+        rows = selection.rows[entries.order]
+        W_enc_grad = entries.sum(rows, encoder_in, act_grads.to(encoder_in.dtype))
+        b_enc_grad = torch.zeros_like(W_enc[0]).index_add_(0, entries.columns, act_grads)
         if l1_rate > 0:
-            total = torch.zeros_like(b_enc_grad).index_add_(0, selection.columns, acts)
+            total = torch.zeros_like(b_enc_grad).index_add_(0, entries.columns, acts)
             W_dec_grad += (l1_rate * total / ctx.norms.clamp(min=1e-30))[:, None] * W_dec
         with torch.autocast(x.device.type, enabled=ctx.autocast):
             for group in aux.groups:
@@ -190,103 +189,91 @@ class _NestedLoss(torch.autograd.Function):
         return (W_enc_grad.T, b_enc_grad, W_dec_grad, b_dec_grad, W_skip_grad, *[None] * 6)
 
 
-def _encode(
-    encoder_in: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, step: SparseStep
-) -> torch.Tensor:
-    shape = (len(encoder_in), W_enc.shape[1])
-    autocast = torch.is_autocast_enabled(encoder_in.device.type)
-    out = None if autocast else step.scratch("hidden_pre", encoder_in, shape, W_enc.dtype)
-    return torch.addmm(b_enc, encoder_in, W_enc, out=out)
-
-
 class _Decoded(NamedTuple):
-    residuals: torch.Tensor
-    """`[B, n_levels, d_out]`, prediction minus target"""
     level_losses: torch.Tensor
     """`[n_levels]`"""
+    total_loss: torch.Tensor
+    """scalar: their weighted sum"""
+    residuals: torch.Tensor
+    """`[B, 1, d_out]`, the whole dictionary's prediction minus target; `[B, n_levels, d_out]` if asked"""
+    output_grads: torch.Tensor
+    """`[B, n_levels, d_out]`, gradient of the loss by what the latents of each level add up to"""
     bags: torch.Tensor
     """`[n]`: row · n_levels + level of each entry"""
-    offsets: torch.Tensor
-    """`[B · n_levels]`: where each bag begins"""
 
 
-def _nested_residuals(
+def _decode(
     selection: Selection,
     acts: torch.Tensor,
-    levels: torch.Tensor,
     W_dec: torch.Tensor,
     base: torch.Tensor,
     y: torch.Tensor,
     objective: NestedObjective,
+    *,
+    all_residuals: bool,
 ) -> _Decoded:
+    """All levels from one decoding, with their losses and gradients."""
     n_rows, n_levels, d_out = len(y), len(objective.widths), W_dec.shape[1]
+    levels = latent_levels(objective.widths, device=W_dec.device)
     bags = selection.rows * n_levels + levels[selection.columns]
     offsets = torch.searchsorted(bags, torch.arange(n_rows * n_levels + 1, device=bags.device))
-    residuals = W_dec.new_empty(n_rows, n_levels, d_out)
-    wide = torch.promote_types(W_dec.dtype, torch.float32)
-    level_losses = W_dec.new_zeros(n_levels, dtype=wide)
+    level_losses = W_dec.new_zeros(n_levels, dtype=torch.promote_types(W_dec.dtype, torch.float32))
+    level_weights = level_losses.new_tensor(objective.level_weights)
+    output_grads = W_dec.new_empty(n_rows, n_levels, d_out)
+    residuals = W_dec.new_empty(n_rows, n_levels if all_residuals else 1, d_out)
     start_from = (base - y).expand(n_rows, d_out)
-    chunk = n_rows
-    if W_dec.device.type == "cpu":
-        chunk = max(1, _CPU_DECODE_VALUES // (n_levels * d_out))
+    on_cpu = W_dec.device.type == "cpu"
+    chunk = max(1, _CPU_DECODE_VALUES // (n_levels * d_out)) if on_cpu else n_rows
     for start in range(0, n_rows, chunk):
         stop = min(start + chunk, n_rows)
-        bag_range = offsets[start * n_levels : stop * n_levels + 1]
-        if chunk == n_rows:
-            columns, weights = selection.columns, acts
-        else:
-            first, last = int(bag_range[0]), int(bag_range[-1])
-            columns, weights = selection.columns[first:last], acts[first:last]
-            bag_range = bag_range - first
+        chunk_offsets = offsets[start * n_levels : stop * n_levels + 1]
+        columns, weights = selection.columns, acts
+        if chunk < n_rows:
+            first, last = int(chunk_offsets[0]), int(chunk_offsets[-1])
+            columns, weights = columns[first:last], weights[first:last]
+            chunk_offsets = chunk_offsets - first
         parts = F.embedding_bag(
-            columns,
-            W_dec,
-            bag_range,
-            mode="sum",
-            per_sample_weights=weights,
-            include_last_offset=True,
+            columns, W_dec, chunk_offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
         ).view(-1, n_levels, d_out)
-        out, running = residuals[start:stop], start_from[start:stop]
+        out, running = output_grads[start:stop], start_from[start:stop]
         for level in range(n_levels):
             running = torch.add(running, parts[:, level], out=out[:, level])
         level_losses += out.to(level_losses.dtype).pow(2).sum(dim=(0, 2))
-    return _Decoded(residuals, level_losses / n_rows, bags, offsets[:-1])
-
-
-def _output_grads(residuals: torch.Tensor, level_weights: torch.Tensor) -> torch.Tensor:
-    """Gradient of the loss by what the latents of each level add: `[B, n_levels, d_out]`.
-
-    A latent of level l is in all levels m ≥ l, so its gradient is theirs together. Overwrites `residuals`.
-    """
-    scale = level_weights * (2 / len(residuals))
-    n_levels = residuals.shape[1]
-    residuals[:, -1] *= scale[-1]
-    for level in range(n_levels - 2, -1, -1):
-        residuals[:, level].mul_(scale[level]).add_(residuals[:, level + 1])
-    return residuals
+        residuals[start:stop] = out if all_residuals else out[:, -1:]
+        # A latent of level l is in all levels m ≥ l, so its gradient is theirs together.
+        out *= (level_weights * (2 / n_rows)).to(out.dtype)[:, None]
+        for level in range(n_levels - 2, -1, -1):
+            out[:, level] += out[:, level + 1]
+    level_losses = level_losses / n_rows
+    return _Decoded(level_losses, (level_weights * level_losses).sum(), residuals, output_grads, bags)
 
 
 class _EntriesByLatent(NamedTuple):
-    """The kept entries sorted by latent."""
+    """The kept entries, sorted by latent."""
 
     order: torch.Tensor
+    """`[n]`: where each entry was before sorting"""
+    columns: torch.Tensor
+    """`[n]`: latent of each entry"""
     offsets: torch.Tensor
+    """`[d_sae + 1]`: where the entries of each latent begin"""
 
     @classmethod
     def of(cls, columns: torch.Tensor, d_sae: int) -> _EntriesByLatent:
-        by_column, order = torch.sort(columns, stable=True)
+        sorted_columns, order = torch.sort(columns, stable=True)
         bounds = torch.arange(d_sae + 1, device=columns.device)
-        return cls(order, torch.searchsorted(by_column, bounds))
+        return cls(order, sorted_columns, torch.searchsorted(sorted_columns, bounds))
 
     def sum(self, index: torch.Tensor, table: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
         """For each latent, the sum over its entries e of factors[e] · table[index[e]]: `[d_sae, d]`."""
         return F.embedding_bag(
-            index[self.order],
-            table,
-            self.offsets,
-            mode="sum",
-            per_sample_weights=factors[self.order],
-            include_last_offset=True,
+            index, table, self.offsets, mode="sum", per_sample_weights=factors, include_last_offset=True
+        )
+
+    def dot(self, index: torch.Tensor, table: torch.Tensor, by_latent: torch.Tensor) -> torch.Tensor:
+        """For each entry e, table[index[e]] · by_latent[its latent]: `[n]`."""
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            by_latent, table, index, self.offsets[:-1], self.columns, 0, -1
         )
 
 
@@ -329,7 +316,7 @@ class _Aux(NamedTuple):
 
 
 def _aux_forward(
-    hidden_pre: torch.Tensor,
+    dead_pre: torch.Tensor | None,
     W_dec: torch.Tensor,
     residuals: torch.Tensor,
     norms: torch.Tensor | None,
@@ -337,7 +324,7 @@ def _aux_forward(
     dead_columns: torch.Tensor | None,
 ) -> _Aux:
     loss, groups = W_dec.new_zeros(()), []
-    if dead_columns is None or len(dead_columns) == 0:
+    if dead_columns is None or dead_pre is None or len(dead_columns) == 0:
         return _Aux(loss, groups)
     budget = max(W_dec.shape[1] // 2, 1)
     if objective.aux_per_level:
@@ -346,11 +333,12 @@ def _aux_forward(
         ).tolist()
         level_columns = [dead_columns[a:b] for a, b in pairwise(bounds)]
     else:
-        level_columns = [dead_columns[:0]] * (len(objective.widths) - 1) + [dead_columns]
-    for level, columns in enumerate(level_columns):
+        level_columns = [dead_columns]
+    parts = dead_pre.split([len(columns) for columns in level_columns], dim=1)
+    for level, (columns, part) in enumerate(zip(level_columns, parts, strict=True)):
         if len(columns) == 0:
             continue
-        acts = hidden_pre.index_select(1, columns).to(W_dec.dtype)
+        acts = part.to(W_dec.dtype)
         chosen = None
         if len(columns) > budget:
             ranking = acts if norms is None else acts * norms[columns]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from saelens_matryoshka.ops import NestedObjective, NestedWeights, SparseStep, reference_step
+from saelens_matryoshka.ops import encoder as encoder_module
 from saelens_matryoshka.ops import sparse as sparse_module
 
 
@@ -106,6 +107,15 @@ def test_step_equals_reference_when_decoded_in_many_chunks(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sparse_module, "_CPU_DECODE_VALUES", 8)
+    _assert_same(_random_case(seed), SparseStep())
+
+
+@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("block_values", [1, 50])
+def test_step_equals_reference_when_encoded_in_many_blocks(
+    seed: int, block_values: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoder_module, "_BLOCK_VALUES", block_values)
     _assert_same(_random_case(seed), SparseStep())
 
 

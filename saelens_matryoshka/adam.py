@@ -1,0 +1,55 @@
+"""Adam in one pass: the optimizer SAELens's trainer has made, switched to torch's fused kernel.
+
+The update is the same. Unfused, Adam goes over weights, gradients and moments once per arithmetic
+operation; fused, once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def fuse_adam(optimizer: torch.optim.Optimizer) -> None:
+    """Make an Adam optimizer use its fused kernel, whether or not it has stepped already.
+
+    Nothing is changed where torch has no such kernel for the parameters.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not isinstance(optimizer, torch.optim.Adam) or not all(
+        p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters
+    ):
+        return
+    for group in optimizer.param_groups:
+        group["fused"], group["foreach"] = True, False
+    for parameter, state in optimizer.state.items():
+        # an optimizer that was resumed counted its steps on the CPU
+        state["step"] = state["step"].to(parameter.device, torch.float32)
+    _step_on_contiguous_views(optimizer)
+
+
+def _step_on_contiguous_views(optimizer: torch.optim.Adam) -> None:
+    """Hand transposed matrices to the kernel as what they are in memory.
+
+    On a CPU the fused kernel copies whatever is not contiguous there and back. The encoder is stored by
+    latent, so its transpose is contiguous, and so are those of its gradient and its moments; to an
+    elementwise update the order of the elements is all the same.
+    """
+    stock = getattr(optimizer, "_init_group", None)
+    if stock is None:
+        return
+
+    def init_group(group: dict[str, Any], *lists: list[torch.Tensor]) -> Any:
+        result = stock(group, *lists)
+        for tensors in lists:
+            tensors[:] = [_contiguous_view(tensor) for tensor in tensors]
+        return result
+
+    optimizer._init_group = init_group  # type: ignore[method-assign]
+
+
+def _contiguous_view(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.dim() == 2 and not tensor.is_contiguous() and tensor.T.is_contiguous():
+        return tensor.detach().T
+    return tensor

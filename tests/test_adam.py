@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import copy
+import inspect
+
+import pytest
+import torch
+
+from saelens_matryoshka.adam import fuse_adam
+
+
+def _parameters() -> list[torch.nn.Parameter]:
+    torch.manual_seed(0)
+    return [
+        torch.nn.Parameter(torch.randn(24, 8).T),  # stored by column, as the encoder is
+        torch.nn.Parameter(torch.randn(8, 24)),
+        torch.nn.Parameter(torch.randn(24)),
+    ]
+
+
+def _steps(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(5):
+        for parameter in parameters:
+            gradient = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("already_stepped", [False, True])
+def test_fused_adam_makes_the_same_updates(already_stepped: bool) -> None:
+    one, other = _parameters(), _parameters()
+    plain, fused = torch.optim.Adam(one, lr=0.01), torch.optim.Adam(other, lr=0.01)
+    if already_stepped:
+        _steps(plain, one, seed=1)
+        _steps(fused, other, seed=1)
+    fuse_adam(fused)
+    _steps(plain, one, seed=2)
+    _steps(fused, other, seed=2)
+    for expected, actual in zip(one, other, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+        assert actual.stride() == expected.stride()
+
+
+def test_state_of_a_fused_adam_loads_into_a_plain_one_and_back() -> None:
+    parameters = _parameters()
+    fused = torch.optim.Adam(parameters, lr=0.01)
+    fuse_adam(fused)
+    _steps(fused, parameters, seed=1)
+    state = copy.deepcopy(fused.state_dict())
+    assert state["state"][0]["exp_avg"].shape == (8, 24)
+    again = [torch.nn.Parameter(p.detach().clone(memory_format=torch.preserve_format)) for p in parameters]
+    resumed = torch.optim.Adam(again, lr=0.01)
+    resumed.load_state_dict(state)
+    fuse_adam(resumed)
+    _steps(fused, parameters, seed=2)
+    _steps(resumed, again, seed=2)
+    for expected, actual in zip(parameters, again, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_seam_adam_collects_its_tensors_in_init_group() -> None:
+    """If this fails, the fused update still works, but copies the encoder there and back."""
+    assert "_init_group" in inspect.getsource(torch.optim.Adam.step)
+
+
+def test_other_optimizers_are_left_alone() -> None:
+    optimizer = torch.optim.SGD(_parameters(), lr=0.1)
+    before = copy.deepcopy(optimizer.state_dict())
+    fuse_adam(optimizer)
+    assert optimizer.state_dict() == before
