@@ -9,7 +9,7 @@ that of the full top-k, ties going to the lower index.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -58,7 +58,8 @@ def select_batch(
     if len(index) < n and bool(cutoff > 0):
         index, pre, scores = _candidates(encoder, norms, torch.zeros_like(cutoff))
     if len(index) > n:
-        keep = _largest(scores, n)
+        # the number is known, so a GPU need not be waited for
+        keep = _largest(scores, n).nonzero_static(size=n).squeeze(1)
         index, pre, scores = index[keep], pre[keep], scores[keep]
     return _selection(index // encoder.d_sae, index % encoder.d_sae, pre, scores)
 
@@ -95,7 +96,7 @@ def _candidates(
     # rounding may only let a few more through, which the exact choice then dismisses.
     bound = cutoff * (1 - 1e-5)
     bound = bound if norms is None else bound / norms.clamp(min=torch.finfo(norms.dtype).tiny)
-    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    found, found_pre = [], []
     for start, hidden_pre in encoder.blocks():
         dtype = hidden_pre.dtype
         above = torch.gt(
@@ -104,8 +105,9 @@ def _candidates(
             out=encoder.scratch("above", hidden_pre.device, tuple(hidden_pre.shape), torch.bool),
         )
         index = _nonzero(above)
-        found.append((index + start * encoder.d_sae, hidden_pre.view(-1)[index]))
-    index, pre = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True))
+        found.append(index + start * encoder.d_sae)
+        found_pre.append(hidden_pre.view(-1)[index])
+    index, pre = torch.cat(found), torch.cat(found_pre)
     scores = pre if norms is None else pre * norms[index % encoder.d_sae]
     return index, pre, scores
 
@@ -114,7 +116,8 @@ def _nonzero(mask: torch.Tensor) -> torch.Tensor:
     """Flat indices of the true entries of a contiguous mask."""
     if mask.device.type == "cpu":
         # numpy skips the false ones faster than torch does
-        return torch.from_numpy(np.flatnonzero(mask.view(-1).numpy()))
+        flat: Any = mask.view(-1).numpy()
+        return torch.from_numpy(np.flatnonzero(flat))
     return mask.view(-1).nonzero().squeeze(1)
 
 

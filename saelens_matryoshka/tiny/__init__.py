@@ -18,11 +18,20 @@ import torch
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from saelens_matryoshka.tiny import text
+
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer, HookedTransformerConfig
     from transformer_lens.model_bridge import TransformerBridge
 
-__all__ = ["PATH", "load_bridge", "load_hf_model", "load_hooked_transformer", "load_tokenizer"]
+__all__ = [
+    "PATH",
+    "load_bridge",
+    "load_hf_model",
+    "load_hooked_transformer",
+    "load_tokenizer",
+    "text",
+]
 
 PATH = Path(__file__).parent / "weights"
 """Folder of the model in the Hugging Face layout: weights, config, tokenizer, model card."""

@@ -119,6 +119,15 @@ def test_step_equals_reference_when_encoded_in_many_blocks(
     _assert_same(_random_case(seed), SparseStep())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("seed", range(60))
+def test_step_equals_reference_on_a_gpu(seed: int) -> None:
+    weights, x, y, objective, dead, last = _random_case(seed)
+    on_gpu = NestedWeights(*(None if p is None else p.cuda() for p in weights))
+    dead = None if dead is None else dead.cuda()
+    _assert_same((on_gpu, x.cuda(), y.cuda(), objective, dead, last), SparseStep())
+
+
 def test_what_the_step_remembers_changes_nothing() -> None:
     """The same step object over many batches of different sizes gives what a new one gives."""
     step = SparseStep()

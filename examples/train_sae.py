@@ -1,0 +1,35 @@
+"""Train a Matryoshka SAE of the residual stream with SAELens's stock runner.
+
+With its default settings `matryoshka_sae` is the same function as SAELens's `matryoshka_batchtopk`.
+Runs offline in under a minute on a laptop.
+"""
+
+from sae_lens import SAE, LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
+
+import saelens_matryoshka as sm
+from saelens_matryoshka import tiny
+
+cfg = LanguageModelSAERunnerConfig(
+    sae=sm.MatryoshkaTrainingSAEConfig(d_in=128, d_sae=1024, k=16, matryoshka_widths=[64, 256, 512, 1024]),
+    hook_name="blocks.2.hook_resid_post",
+    model_name="tiny",
+    dataset_path="the Python standard library",
+    context_size=256,
+    training_tokens=200_000,
+    train_batch_size_tokens=1024,
+    store_batch_size_prompts=8,
+    n_batches_in_buffer=32,
+    lr=3e-3,
+    lr_decay_steps=50,
+    dead_feature_window=50,
+    exclude_special_tokens=True,
+    logger=LoggingConfig(log_to_wandb=False),
+    checkpoint_path=None,
+    output_path="output/sae",
+)
+model = tiny.load_hooked_transformer()
+LanguageModelSAETrainingRunner(cfg, override_model=model, override_dataset=tiny.text.dataset("train")).run()
+
+sae = SAE.load_from_disk("output/sae")  # a stock JumpReLUSAE
+result = sm.evaluate(sae, model, tiny.text.dataset("held_out"), n_tokens=20_000, n_ce_tokens=4_000)
+print([f"{prefix.width} latents: FVU {prefix.fvu:.2f}" for prefix in result.prefixes])
