@@ -7,6 +7,7 @@ carry the two together and cannot take them apart.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from sae_lens.util import get_special_token_ids
 from transformer_lens import HookedRootModule
 from typing_extensions import override
 
+from saelens_matryoshka.seams import token_sequences
 from saelens_matryoshka.sites import Site
 
 
@@ -135,10 +137,9 @@ def require_enough_text(store: ActivationsStore, cfg: LanguageModelSAERunnerConf
     """
     if store.dataset is None:
         return
-    position = store.n_dataset_processed
     needed = store.store_batch_size_prompts
-    found = sum(1 for _ in itertools.islice(store._iterate_tokenized_sequences(), needed))
-    store.n_dataset_processed = position
+    with contextlib.closing(token_sequences(store)) as sequences:
+        found = sum(1 for _ in itertools.islice(sequences, needed))
     if found < needed:
         raise ValueError(
             f"dataset_path={cfg.dataset_path!r}: the dataset is too small. It gives {found} sequences of "

@@ -11,21 +11,10 @@ Both dispatch on the type of the config or the SAE, so nothing changes for SAELe
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-import io
-from argparse import ArgumentError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from sae_lens import (
-    ActivationsStore,
-    LanguageModelSAERunnerConfig,
-    SAETrainer,
-    llm_sae_training_runner,
-    register_sae_training_class,
-)
-from sae_lens import __version__ as sae_lens_version
+from sae_lens import ActivationsStore, SAETrainer, register_sae_training_class
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from saelens_matryoshka.architectures import (
@@ -39,13 +28,13 @@ from saelens_matryoshka.architectures import (
 )
 from saelens_matryoshka.architectures.config import MatryoshkaTrainingConfig
 from saelens_matryoshka.runner import build_store, prepare_trainer
+from saelens_matryoshka.seams import redirect
 
 ARCHITECTURES = (
     (MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig),
     (MatryoshkaTrainingTranscoder, MatryoshkaTrainingTranscoderConfig),
     (MatryoshkaTrainingSkipTranscoder, MatryoshkaTrainingSkipTranscoderConfig),
 )
-_REDIRECTED = "_redirected_by_saelens_matryoshka"
 
 
 def install() -> None:
@@ -57,8 +46,8 @@ def install() -> None:
     for sae_class, cfg_class in ARCHITECTURES:
         if cfg_class.architecture() not in SAE_TRAINING_CLASS_REGISTRY:
             register_sae_training_class(cfg_class.architecture(), sae_class, cfg_class)
-    _redirect(ActivationsStore, "from_config", ["model", "cfg", "override_dataset"], _from_config)
-    _redirect(SAETrainer, "fit", ["self"], _fit)
+    redirect(ActivationsStore, "from_config", ["model", "cfg", "override_dataset"], _from_config)
+    redirect(SAETrainer, "fit", ["self"], _fit)
 
 
 def _from_config(stock: Callable[..., Any]) -> Any:
@@ -79,42 +68,3 @@ def _fit(stock: Callable[..., Any]) -> Any:
         return stock(self)
 
     return fit
-
-
-def parse_runner_config(args: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
-    """SAELens's command-line flags as a runner config; `--help` prints them and exits.
-
-    Raises:
-        ValueError: a flag is unknown, or its value is refused.
-    """
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return llm_sae_training_runner._parse_cfg_args(args)
-    except ArgumentError as error:
-        raise ValueError(str(error)) from None
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        # argparse has written the usage of some hundred flags, and then what is wrong
-        raise ValueError(said.getvalue().rpartition("error: ")[2].strip()) from None
-
-
-def _redirect(
-    owner: type, name: str, parameters: list[str], wrap: Callable[[Callable[..., Any]], Any]
-) -> None:
-    """Replace `owner.name` by what `wrap` makes of it, once, if it still is what we know."""
-    stock = getattr(owner, name, None)
-    if getattr(stock, _REDIRECTED, False):
-        return
-    if stock is None or list(inspect.signature(stock).parameters) != parameters:
-        raise ImportError(
-            f"SAELens {sae_lens_version} has changed {owner.__name__}.{name}({', '.join(parameters)}), "
-            "which saelens_matryoshka builds on. Install the sae-lens version that this release of "
-            "saelens-matryoshka asks for, or a newer saelens-matryoshka."
-        )
-    redirected = wrap(stock)
-    function = redirected.__func__ if isinstance(redirected, classmethod) else redirected
-    function.__doc__ = stock.__doc__
-    setattr(function, _REDIRECTED, True)
-    setattr(owner, name, redirected)

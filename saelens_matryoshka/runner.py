@@ -25,10 +25,7 @@ from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookPoint
 
 from saelens_matryoshka.adam import fuse_adam
-from saelens_matryoshka.architectures import (
-    MatryoshkaTrainingTranscoder,
-    MatryoshkaTrainingTranscoderConfig,
-)
+from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig
 from saelens_matryoshka.evaluation.training_evaluator import TranscoderEvaluator
 from saelens_matryoshka.pairs import (
     PairedActivationsStore,
@@ -36,6 +33,7 @@ from saelens_matryoshka.pairs import (
     probe_hooks,
     require_enough_text,
 )
+from saelens_matryoshka.seams import replace_progress_bar
 from saelens_matryoshka.sites import Site, check_hook, norm_frame, norm_gain
 
 # Entries of a runner config that differ between two starts of the same run.
@@ -82,10 +80,11 @@ def build_store(
     """
     require_own_output_path(cfg)
     check_hook(model, cfg.hook_name, "hook_name")
+    is_transcoder = isinstance(cfg.sae, MatryoshkaTrainingTranscoderConfig)
+    source = _check_transcoder(model, cfg) if is_transcoder else _check_sae(model, cfg)
     store: ActivationsStore
     try:
-        if isinstance(cfg.sae, MatryoshkaTrainingTranscoderConfig):
-            source = _check_transcoder(model, cfg)
+        if is_transcoder:
             store = paired_store(model, cfg, source, override_dataset)
         else:
             store = stock_from_config(model, cfg, override_dataset)
@@ -93,6 +92,12 @@ def build_store(
         raise ValueError(f"dataset_path={cfg.dataset_path!r}: the dataset is empty.") from None
     require_enough_text(store, cfg)
     return store
+
+
+def _check_sae(model: Any, cfg: LanguageModelSAERunnerConfig[Any]) -> Site:
+    probe = probe_hooks(model, cfg.hook_name, cfg.hook_name, cfg.hook_head_index)
+    _require_width("d_in", cfg.sae.d_in, cfg.hook_name, probe.d_in)
+    return Site(cfg.hook_name)
 
 
 def _check_transcoder(model: Any, cfg: LanguageModelSAERunnerConfig[Any]) -> Site:
@@ -103,18 +108,10 @@ def _check_transcoder(model: Any, cfg: LanguageModelSAERunnerConfig[Any]) -> Sit
         _instrument(model, sae.hook_name_out)
     site = Site(cfg.hook_name)
     if sae.input_gain == "norm_weight":
-        gain, offset = norm_gain(model, cfg.hook_name)
-        site = Site(cfg.hook_name, gain.detach(), None if offset is None else offset.detach())
+        site = Site(cfg.hook_name, *norm_gain(model, cfg.hook_name))
     probe = probe_hooks(model, cfg.hook_name, sae.hook_name_out, cfg.hook_head_index)
-    for field, hook, configured, actual in (
-        ("d_in", cfg.hook_name, sae.d_in, probe.d_in),
-        ("d_out", sae.hook_name_out, sae.d_out, probe.d_out),
-    ):
-        if configured != actual:
-            raise ValueError(
-                f"{field}={configured}, but hook {hook!r} of this model gives {actual} values per token. "
-                f"Set {field}={actual}."
-            )
+    _require_width("d_in", sae.d_in, cfg.hook_name, probe.d_in)
+    _require_width("d_out", sae.d_out, sae.hook_name_out, probe.d_out)
     if probe.target_is_first:
         raise ValueError(
             f"hook_name_out={sae.hook_name_out!r} is computed before hook_name={cfg.hook_name!r}: a "
@@ -128,6 +125,14 @@ def _check_transcoder(model: Any, cfg: LanguageModelSAERunnerConfig[Any]) -> Sit
             stacklevel=2,
         )
     return site
+
+
+def _require_width(field: str, configured: int | None, hook: str, actual: int) -> None:
+    if configured != actual:
+        raise ValueError(
+            f"{field}={configured}, but hook {hook!r} of this model gives {actual} values per token. "
+            f"Set {field}={actual}."
+        )
 
 
 def _instrument(model: HookedProxyLM, name: str) -> None:
@@ -183,18 +188,15 @@ def _differences(saved: dict[str, Any], ours: dict[str, Any], prefix: str = "") 
 def prepare_trainer(trainer: SAETrainer[Any, Any]) -> None:
     """Give a trainer of one of our architectures what the stock one lacks, before it trains."""
     fuse_adam(trainer.optimizer)
-    trainer._update_pbar = functools.partial(_update_bar, trainer, [0.0])  # type: ignore[method-assign]
+    replace_progress_bar(trainer, functools.partial(_update_bar, trainer, [0.0]))
     stock = trainer.evaluator
-    store = getattr(stock, "activations_store", None)
-    if (
-        isinstance(trainer.sae, MatryoshkaTrainingTranscoder)
-        and isinstance(stock, LLMSaeEvaluator)
-        and isinstance(store, PairedActivationsStore)
-    ):
-        source = store.source
-        if source.gain is not None:
-            trainer.sae.set_input_gain(source.gain, source.offset)
-        trainer.sae.cfg.metadata.input_frame = norm_frame(store.model, source.hook_name)
+    if not isinstance(stock, LLMSaeEvaluator):  # synthetic data: no language model
+        return
+    store = stock.activations_store
+    trainer.sae.cfg.metadata.input_frame = norm_frame(store.model, store.hook_name)
+    if isinstance(store, PairedActivationsStore):
+        if store.source.gain is not None:
+            trainer.sae.set_input_gain(store.source.gain, store.source.offset)
         trainer.evaluator = TranscoderEvaluator.from_stock(stock, store)
 
 

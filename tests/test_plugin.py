@@ -1,19 +1,8 @@
-"""The seams into SAELens, each with a test that says what moved when a release moves it."""
+"""Importing the package registers its architectures and redirects the two seams, once."""
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
-
-import pytest
-from sae_lens import (
-    SAE,
-    ActivationsStore,
-    LanguageModelSAETrainingRunner,
-    SAETrainer,
-    TrainingSAE,
-    llm_sae_training_runner,
-)
+from sae_lens import ActivationsStore, SAETrainer
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 import saelens_matryoshka as sm
@@ -41,55 +30,3 @@ def test_installing_twice_changes_nothing() -> None:
     before = (ActivationsStore.from_config.__func__, SAETrainer.fit)
     plugin.install()
     assert (ActivationsStore.from_config.__func__, SAETrainer.fit) == before
-
-
-def test_seam_runner_builds_its_store_with_from_config() -> None:
-    """If this fails, SAELens's runner builds its activation store in another way than we redirect."""
-    source = inspect.getsource(LanguageModelSAETrainingRunner.__init__)
-    assert "ActivationsStore.from_config(" in source
-    assert source.index("ActivationsStore.from_config(") < source.index("TrainingSAE.from_dict(")
-
-
-def test_seam_runner_trains_with_trainer_fit() -> None:
-    """If this fails, SAELens's runner does not train through SAETrainer.fit any more."""
-    source = inspect.getsource(LanguageModelSAETrainingRunner)
-    assert "trainer.fit()" in source
-    assert "evaluator=self.evaluator" in source
-
-
-def test_seam_trainer_shows_its_progress_with_update_pbar() -> None:
-    """If this fails, the progress bar of our architectures has fallen back to SAELens's own."""
-    parameters = list(inspect.signature(SAETrainer._update_pbar).parameters)
-    assert parameters == ["self", "step_output", "pbar", "update_interval"]
-    assert "self._update_pbar(step_output, pbar)" in inspect.getsource(
-        inspect.getmodule(SAETrainer)  # type: ignore[arg-type]
-    )
-
-
-def test_seam_command_line_is_parsed_from_the_registry() -> None:
-    source = inspect.getsource(llm_sae_training_runner._parse_cfg_args)
-    assert "SAE_TRAINING_CLASS_REGISTRY" in source
-
-
-def test_seam_store_yields_what_get_activations_gives() -> None:
-    """The paired store replaces get_activations and the width of a row, nothing else."""
-    source = inspect.getsource(ActivationsStore.get_raw_llm_batch)
-    assert "self.get_activations(batch_tokens)" in source
-    assert "reshape(-1, d_in)" in source
-    assert callable(ActivationsStore.get_multi_hook_activations)
-
-
-def test_seam_saving_goes_through_the_processed_state_dict() -> None:
-    source = inspect.getsource(TrainingSAE.save_inference_model)
-    assert "self.process_state_dict_for_saving_inference(state_dict)" in source
-    assert "self.process_state_dict_for_saving(state_dict)" in inspect.getsource(SAE.save_model)
-
-
-def test_a_moved_seam_is_told_in_plain_words() -> None:
-    class Moved:
-        def fit(self, other: Any) -> None: ...
-
-    with pytest.raises(ImportError, match=r"has changed Moved.fit\(self\)"):
-        plugin._redirect(Moved, "fit", ["self"], lambda stock: stock)
-    with pytest.raises(ImportError, match="has changed Moved.run"):
-        plugin._redirect(Moved, "run", ["self"], lambda stock: stock)

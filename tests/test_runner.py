@@ -58,7 +58,17 @@ def test_stock_runner_trains_an_sae(
     sae = sm.MatryoshkaTrainingSAEConfig(d_in=128, d_sae=256, k=8, matryoshka_widths=[32, 256])
     cfg = runner_config(sae, hook_name="blocks.1.hook_resid_post", output_path=str(tmp_path / "o"))
     _run(cfg, tiny_model, token_dataset)
-    assert type(SAE.load_from_disk(tmp_path / "o")) is JumpReLUSAE
+    loaded = SAE.load_from_disk(tmp_path / "o")
+    assert type(loaded) is JumpReLUSAE
+    assert loaded.cfg.metadata.input_frame == "raw"
+
+
+def test_width_of_an_sae_that_does_not_fit_the_hook_is_refused(
+    tiny_model: HookedTransformer, token_dataset: datasets.Dataset
+) -> None:
+    sae = sm.MatryoshkaTrainingSAEConfig(d_in=64, d_sae=256, k=8, matryoshka_widths=[32, 256])
+    with pytest.raises(ValueError, match="d_in=64.*'blocks.1.hook_resid_post'.*128"):
+        _run(runner_config(sae, hook_name="blocks.1.hook_resid_post"), tiny_model, token_dataset)
 
 
 MAPPINGS = {

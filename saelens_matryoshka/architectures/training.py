@@ -275,6 +275,9 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
 
 
 def _untraced(function: Callable[P, R]) -> Callable[P, R]:
+    # Only where something is being compiled: the compiler takes seconds to import.
+    if not torch.compiler.is_compiling():
+        return function
     return torch.compiler.disable(function)  # type: ignore[return-value]
 
 

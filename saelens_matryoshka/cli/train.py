@@ -21,8 +21,8 @@ def train(context: typer.Context) -> None:
     """Parse SAELens's flags and run its runner."""
     from sae_lens import LanguageModelSAETrainingRunner
 
-    from saelens_matryoshka.plugin import parse_runner_config
     from saelens_matryoshka.runner import require_own_output_path
+    from saelens_matryoshka.seams import parse_runner_config
 
     cfg = parse_runner_config(context.args)
     require_own_output_path(cfg)

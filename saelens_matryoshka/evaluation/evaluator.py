@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from sae_lens import SAE, ActivationsStore
 from sae_lens.config import HfDataset
-from sae_lens.training.activations_store import _get_input_token_device
 from sae_lens.util import get_special_token_ids
 
 from saelens_matryoshka.evaluation.metrics import FiringCounts, NextTokenSums, ReconstructionSums
 from saelens_matryoshka.evaluation.result import EvalResult, PrefixMetrics
 from saelens_matryoshka.prefixes import inference_model, matryoshka_widths, predict_prefixes
+from saelens_matryoshka.seams import token_device
 from saelens_matryoshka.sites import check_hook, norm_frame
 
 
@@ -235,7 +235,7 @@ def _token_batches(
     batch_size: int,
 ) -> Iterator[torch.Tensor]:
     """Batches `[prompts, context_size]` on the model's device, together about `n_tokens` tokens."""
-    device = _get_input_token_device(model)
+    device = token_device(model)
     if isinstance(dataset, torch.Tensor):
         n_prompts = -(-n_tokens // dataset.shape[1])
         prompts = iter(dataset[:n_prompts])

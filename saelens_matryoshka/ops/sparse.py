@@ -38,6 +38,7 @@ class SparseStep:
     def __init__(self) -> None:
         self._last_threshold: torch.Tensor | None = None
         self._scratch: dict[str, torch.Tensor] = {}
+        self._spare: torch.Tensor | None = None
 
     def __call__(
         self,
@@ -81,6 +82,18 @@ class SparseStep:
         if buffer is None or buffer.shape != shape or buffer.dtype != dtype:
             buffer = self._scratch[name] = torch.empty(shape, dtype=dtype)
         return buffer
+
+    def take(self, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """A buffer for what lives until the backward pass, which should `give_back` it."""
+        spare, self._spare = self._spare, None
+        if spare is not None and spare.shape == shape and spare.dtype == like.dtype:
+            return spare
+        return like.new_empty(shape)
+
+    def give_back(self, buffer: torch.Tensor) -> None:
+        """Keep a buffer for the next step, on a CPU."""
+        if buffer.device.type == "cpu":
+            self._spare = buffer
 
 
 class _Parts(NamedTuple):
@@ -137,7 +150,14 @@ class _NestedLoss(torch.autograd.Function):
         base = b_dec if W_skip is None else torch.addmm(b_dec, x, W_skip.T).to(b_dec.dtype)
         any_dead = dead_columns is not None and len(dead_columns) > 0
         decoded = _decode(
-            selection, acts, W_dec, base, y, objective, all_residuals=any_dead and objective.aux_per_level
+            selection,
+            acts,
+            W_dec,
+            base,
+            y,
+            objective,
+            output_grads=step.take(W_dec, (len(x), len(objective.widths), W_dec.shape[1])),
+            all_residuals=any_dead and objective.aux_per_level,
         )
         aux = _aux_forward(
             encoder.dead_pre(), W_dec, decoded.residuals, selection_norms, objective, dead_columns
@@ -147,6 +167,7 @@ class _NestedLoss(torch.autograd.Function):
         ctx.save_for_backward(W_enc, W_dec, W_skip, x, encoder_in)
         ctx.selection, ctx.acts, ctx.norms, ctx.bags = selection, acts, norms, decoded.bags
         ctx.output_grads, ctx.aux, ctx.objective = decoded.output_grads, aux, objective
+        ctx.step = step
         ctx.autocast = torch.is_autocast_enabled(x.device.type)
         return decoded.total_loss + aux.loss + l1_loss
 
@@ -183,6 +204,7 @@ class _NestedLoss(torch.autograd.Function):
             W_skip_grad = None
             if W_skip is not None:
                 W_skip_grad = (base_grad.T @ x.to(base_grad.dtype)).to(W_skip.dtype)
+        ctx.step.give_back(output_grads)
         b_dec_grad = base_grad.sum(dim=0)
         if objective.subtract_b_dec:
             b_dec_grad = b_dec_grad - W_enc @ b_enc_grad
@@ -210,16 +232,16 @@ def _decode(
     y: torch.Tensor,
     objective: NestedObjective,
     *,
+    output_grads: torch.Tensor,
     all_residuals: bool,
 ) -> _Decoded:
-    """All levels from one decoding, with their losses and gradients."""
+    """All levels from one decoding, with their losses and gradients, these put into `output_grads`."""
     n_rows, n_levels, d_out = len(y), len(objective.widths), W_dec.shape[1]
     levels = latent_levels(objective.widths, device=W_dec.device)
     bags = selection.rows * n_levels + levels[selection.columns]
     offsets = torch.searchsorted(bags, torch.arange(n_rows * n_levels + 1, device=bags.device))
     level_losses = W_dec.new_zeros(n_levels, dtype=torch.promote_types(W_dec.dtype, torch.float32))
     level_weights = level_losses.new_tensor(objective.level_weights)
-    output_grads = W_dec.new_empty(n_rows, n_levels, d_out)
     residuals = W_dec.new_empty(n_rows, n_levels if all_residuals else 1, d_out)
     start_from = (base - y).expand(n_rows, d_out)
     on_cpu = W_dec.device.type == "cpu"

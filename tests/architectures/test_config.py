@@ -8,7 +8,7 @@ from sae_lens import LanguageModelSAERunnerConfig, MatryoshkaBatchTopKTrainingSA
 from sae_lens.saes.sae import TrainingSAEConfig
 
 import saelens_matryoshka as sm
-from saelens_matryoshka.plugin import parse_runner_config
+from saelens_matryoshka.seams import parse_runner_config
 from tests.helpers import runner_config, transcoder_config
 
 SAE: dict[str, Any] = {"d_in": 8, "d_sae": 32, "k": 4, "matryoshka_widths": [8, 32]}

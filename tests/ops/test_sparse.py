@@ -135,6 +135,20 @@ def test_what_the_step_remembers_changes_nothing() -> None:
         _assert_same(_random_case(seed), step)
 
 
+def test_two_steps_may_be_under_way_at_once() -> None:
+    """Both forward passes before either backward pass, as in gradient accumulation."""
+    weights, x, y, objective, dead, _ = _random_case(11)
+    problem = (weights, x, y, objective, dead)
+    _, expected = _run(reference_step, *problem)
+    step = SparseStep()
+    leaves = NestedWeights(*(None if p is None else p.clone().requires_grad_() for p in weights))
+    losses = [step(leaves, batch, y, objective, dead=dead).loss for batch in (x, 2 * x, x)]
+    gradients = torch.autograd.grad(1.7 * losses[0], leaves.W_dec, retain_graph=False)
+    torch.testing.assert_close(gradients[0], expected["W_dec"], rtol=1e-9, atol=1e-9)
+    gradients = torch.autograd.grad(1.7 * losses[2], leaves.W_dec)
+    torch.testing.assert_close(gradients[0], expected["W_dec"], rtol=1e-9, atol=1e-9)
+
+
 def test_feature_acts_are_coalesced_and_positive() -> None:
     weights, x, y, objective, dead, _ = _random_case(3)
     acts = SparseStep()(weights, x, y, objective, dead=dead).feature_acts

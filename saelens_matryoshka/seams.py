@@ -1,0 +1,89 @@
+"""Everything of SAELens that is not its public interface, in one place.
+
+Two functions of SAELens are redirected (see `saelens_matryoshka.plugin`); the rest are private functions that
+have no public equivalent. Each has a contract test in `tests/test_seams.py` that says in plain words what has
+moved when a release moves it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+from argparse import ArgumentError
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import torch
+from sae_lens import (
+    ActivationsStore,
+    LanguageModelSAERunnerConfig,
+    SAETrainer,
+    llm_sae_training_runner,
+)
+from sae_lens import __version__ as sae_lens_version
+from sae_lens.training import activations_store
+
+_REDIRECTED = "_redirected_by_saelens_matryoshka"
+
+
+def redirect(
+    owner: type, name: str, parameters: list[str], wrap: Callable[[Callable[..., Any]], Any]
+) -> None:
+    """Replace `owner.name` by what `wrap` makes of it, once, if it still is what we know.
+
+    Raises:
+        ImportError: it is gone, or takes other parameters.
+    """
+    stock = getattr(owner, name, None)
+    if getattr(stock, _REDIRECTED, False):
+        return
+    if stock is None or list(inspect.signature(stock).parameters) != parameters:
+        raise ImportError(
+            f"SAELens {sae_lens_version} has changed {owner.__name__}.{name}({', '.join(parameters)}), "
+            "which saelens_matryoshka builds on. Install the sae-lens version that this release of "
+            "saelens-matryoshka asks for, or a newer saelens-matryoshka."
+        )
+    redirected = wrap(stock)
+    function = redirected.__func__ if isinstance(redirected, classmethod) else redirected
+    function.__doc__ = stock.__doc__
+    setattr(function, _REDIRECTED, True)
+    setattr(owner, name, redirected)
+
+
+def replace_progress_bar(trainer: SAETrainer[Any, Any], update: Callable[..., None]) -> None:
+    """Have one trainer's progress bar updated by `update(step_output, pbar)`, called after every step."""
+    trainer._update_pbar = update  # type: ignore[method-assign]
+
+
+def token_sequences(store: ActivationsStore) -> Generator[torch.Tensor, None, None]:
+    """The store's sequences of context_size tokens, from the start of its dataset, apart from its own."""
+    position = store.n_dataset_processed
+    try:
+        yield from store._iterate_tokenized_sequences()
+    finally:
+        store.n_dataset_processed = position
+
+
+def token_device(model: Any) -> torch.device:
+    """The device a language model takes its tokens on."""
+    return activations_store._get_input_token_device(model)
+
+
+def parse_runner_config(args: Sequence[str]) -> LanguageModelSAERunnerConfig[Any]:
+    """SAELens's command-line flags as a runner config; `--help` prints them and exits.
+
+    Raises:
+        ValueError: a flag is unknown, or its value is refused.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return llm_sae_training_runner._parse_cfg_args(args)
+    except ArgumentError as error:
+        raise ValueError(str(error)) from None
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        # argparse has written the usage of some hundred flags, and then what is wrong
+        raise ValueError(said.getvalue().rpartition("error: ")[2].strip()) from None
