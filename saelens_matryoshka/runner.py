@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from sae_lens import ActivationsStore, LanguageModelSAERunnerConfig, SAETrainer
 from sae_lens.config import HfDataset
-from sae_lens.constants import RUNNER_CFG_FILENAME
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.llm_sae_training_runner import LLMSaeEvaluator
 from sae_lens.load_model import HookedProxyLM, get_hook_fn
 from sae_lens.saes.sae import TrainStepOutput
@@ -154,13 +154,20 @@ def require_own_output_path(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     """
     if cfg.output_path is None:
         return
-    saved_path = Path(cfg.output_path) / RUNNER_CFG_FILENAME
-    if not saved_path.exists():
+    folder = Path(cfg.output_path)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_path={cfg.output_path!r} is a file: name a folder.")
+    if not any((folder / name).exists() for name in (RUNNER_CFG_FILENAME, SAE_WEIGHTS_FILENAME)):
         return
     try:
-        saved = json.loads(saved_path.read_text())
+        saved = json.loads((folder / RUNNER_CFG_FILENAME).read_text())
     except (OSError, ValueError):
-        saved = {}
+        saved = None
+    if not isinstance(saved, dict):
+        raise ValueError(
+            f"output_path={cfg.output_path!r} holds a model whose settings ({RUNNER_CFG_FILENAME}) cannot be "
+            "read. Choose another output_path, or move that folder away."
+        )
     ours = json.loads(json.dumps(cfg.to_dict()))
     differences = _differences(saved, ours)
     if differences:

@@ -383,6 +383,25 @@ def test_output_path_of_another_run_is_refused_and_left_alone(
     _run(runner_config(transcoder_config(), output_path=str(out)), tiny_model, token_dataset)
 
 
+@pytest.mark.parametrize("content", ["file", "weights alone", "broken settings", "settings of no run"])
+def test_output_path_that_would_lose_something_is_refused(
+    content: str, tiny_model: HookedTransformer, token_dataset: datasets.Dataset, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    if content == "file":
+        out.write_text("mine")
+    else:
+        out.mkdir()
+        (out / "sae_weights.safetensors").write_text("mine")
+    if content == "broken settings":
+        (out / "runner_cfg.json").write_text('{"sae": ')
+    elif content == "settings of no run":
+        (out / "runner_cfg.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match="output_path="):
+        _run(runner_config(transcoder_config(), output_path=str(out)), tiny_model, token_dataset)
+    assert (out if content == "file" else out / "sae_weights.safetensors").read_text() == "mine"
+
+
 def test_nan_in_the_model_stops_with_the_last_checkpoint_intact(
     token_dataset: datasets.Dataset, tmp_path: Path
 ) -> None:

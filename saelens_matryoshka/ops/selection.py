@@ -92,16 +92,15 @@ def _candidates(
     encoder: Encoder, norms: torch.Tensor | None, cutoff: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Flat index, pre-activation and score of the positive scores above the cutoff, row-major."""
-    # The comparison is made in the units of the pre-activations, so that the scores need not be stored;
-    # rounding may only let a few more through, which the exact choice then dismisses.
-    bound = cutoff * (1 - 1e-5)
-    bound = bound if norms is None else bound / norms.clamp(min=torch.finfo(norms.dtype).tiny)
+    # The comparison is made in the units of the pre-activations, so that the scores need not be stored, and
+    # low enough that rounding to their dtype dismisses none; what it lets through too much goes below.
+    bound = cutoff if norms is None else cutoff / norms.clamp(min=torch.finfo(norms.dtype).tiny)
     found, found_pre = [], []
     for start, hidden_pre in encoder.blocks():
         dtype = hidden_pre.dtype
         above = torch.gt(
             hidden_pre,
-            bound.clamp(max=torch.finfo(dtype).max).to(dtype),
+            (bound * (1 - 4 * torch.finfo(dtype).eps)).clamp(max=torch.finfo(dtype).max).to(dtype),
             out=encoder.scratch("above", hidden_pre.device, tuple(hidden_pre.shape), torch.bool),
         )
         index = _nonzero(above)
@@ -109,7 +108,8 @@ def _candidates(
         found_pre.append(hidden_pre.view(-1)[index])
     index, pre = torch.cat(found), torch.cat(found_pre)
     scores = pre if norms is None else pre * norms[index % encoder.d_sae]
-    return index, pre, scores
+    above = scores > cutoff
+    return index[above], pre[above], scores[above]
 
 
 def _nonzero(mask: torch.Tensor) -> torch.Tensor:
