@@ -209,13 +209,13 @@ def _table(problem: Problem, rows: list[dict[str, Any]]) -> Table:
         table.add_column(heading, justify="left" if heading == "step" else "right")
     for row in rows:
         for name, seconds in row["seconds"].items():
-            ratio = row["seconds"].get(STOCK, float("nan")) / seconds
+            stock = row["seconds"].get(STOCK)
             table.add_row(
                 str(row["levels"]),
                 f"{row['dead']:.0%}",
                 name,
                 f"{1e3 * seconds:.1f}",
-                "" if name == FLOOR else f"{ratio:.2f}× as fast",
+                "" if name == FLOOR or stock is None else f"{stock / seconds:.2f}× as fast",
                 f"{seconds / row['seconds'][FLOOR]:.2f}",
             )
         table.add_section()

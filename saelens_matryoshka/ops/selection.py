@@ -108,7 +108,7 @@ def _candidates(
         found_pre.append(hidden_pre.view(-1)[index])
     index, pre = torch.cat(found), torch.cat(found_pre)
     scores = pre if norms is None else pre * norms[index % encoder.d_sae]
-    above = scores > cutoff
+    above = _nonzero(scores > cutoff)
     return index[above], pre[above], scores[above]
 
 
