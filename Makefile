@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-interop lint clean
 
 setup: $(STAMP)
 
@@ -20,10 +20,13 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+test-interop: setup
+	$(BIN)/nox --non-interactive
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .nox
