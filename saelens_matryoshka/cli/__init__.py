@@ -7,7 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
-from saelens_matryoshka.cli import demo, train
+from saelens_matryoshka.cli import demo, saebench, train
 
 app = typer.Typer(
     name="saelens-matryoshka",
@@ -18,6 +18,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 demo.register(app)
+saebench.register(app)
 train.register(app)
 
 

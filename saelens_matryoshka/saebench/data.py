@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -121,14 +122,15 @@ class LabelledText:
         2n of the two where label and attribute go together.
         """
         frame = self.frame(split, 0)
-        counts = frame.groupby(["label", "attribute"]).size()
+        counts = Counter(zip(frame.label, frame.attribute, strict=True))
         first, second = self.attributes[:2]
-        sizes = [0]
-        for a, b in self.label_pairs():
-            together = min(counts.get((a, first), 0), counts.get((b, second), 0))
-            others = min(counts.get((a, second), 0), counts.get((b, first), 0))
-            sizes.append(int(min((together - 1) // 2, others)))
-        return min(sizes[1:])
+        return min(
+            min(
+                (min(counts[a, first], counts[b, second]) - 1) // 2,
+                min(counts[a, second], counts[b, first]),
+            )
+            for a, b in self.label_pairs()
+        )
 
     def _values(self, column: str) -> list[str]:
         shared = set(map(str, self.train[column])) & set(map(str, self.test[column]))

@@ -8,6 +8,7 @@ fulfil is clipped.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -209,9 +210,7 @@ def call(
     results.mkdir(parents=True, exist_ok=True)
     selected = [(name, sae)]
     if item.name == "core":
-        from sae_bench.evals.core.main import multiple_evals
-
-        found = multiple_evals(
+        found = _module("core").multiple_evals(
             selected_saes=selected,
             # Without both of them SAEBench computes everything and returns an empty list.
             compute_featurewise_density_statistics=True,
@@ -244,15 +243,8 @@ def call(
 
 
 def _module(name: str) -> Any:
-    if name == "absorption":
-        from sae_bench.evals.absorption import main
-    elif name == "sparse_probing":
-        from sae_bench.evals.sparse_probing import main
-    elif name == "sae_probes":
-        from sae_bench.evals.sparse_probing_sae_probes import main
-    else:
-        from sae_bench.evals.scr_and_tpp import main
-    return main
+    modules = {"sae_probes": "sparse_probing_sae_probes", "scr": "scr_and_tpp", "tpp": "scr_and_tpp"}
+    return importlib.import_module(f"sae_bench.evals.{modules.get(name, name)}.main")
 
 
 def _config_class(name: str) -> Any:

@@ -14,7 +14,8 @@ import importlib
 import inspect
 import os
 import random
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,6 +98,8 @@ class Job:
     """One eval of one prefix, and what the patches are to put in SAEBench's place."""
 
     eval_name: str
+    options: Mapping[str, Any]
+    """the eval's settings"""
     model: Any
     """what SAEBench's `from_pretrained` gives: the HookedTransformer, or a `HookAlias` of it"""
     cache: Path
@@ -111,6 +114,10 @@ class Job:
     llm_batch_size: int = 32
     explained_variance: ExplainedVarianceCalculator = field(default_factory=ExplainedVarianceCalculator)
     """filled by `core`"""
+
+
+class Unsuitable(Exception):
+    """The language model does not have what the eval measures; the message says what."""
 
 
 def check() -> None:
@@ -229,27 +236,51 @@ def _in_shared_space(job: Job, function: Any, sae: Any) -> Any:  # noqa: ARG001
 
     Their cosine is 0 here; nothing reads it.
     """
-    transcoder = getattr(sae, "transcoder", None)
-    return function(sae if transcoder is None else PairView(transcoder, sae.cfg.hook_name))
+    if (transcoder := getattr(sae, "transcoder", None)) is not None:
+        view = PairView(transcoder, sae.cfg.hook_name)
+        view.cfg = sae.cfg  # SAEBench adds names to it
+        sae = view
+    return function(sae)
 
 
 # ---- absorption
 
 
 def _cached_and_seeded_probing(job: Job, function: Any, **kwargs: Any) -> Any:
-    """Probes in our cache, not in site-packages under the model's name; the same with and without it."""
+    """Probes in our cache, not in site-packages under the model's name; the same with and without it.
+
+    SAEBench ends silently, after hours, where the language model knows too few first letters.
+    """
     common = importlib.import_module(_ABSORPTION_COMMON)
+    same = {
+        "model": kwargs["model"],
+        "base_template": kwargs["prompt_template"],
+        "pos_idx": kwargs["prompt_token_pos"],
+        "layer": kwargs["layer"],
+        "probes_dir": job.cache,
+        "device": kwargs["device"],
+    }
     seed_everything(job.seed)
-    common.load_or_train_probe(
-        model=kwargs["model"],
-        base_template=kwargs["prompt_template"],
-        pos_idx=kwargs["prompt_token_pos"],
-        layer=kwargs["layer"],
-        probes_dir=job.cache,
-        device=kwargs["device"],
-    )
+    probe = common.load_or_train_probe(**same)
+    mark_complete(job.cache)
+    activations, words = common.load_probe_data_split_or_train(**same, split="test")
+    letters = torch.tensor([letter for _, letter in words])
+    found = _f1_by_letter(probe(activations).detach().cpu() > 0, letters)
+    n_known = int((found > job.options["min_GT_probe_f1"]).sum())
+    if n_known < job.options["min_feats_for_eval"]:
+        raise Unsuitable(
+            f"probes find {n_known} first letters in the language model, and "
+            f"{job.options['min_feats_for_eval']} are needed"
+        )
     seed_everything(job.seed)
     return function(**kwargs, experiment_dir=job.scratch / "k_sparse_probing", probes_dir=job.cache)
+
+
+def _f1_by_letter(predicted: torch.Tensor, letters: torch.Tensor) -> torch.Tensor:
+    """F1 of one-against-all predictions `[n_words, 26]`; letters without words score 0."""
+    actual = torch.nn.functional.one_hot(letters, predicted.shape[1]).bool()
+    hits = (predicted & actual).sum(dim=0)
+    return 2 * hits / (predicted.sum(dim=0) + actual.sum(dim=0)).clamp(min=1)
 
 
 def _cached_and_seeded_absorption(job: Job, function: Any, **kwargs: Any) -> Any:
@@ -427,6 +458,21 @@ _IN_TARGET_SPACE: dict[str, list[tuple[tuple[str, str], Callable[..., Any]]]] = 
 
 
 # ---- the process
+
+
+@contextmanager
+def complete_cache(folder: Path) -> Iterator[Path]:
+    """A cache folder without what an interrupted run has left half-written."""
+    if not (folder / "complete").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+    mark_complete(folder)
+
+
+def mark_complete(folder: Path) -> None:
+    """Say that all of the language model's own part is there."""
+    (folder / "complete").touch()
 
 
 def seed_everything(seed: int) -> None:

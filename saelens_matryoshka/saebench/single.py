@@ -139,15 +139,17 @@ class Bench:
         space = "output" if is_transcoder(self.sae) else "input"
         started = time.monotonic()
         if width < item.min_width:
-            reason = f"needs {item.min_width} latents"
+            reason = f"{item.name} needs {item.min_width} latents"
             result = PrefixEval(item.name, width, space, None, {}, skipped=reason)
         else:
             try:
                 with log.open("w") as stream, _output_to(stream):
                     l0, metrics = self._bench(item, width, options)
+                result = PrefixEval(item.name, width, space, l0, metrics)
+            except patches.Unsuitable as error:
+                result = PrefixEval(item.name, width, space, None, {}, skipped=str(error))
             except Exception as error:
                 raise RuntimeError(f"{_reason(error, log)}\n    (see {log})") from error
-            result = PrefixEval(item.name, width, space, l0, metrics)
         record = {
             **result.to_dict(),
             "model_name": self.model_name,
@@ -177,12 +179,12 @@ class Bench:
             if is_transcoder(prefix):
                 view = output_view if item.name == "core" else pair_view
                 sae = stack.enter_context(view(self.model, prefix))
-            cache = stack.enter_context(
-                _complete(self.cache / self._language_model_fingerprint(item, options))
-            )
+            key = f"{item.name}-{self._language_model_fingerprint(item, options)[:16]}"
+            cache = stack.enter_context(patches.complete_cache(self.cache / key))
             shutil.rmtree(cache / f"{name}_custom_sae", ignore_errors=True)
             job = patches.Job(
                 eval_name=item.name,
+                options=options,
                 model=self._model_for(item, sae),
                 cache=cache,
                 scratch=scratch,
@@ -276,30 +278,17 @@ class _ActiveLatents:
         sae.hook_sae_input.add_hook(self._see_input)
         sae.hook_sae_acts_post.add_hook(self._see_acts)
 
-    def _see_input(self, x: torch.Tensor, hook: Any) -> None:  # noqa: ARG002
-        self._counted = x.ne(0).any(dim=-1)
+    def _see_input(self, tensor: torch.Tensor, *, hook: Any) -> None:  # noqa: ARG002
+        self._counted = tensor.ne(0).any(dim=-1)
 
-    def _see_acts(self, acts: torch.Tensor, hook: Any) -> None:  # noqa: ARG002
+    def _see_acts(self, tensor: torch.Tensor, *, hook: Any) -> None:  # noqa: ARG002
         assert self._counted is not None
-        self._sum += int(acts.ne(0).sum(dim=-1)[self._counted].sum())
+        self._sum += int(tensor.ne(0).sum(dim=-1)[self._counted].sum())
         self._rows += int(self._counted.sum())
 
     def l0(self) -> float:
         """Active latents per encoded activation."""
         return self._sum / max(self._rows, 1)
-
-
-@contextmanager
-def _complete(folder: Path) -> Iterator[Path]:
-    """A cache folder without what an interrupted run has left half-written."""
-    done = folder / "complete"
-    if not done.exists():
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    was_done = done.exists()
-    yield folder
-    if not was_done:
-        done.touch()
 
 
 @contextmanager
@@ -325,8 +314,10 @@ def _output_to(stream: Any) -> Iterator[None]:
 def _reason(error: Exception, log: Path) -> str:
     """The error, with what SAEBench said last."""
     marks = ("Failed to evaluate", "Cannot evaluate", "Failed to load")
-    said = [line.strip() for line in log.read_text().splitlines() if any(mark in line for mark in marks)]
-    return " ".join([str(error) or type(error).__name__, *(f"({line})" for line in said[-1:])])
+    said = [
+        line[line.index(mark) :] for line in log.read_text().splitlines() for mark in marks if mark in line
+    ]
+    return ": ".join([str(error) or type(error).__name__, *said[-1:]])
 
 
 def write(path: Path, text: str) -> None:
@@ -360,5 +351,5 @@ def _hash_of_tensors(tensors: Mapping[str, torch.Tensor | nn.Parameter]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().contiguous().cpu()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.view(torch.uint8).numpy()) if tensor.dim() else str(tensor).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

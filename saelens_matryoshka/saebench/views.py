@@ -65,7 +65,11 @@ class _View(nn.Module):
 
     @property
     def b_enc(self) -> torch.Tensor:
-        return self.transcoder.b_enc
+        return self.transcoder.get_parameter("b_enc")
+
+    def to(self, *args: Any, **kwargs: Any) -> _View:
+        self.transcoder.to(*args, **kwargs)
+        return self
 
 
 class PairView(_View):
