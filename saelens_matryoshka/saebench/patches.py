@@ -265,7 +265,8 @@ def _cached_and_seeded_probing(job: Job, function: Any, **kwargs: Any) -> Any:
     mark_complete(job.cache)
     activations, words = common.load_probe_data_split_or_train(**same, split="test")
     letters = torch.tensor([letter for _, letter in words])
-    found = _f1_by_letter(probe(activations).detach().cpu() > 0, letters)
+    with torch.inference_mode():
+        found = _f1_by_letter(probe(activations).cpu() > 0, letters)
     n_known = int((found > job.options["min_GT_probe_f1"]).sum())
     if n_known < job.options["min_feats_for_eval"]:
         raise Unsuitable(
@@ -491,7 +492,6 @@ def _unchanged_process(job: Job) -> Iterator[None]:
     tokenizer = job.model.tokenizer
     sides = {name: getattr(tokenizer, name) for name in ("padding_side", "truncation_side")}
     states = random.getstate(), np.random.get_state(), torch.is_grad_enabled(), Path.cwd()
-    seed_everything(job.seed)
     try:
         with torch.random.fork_rng():
             seed_everything(job.seed)

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from saelens_matryoshka.saebench.evals import EVALS
 
@@ -84,16 +85,20 @@ class SAEBenchResult:
 
     def table(self) -> Group:
         """Figures by eval, prefixes side by side, each under the L0 it was had at; for rich."""
+        hooks = self.hook_name
+        if self.hook_name_out != self.hook_name:
+            hooks += f" → {self.hook_name_out}"
+        notes = [
+            f"{item.eval}, prefix {item.width:,}: {item.skipped}." for item in self.evals if item.skipped
+        ]
+        if any(item.space == "output" for item in self.evals):
+            notes.insert(0, "space: output, i.e. the transcoder's target")
         widths = self.widths
         parts = [widths[i : i + _COLUMNS] for i in range(0, len(widths), _COLUMNS)]
-        return Group(*(self._table(part) for part in parts))
+        return Group(Text(f"SAEBench, {hooks}"), *map(self._table, parts), *map(Text, notes))
 
     def _table(self, widths: list[int]) -> Table:
-        is_output = any(item.space == "output" for item in self.evals)
-        title = f"SAEBench, {self.hook_name}"
-        if self.hook_name_out != self.hook_name:
-            title += f" → {self.hook_name_out}"
-        table = Table(title=title)
+        table = Table()
         table.add_column("prefix")
         for width in widths:
             table.add_column(f"{width:,}", justify="right", no_wrap=True)
@@ -108,12 +113,6 @@ class SAEBenchResult:
                 values = [None if item is None else item.metrics.get(metric) for item in row]
                 if any(value is not None for value in values):
                     table.add_row(f"  {heading}", *(_number(value) for value in values))
-        caption = [
-            f"{item.eval}, prefix {item.width:,}: {item.skipped}" for item in self.evals if item.skipped
-        ]
-        if is_output:
-            caption.insert(0, "space: output (the transcoder's target)")
-        table.caption = "\n".join(caption) or None
         return table
 
 
