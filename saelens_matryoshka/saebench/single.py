@@ -264,7 +264,8 @@ def normalize_decoder(sae: SAE[Any]) -> None:
 
 def copy_of(sae: SAE[Any]) -> SAE[Any]:
     """A model that shares no memory with `sae`."""
-    copied = type(sae)(type(sae.cfg).from_dict(sae.cfg.to_dict()))
+    with torch.random.fork_rng():  # its weights are drawn only to be replaced
+        copied = type(sae)(type(sae.cfg).from_dict(sae.cfg.to_dict()))
     copied.load_state_dict(sae.state_dict())
     return copied.eval()
 
@@ -317,7 +318,13 @@ def _reason(error: Exception, log: Path) -> str:
     said = [
         line[line.index(mark) :] for line in log.read_text().splitlines() for mark in marks if mark in line
     ]
-    return ": ".join([str(error) or type(error).__name__, *said[-1:]])
+    reason = ": ".join([str(error) or type(error).__name__, *said[-1:]])
+    if "Dataset scripts are no longer supported" in reason:
+        reason += (
+            "\n    This dataset has a loading script, which datasets 4 and later refuse: give local text, "
+            'name other datasets, or install "datasets<4".'
+        )
+    return reason
 
 
 def write(path: Path, text: str) -> None:
