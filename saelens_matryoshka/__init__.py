@@ -4,6 +4,7 @@ Importing this package registers the architectures "matryoshka_sae", "matryoshka
 "matryoshka_skip_transcoder" in SAELens; its stock runner then trains them.
 """
 
+from saelens_matryoshka import saebench
 from saelens_matryoshka.architectures import (
     MatryoshkaTrainingSAE,
     MatryoshkaTrainingSAEConfig,
@@ -44,6 +45,7 @@ __all__ = [
     "find_site",
     "inference_model",
     "matryoshka_widths",
+    "saebench",
     "truncate",
 ]
 

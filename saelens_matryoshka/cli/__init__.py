@@ -7,7 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
-from saelens_matryoshka.cli import demo, evaluate, train
+from saelens_matryoshka.cli import demo, evaluate, saebench, train
 from saelens_matryoshka.cli.output import plain
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 demo.register(app)
+saebench.register(app)
 train.register(app)
 evaluate.register(app)
 

@@ -1,0 +1,158 @@
+"""`saelens-matryoshka saebench`: SAEBench's evals of every prefix."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+_TINY = ("tiny", "saelens_matryoshka.tiny")
+_ALL = "core,absorption,sparse_probing,sae_probes,scr,tpp"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("saebench")(saebench)
+
+
+def saebench(
+    path: Annotated[Path, typer.Argument(help="Folder of the SAE or transcoder, as SAELens saves it.")],
+    evals: Annotated[str, typer.Option(help="Which of the evals, comma-separated.")] = _ALL,
+    prefixes: Annotated[
+        str, typer.Option(help="Widths, e.g. 64,256; auto: those it was trained with.")
+    ] = "auto",
+    model: Annotated[
+        str | None,
+        typer.Option(help="A model TransformerLens knows; tiny: the embedded one. Default: its own."),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="Text for core: a file, a folder, or a dataset's name on the hub."),
+    ] = None,
+    labelled: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with train and test files (.jsonl, .csv, .parquet) of text, label and, for scr, "
+            "attribute: for sparse_probing, scr and tpp."
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting of SAEBench's, e.g. scr.n_values=[2,10]. May be repeated."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the results. Default: PATH/saebench.")] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the language model's activations and probes, kept for other runs."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the language model and the SAE.")] = "float32",
+    llm_batch_size: Annotated[int, typer.Option(help="Prompts per forward pass.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of SAEBench's probes and samples.")] = 42,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Evaluate again what is there.")] = False,
+) -> None:
+    """Evaluate every prefix with SAEBench: one table, and JSON per prefix.
+
+    What is finished is not evaluated again. Without --text and --labelled, SAEBench's own datasets are
+    downloaded; for the embedded model they are made of the standard library.
+
+      saelens-matryoshka saebench output/demo-tiny-layer-2
+      saelens-matryoshka saebench output/sae --evals core,tpp --prefixes 64,256 --text notes/
+    """
+    from saelens_matryoshka.saebench.requirements import require_sae_bench
+
+    console = Console()
+    require_sae_bench()
+    options = _settings(settings or [])
+    widths = _widths(prefixes)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("sae_lens").setLevel(logging.ERROR)
+    with console.status("loading") as status:
+        from saelens_matryoshka.saebench import SAEBenchError, embedded, run
+
+        sae = _load_sae(path)
+        name = model or sae.cfg.metadata.model_name
+        if not name:
+            raise ValueError("--model: the SAE does not say which model it is of; name it.")
+        language_model = _load_model(name, device, dtype, sae)
+        running: Any = text
+        labels: Any = labelled
+        if name in _TINY:
+            from saelens_matryoshka import tiny
+
+            running = tiny.text.dataset("held_out") if text is None else text
+            labels = embedded.standard_library() if labelled is None else labelled
+            for item, defaults in embedded.SETTINGS.items():
+                options[item] = {**defaults, **options.get(item, {})}
+        status.update("evaluating")
+        try:
+            result = run(
+                sae,
+                language_model,
+                path / "saebench" if out is None else out,
+                evals=[part.strip() for part in evals.split(",") if part.strip()],
+                prefixes=widths,
+                text=running,
+                labelled=labels,
+                settings=options,
+                seed=seed,
+                llm_batch_size=llm_batch_size,
+                cache=cache,
+                overwrite=overwrite,
+                on_start=lambda item, width: status.update(f"{item}, prefix {width}"),
+            )
+        except SAEBenchError as error:
+            if error.result.evals:
+                console.print(error.result.table())
+            raise
+    console.print(result.table())
+    console.print(f"Saved in {result.folder}: results.json, and a folder for each prefix.", highlight=False)
+
+
+def _widths(prefixes: str) -> list[int] | str:
+    if prefixes == "auto":
+        return prefixes
+    try:
+        return [int(part) for part in prefixes.split(",")]
+    except ValueError:
+        raise ValueError(f"--prefixes={prefixes!r}: expected auto or widths, e.g. 64,256.") from None
+
+
+def _settings(given: list[str]) -> dict[str, dict[str, Any]]:
+    """`eval.name=value`, the value as YAML."""
+    import yaml
+
+    settings: dict[str, dict[str, Any]] = {}
+    for setting in given:
+        key, equals, value = setting.partition("=")
+        eval_name, dot, name = key.partition(".")
+        if not (equals and dot and eval_name and name):
+            raise ValueError(f"--set {setting!r}: expected EVAL.NAME=VALUE, e.g. scr.n_values=[2,10].")
+        settings.setdefault(eval_name, {})[name] = yaml.safe_load(value)
+    return settings
+
+
+def _load_sae(path: Path) -> Any:
+    from sae_lens import SAE
+
+    if not (path / "cfg.json").exists():
+        raise ValueError(f"PATH={str(path)!r}: there is no SAE (no cfg.json) in it.")
+    return SAE.load_from_disk(path)
+
+
+def _load_model(name: str, device: str | None, dtype: str, sae: Any) -> Any:
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name in _TINY:
+        from saelens_matryoshka.tiny import load_hooked_transformer
+
+        return load_hooked_transformer().to(device)
+    from sae_lens.load_model import load_model
+
+    options = {**(sae.cfg.metadata.model_from_pretrained_kwargs or {}), "dtype": dtype}
+    return load_model("HookedTransformer", name, device, options)

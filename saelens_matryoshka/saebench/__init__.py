@@ -1,0 +1,8 @@
+"""SAEBench on every prefix of a nested SAE or transcoder. SAEBench itself is imported only by `run`."""
+
+from saelens_matryoshka.saebench.data import LabelledText
+from saelens_matryoshka.saebench.evals import EVALS
+from saelens_matryoshka.saebench.result import PrefixEval, SAEBenchResult
+from saelens_matryoshka.saebench.run import SAEBenchError, run
+
+__all__ = ["EVALS", "LabelledText", "PrefixEval", "SAEBenchError", "SAEBenchResult", "run"]
