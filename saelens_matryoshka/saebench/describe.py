@@ -18,6 +18,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -159,8 +160,8 @@ def _ask(
         executor.shutdown(wait=True, cancel_futures=True)
     if failed:
         raise RuntimeError(
-            f"{len(failed)} of {len(futures)} latents got no answer ({failed[0]}). The others are in {said.folder}; "
-            "the same call again asks for these only."
+            f"{len(failed)} of {len(futures)} latents got no answer ({failed[0]}). The others are in "
+            f"{said.folder}; the same call again asks for these only."
         )
 
 
@@ -216,8 +217,8 @@ def _config(settings: Mapping[str, Any], tokens: torch.Tensor, batch_size: int, 
         raise ValueError(f"settings: {error}") from None
     if 2 * config.buffer + 1 > tokens.shape[1]:
         raise ValueError(
-            f"context_size={tokens.shape[1]} is too short for examples of {config.buffer} tokens to each side: "
-            "raise it, or lower settings['buffer']."
+            f"context_size={tokens.shape[1]} is too short for examples of {config.buffer} tokens to each "
+            "side: raise it, or lower settings['buffer']."
         )
     return config
 
@@ -259,15 +260,11 @@ def _choose(
         rng.shuffle(alive)
         levels.append(alive)
         lower = width
-    in_turn = [
-        latent
-        for rank in range(max(map(len, levels)))
-        for level in levels
-        for latent in level[rank : rank + 1]
-    ]
+    in_turn = [latent for rank in zip_longest(*levels) for latent in rank if latent is not None]
     if not in_turn:
         raise ValueError(
-            f"min_firings={min_firings}: no latent fires on so many of these tokens. Give more tokens, or lower it."
+            f"min_firings={min_firings}: no latent fires on so many of these tokens. Give more tokens, or "
+            "lower it."
         )
     return sorted(in_turn[:n_latents])
 

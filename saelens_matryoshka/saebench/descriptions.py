@@ -126,7 +126,7 @@ class Descriptions:
             lower = width
         unread = sum(one.detected is None for one in self.by_latent.values())
         table.caption = (
-            f'Saying "none" always scores an accuracy of about {self.guessing_none:.2f}, a balanced one of 0.50.'
+            f'Saying "none" always scores an accuracy of about {self.guessing_none:.2f}, and 0.50 balanced.'
             + (f" {unread} answers could not be read." if unread else "")
         )
         return table

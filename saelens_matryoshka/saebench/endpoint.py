@@ -53,8 +53,8 @@ class Estimate:
 
     def __str__(self) -> str:
         return (
-            f"{self.n_latents:,} latents: {self.n_requests:,} requests, about {self.prompt_tokens:,} tokens of "
-            f"prompts and at most {self.completion_tokens:,} of answers"
+            f"{self.n_latents:,} latents: {self.n_requests:,} requests, about {self.prompt_tokens:,} tokens "
+            f"of prompts and at most {self.completion_tokens:,} of answers"
         )
 
 
@@ -75,8 +75,8 @@ class ChatModel:
         key = os.environ.get(self.endpoint.key_variable)
         if not key:
             raise EndpointError(
-                f"The environment variable {self.endpoint.key_variable} is not set: it holds the endpoint's key. "
-                "Any text will do for a local server that asks for none."
+                f"The environment variable {self.endpoint.key_variable} is not set: it holds the endpoint's "
+                "key. Any text will do for a local server that asks for none."
             )
         self._client = OpenAI(
             api_key=key,
@@ -106,7 +106,8 @@ class ChatModel:
             ) from None
         except openai.NotFoundError as error:
             raise EndpointError(
-                f"The endpoint {self._client.base_url} does not have model {self.endpoint.model!r}: {_text(error)}"
+                f"The endpoint {self._client.base_url} does not have model {self.endpoint.model!r}: "
+                f"{_text(error)}"
             ) from None
         if result.usage is not None:
             with self._lock:
