@@ -1,6 +1,6 @@
 """Describe latents in words with a chat model, and score the descriptions by detection.
 
-SAEBench's autointerp chooses the examples, words the prompts and reads the answers. The chat model sees where
+SAEBench's autointerp words the prompts and reads the answers. The chat model sees where
 a latent fires and describes it; then, given its description only, it says in which of some unmarked passages
 the latent fires. How often it is right is the score.
 
@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 from sae_lens import SAE
@@ -32,8 +31,8 @@ from saelens_matryoshka.evaluation.tokens import special_token_ids, token_batche
 from saelens_matryoshka.prefixes import inference_model, matryoshka_widths
 from saelens_matryoshka.saebench.descriptions import Description, Descriptions
 from saelens_matryoshka.saebench.endpoint import ChatModel, Endpoint, Estimate
+from saelens_matryoshka.saebench.examples import Examples, activations, examples_of
 from saelens_matryoshka.saebench.requirements import require_sae_bench
-from saelens_matryoshka.saebench.views import layer_of
 from saelens_matryoshka.sites import check_hook
 
 # A description has at most 20 words, by the prompt.
@@ -106,36 +105,25 @@ def describe(
             "settings": dict(settings or {}),
         },
         widths=matryoshka_widths(sae),
-        guessing_none=config.n_random_ex_for_scoring / config.n_ex_for_scoring,
     )
     if set(chosen) <= set(said.by_latent):
         return said
     with _seeded(seed):
-        # Of all, the finished ones too, so that the examples are those of an uninterrupted run.
-        interp = _autointerp(config, sae, model, tokens, chosen)
-        examples = {
-            latent: (generation, scoring)
-            for latent, generation, scoring in _zipped(*interp.gather_data())
-            if latent not in said.by_latent
-        }
+        interp = _autointerp(config, model, tokens)
+        todo = [latent for latent in chosen if latent not in said.by_latent]
+        examples = _examples(config, sae, model, tokens, todo, batch_size_prompts, seed)
         estimate = _estimate(interp, examples, model)
         if approve is not None and not approve(estimate):
             return said
         chat = ChatModel(endpoint)
-        said.prepare()
         _ask(interp, chat, examples, said, concurrency, on_progress)
     return said
-
-
-def _zipped(generation: Mapping[int, Any], scoring: Mapping[int, Any]) -> Iterator[tuple[int, Any, Any]]:
-    for latent in sorted(generation):
-        yield latent, generation[latent], scoring[latent]
 
 
 def _ask(
     interp: Any,
     chat: ChatModel,
-    examples: Mapping[int, tuple[Any, Any]],
+    examples: Mapping[int, Examples],
     said: Descriptions,
     concurrency: int,
     on_progress: Callable[[int, int], None] | None,
@@ -178,7 +166,7 @@ def _describe_one(interp: Any, chat: ChatModel, latent: int, generation: Any, sc
     return Description(latent=latent, text=text, fires=fires, detected=detected)
 
 
-def _estimate(interp: Any, examples: Mapping[int, tuple[Any, Any]], model: Any) -> Estimate:
+def _estimate(interp: Any, examples: Mapping[int, Examples], model: Any) -> Estimate:
     n_tokens = 0
     for generation, scoring in examples.values():
         for messages in (
@@ -192,6 +180,32 @@ def _estimate(interp: Any, examples: Mapping[int, tuple[Any, Any]], model: Any) 
 
 
 # ---- examples
+
+
+def _examples(
+    config: Any,
+    sae: SAE[Any],
+    model: Any,
+    tokens: torch.Tensor,
+    latents: list[int],
+    batch_size: int,
+    seed: int,
+) -> dict[int, Examples]:
+    """By latent, without those that fire in too few passages."""
+    found: dict[int, Examples] = {}
+    for latent, acts in zip(latents, activations(sae, model, tokens, latents, batch_size), strict=True):
+        # A generator each, so that the passages do not depend on which latents are done already.
+        generator = torch.Generator().manual_seed(1_000_003 * seed + latent)
+        examples = examples_of(acts, tokens, model, config, generator)
+        if examples is not None:
+            found[latent] = examples
+    if len(found) < len(latents):
+        warnings.warn(
+            f"{len(latents) - len(found)} of {len(latents)} latents fire in fewer than {config.n_top_ex} "
+            "separate passages of this text and are left out. Give more tokens.",
+            stacklevel=3,
+        )
+    return found
 
 
 def _config(settings: Mapping[str, Any], tokens: torch.Tensor, batch_size: int, seed: int) -> Any:
@@ -269,44 +283,19 @@ def _choose(
     return sorted(in_turn[:n_latents])
 
 
-def _autointerp(config: Any, sae: SAE[Any], model: Any, tokens: torch.Tensor, latents: list[int]) -> Any:
+def _autointerp(config: Any, model: Any, tokens: torch.Tensor) -> Any:
+    """SAEBench's, for its prompts and its reading of the answers."""
     from sae_bench.evals.autointerp import main
 
-    hook_name = sae.cfg.metadata.hook_name
-    assert hook_name is not None
-    reader = SimpleNamespace(
-        encode=lambda x: sae.encode(x.to(sae.device)),
-        cfg=SimpleNamespace(hook_layer=layer_of(hook_name), hook_name=hook_name),
-    )
-    config.latents, config.n_latents = latents, len(latents)
-    interp = main.AutoInterp(
+    return main.AutoInterp(
         cfg=config,
         model=model,
-        sae=reader,  # type: ignore[arg-type]
+        sae=None,  # type: ignore[arg-type]
         tokenized_dataset=tokens,
         sparsity=torch.zeros(0),
-        device=str(sae.device),
+        device=str(tokens.device),
         api_key="",
     )
-    gather = interp.gather_data
-
-    def gather_data() -> Any:
-        with mock.patch.object(main, "get_iw_sample_indices", _sample_what_there_is):
-            return gather()
-
-    interp.gather_data = gather_data
-    return interp
-
-
-def _sample_what_there_is(x: torch.Tensor, k: int, buffer: int = 0) -> torch.Tensor:
-    """As SAEBench's importance sampling, but a latent with few further firings has some of them twice.
-
-    SAEBench's stops the whole run there.
-    """
-    inner = x[:, buffer:-buffer].float().pow(2)
-    weights = inner.flatten()
-    flat = torch.multinomial(weights, k, replacement=int((weights > 0).sum()) < k)
-    return torch.stack((flat // inner.shape[1], flat % inner.shape[1] + buffer), dim=1)
 
 
 @contextmanager

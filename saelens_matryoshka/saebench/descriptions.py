@@ -56,21 +56,18 @@ class Descriptions:
     """what they were made with; others in the same folder are refused"""
     widths: list[int]
     """cumulative widths of the levels"""
-    guessing_none: float
-    """about what accuracy is had by always saying that a latent does not fire"""
     by_latent: dict[int, Description] = field(default_factory=dict)
+    _prepared: bool = field(default=False, repr=False)
 
     @classmethod
-    def open(
-        cls, folder: str | Path, settings: Mapping[str, Any], *, widths: list[int], guessing_none: float
-    ) -> Descriptions:
+    def open(cls, folder: str | Path, settings: Mapping[str, Any], widths: list[int]) -> Descriptions:
         """Those that the folder has.
 
         Raises:
             ValueError: They were made with other settings.
         """
         folder = Path(folder)
-        found = cls(folder, dict(settings), widths, guessing_none)
+        found = cls(folder, dict(settings), widths)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"out={str(folder)!r} is a file: name a folder.")
         if (folder / _SETTINGS).exists():
@@ -92,17 +89,21 @@ class Descriptions:
                 found.by_latent[row["latent"]] = Description(**kept)
         return found
 
-    def prepare(self) -> None:
+    def _prepare(self) -> None:
         """Make the folder, and say in it what the descriptions are made with."""
+        if self._prepared:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / _SETTINGS).write_text(json.dumps(self.settings, indent=2) + "\n")
         path = self.folder / _LATENTS
         if path.exists() and not path.read_bytes().endswith(b"\n"):
             with path.open("a") as file:
                 file.write("\n")
+        self._prepared = True
 
     def add(self, description: Description) -> None:
         """Write one down."""
+        self._prepare()
         row = dataclasses.asdict(description)
         row |= {"accuracy": description.accuracy, "balanced_accuracy": description.balanced_accuracy}
         with (self.folder / _LATENTS).open("a") as file:
@@ -124,10 +125,11 @@ class Descriptions:
                 _mean([one.balanced_accuracy for one in here]),
             )
             lower = width
+        fires = [value for one in self.by_latent.values() for value in one.fires]
+        silent = 1 - sum(fires) / max(len(fires), 1)
         unread = sum(one.detected is None for one in self.by_latent.values())
-        table.caption = (
-            f'Saying "none" always scores an accuracy of about {self.guessing_none:.2f}, and 0.50 balanced.'
-            + (f" {unread} answers could not be read." if unread else "")
+        table.caption = f'Always saying "none" scores an accuracy of {silent:.2f}, and 0.50 balanced.' + (
+            f" {unread} answers could not be read." if unread else ""
         )
         return table
 

@@ -108,7 +108,7 @@ def _describe(prompt: str) -> str:
 
 
 def _detect(prompt: str) -> str:
-    found = re.search(r'the word "(.*?)"', prompt)
+    found = re.search(r'fires on the word "(.*?)"', prompt)
     assert found is not None, prompt
     passages = re.findall(r"^(\d+)\. (.*)$", prompt, flags=re.MULTILINE)
     return ", ".join(n for n, passage in passages if found[1] in passage) or "None"
