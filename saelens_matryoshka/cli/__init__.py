@@ -7,7 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
-from saelens_matryoshka.cli import demo, evaluate, saebench, train
+from saelens_matryoshka.cli import demo, describe, evaluate, saebench, train
 from saelens_matryoshka.cli.output import plain
 
 app = typer.Typer(
@@ -18,10 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-demo.register(app)
-saebench.register(app)
-train.register(app)
-evaluate.register(app)
+for command in (demo, train, evaluate, saebench, describe):
+    command.register(app)
 
 
 @app.callback()

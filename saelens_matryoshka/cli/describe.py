@@ -1,0 +1,126 @@
+"""`saelens-matryoshka describe`: descriptions of latents by a chat model, with detection scores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from saelens_matryoshka.cli.inputs import load_language_model_for, load_sae, load_text, pick_device
+from saelens_matryoshka.cli.output import quieten
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("describe")(describe)
+
+
+def describe(
+    path: Annotated[str, typer.Argument(help="A folder saved by SAELens, or RELEASE:SAE_ID.")],
+    chat_model: Annotated[str, typer.Option(help="Name of the chat model at the endpoint.")],
+    base_url: Annotated[
+        str | None,
+        typer.Option(
+            help="An OpenAI-compatible endpoint. Default: OPENAI_BASE_URL of the environment, else OpenAI."
+        ),
+    ] = None,
+    key_variable: Annotated[
+        str, typer.Option(help="Environment variable that holds the endpoint's key.")
+    ] = "OPENAI_API_KEY",
+    n_latents: Annotated[
+        int, typer.Option(min=1, help="How many latents, evenly from the levels, at random.")
+    ] = 100,
+    latents: Annotated[str | None, typer.Option(help="Which latents instead, e.g. 0,5,17.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Language model. Default: the one it was trained on.")
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="Text to take examples from, as for eval.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
+    skip: Annotated[int, typer.Option(min=0, help="Documents to leave out at its start.")] = 0,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to take examples from.")] = 1_000_000,
+    context_size: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 128,
+    min_firings: Annotated[int, typer.Option(min=1, help="Tokens a latent must fire on to be chosen.")] = 50,
+    prices: Annotated[
+        str | None,
+        typer.Option(help="USD per million tokens of prompts and of answers, e.g. 0.15,0.60: adds the cost."),
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the choice of latents and examples.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the results. Default: PATH/descriptions.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one.")] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Say what it will take, and send nothing.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before sending.")] = False,
+) -> None:
+    """Describe latents with a chat model, and score the descriptions by detection.
+
+    What it will take is said before anything is sent. What is finished is not asked for again: call it again
+    after an interruption.
+
+      saelens-matryoshka describe output/transcoder --chat-model gpt-4o-mini --prices 0.15,0.60
+      saelens-matryoshka describe output/transcoder --chat-model qwen3 --base-url http://localhost:8000/v1
+    """
+    from saelens_matryoshka.saebench.requirements import require_sae_bench
+
+    console = Console(highlight=False)
+    require_sae_bench()
+    chosen = _numbers("latents", latents, int) if latents else None
+    price = _numbers("prices", prices, float) if prices else None
+    if price is not None and len(price) != 2:
+        raise ValueError(
+            f"--prices {prices!r}: expected two numbers, of prompts and of answers, e.g. 0.15,0.60."
+        )
+    if out is None and not Path(path).is_dir():
+        raise ValueError("--out is needed: there is no folder to write the descriptions into.")
+    quieten()
+    device = pick_device(device)
+    with console.status("loading") as status:
+        from saelens_matryoshka.saebench import Endpoint, Estimate, Prices
+        from saelens_matryoshka.saebench import describe as describe_latents
+
+        sae = load_sae(path, device)
+        text, _ = load_text(sae, dataset, split, skip)
+        language_model = load_language_model_for(sae, model, device)
+        status.update("collecting examples")
+
+        def approve(needed: Estimate) -> bool:
+            status.stop()
+            console.print(str(needed) + ".")
+            if price is not None:
+                console.print(f"At these prices at most {needed.cost(Prices(*price)):.2f} USD.")
+            approved = not estimate and (yes or typer.confirm("Send them?"))
+            if approved:
+                status.start()
+            return approved
+
+        said = describe_latents(
+            sae,
+            language_model,
+            text,
+            out or Path(path) / "descriptions",
+            endpoint=Endpoint(chat_model, base_url, key_variable),
+            n_latents=n_latents,
+            latents=chosen,
+            n_tokens=tokens,
+            context_size=context_size,
+            min_firings=min_firings,
+            concurrency=concurrency,
+            seed=seed,
+            approve=approve,
+            on_progress=lambda done, all_: status.update(f"{done} of {all_} latents"),
+        )
+    if said.by_latent:
+        console.print(said.table())
+        console.print(f"Saved in {said.folder}: latents.jsonl, a line per latent.", markup=False)
+
+
+def _numbers(option: str, text: str, kind: type) -> list:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--{option} {text!r}: expected numbers, separated by commas.") from None

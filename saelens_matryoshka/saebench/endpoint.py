@@ -1,0 +1,121 @@
+"""A chat model behind an OpenAI-compatible endpoint: what it is asked, what it costs."""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class EndpointError(RuntimeError):
+    """The endpoint refuses every request: a wrong key, address or model name."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where the chat model is, and how it is asked."""
+
+    model: str
+    """its name at the endpoint"""
+    base_url: str | None = None
+    """address of the endpoint; None: the environment's OPENAI_BASE_URL, else OpenAI's"""
+    key_variable: str = "OPENAI_API_KEY"
+    """environment variable that holds the key"""
+    max_retries: int = 5
+    """of a request that the endpoint is too busy for, or that is lost; the client waits longer each time"""
+    timeout: float = 120.0
+    """seconds for one request"""
+
+
+@dataclass(frozen=True)
+class Prices:
+    """USD for a million tokens."""
+
+    prompt: float
+    completion: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What descriptions will take, before anything is sent."""
+
+    n_latents: int
+    n_requests: int
+    prompt_tokens: int
+    """counted with the language model's own tokenizer, so approximate for the chat model's"""
+    completion_tokens: int
+    """at most"""
+
+    def cost(self, prices: Prices) -> float:
+        """USD, at most."""
+        return (self.prompt_tokens * prices.prompt + self.completion_tokens * prices.completion) / 1e6
+
+    def __str__(self) -> str:
+        return (
+            f"{self.n_latents:,} latents: {self.n_requests:,} requests, about {self.prompt_tokens:,} tokens "
+            f"of prompts and at most {self.completion_tokens:,} of answers"
+        )
+
+
+@dataclass
+class ChatModel:
+    """Sends messages and counts tokens. May be used from several threads."""
+
+    endpoint: Endpoint
+    prompt_tokens: int = 0
+    """sent so far, as the endpoint counts"""
+    completion_tokens: int = 0
+    """received so far"""
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def __post_init__(self) -> None:
+        from openai import OpenAI
+
+        key = os.environ.get(self.endpoint.key_variable)
+        if not key:
+            raise EndpointError(
+                f"The environment variable {self.endpoint.key_variable} is not set: it holds the endpoint's "
+                "key. Any text will do for a local server that asks for none."
+            )
+        self._client = OpenAI(
+            api_key=key,
+            base_url=self.endpoint.base_url,
+            max_retries=self.endpoint.max_retries,
+            timeout=self.endpoint.timeout,
+        )
+
+    def answer(self, messages: list[dict[str, str]], max_tokens: int) -> str:
+        """The chat model's answer.
+
+        Raises:
+            EndpointError: the endpoint will refuse the other requests too.
+            openai.OpenAIError: this request failed, after all retries.
+        """
+        import openai
+
+        try:
+            result = self._client.chat.completions.create(
+                model=self.endpoint.model,
+                messages=messages,  # type: ignore[arg-type]
+                max_tokens=max_tokens,
+            )
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            raise EndpointError(
+                f"The endpoint refuses the key in {self.endpoint.key_variable} ({error.status_code})."
+            ) from None
+        except openai.NotFoundError as error:
+            raise EndpointError(
+                f"The endpoint {self._client.base_url} does not have model {self.endpoint.model!r}: "
+                f"{_text(error)}"
+            ) from None
+        if result.usage is not None:
+            with self._lock:
+                self.prompt_tokens += result.usage.prompt_tokens
+                self.completion_tokens += result.usage.completion_tokens
+        return (result.choices[0].message.content or "").strip()
+
+
+def _text(error: Any) -> str:
+    body = error.body if isinstance(error.body, dict) else {}
+    return str(body.get("message") or error)
