@@ -8,7 +8,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from saelens_matryoshka.cli.inputs import load_language_model_for, load_sae, load_text, pick_device
+from saelens_matryoshka.cli.inputs import (
+    load_language_model_for,
+    load_sae,
+    load_text,
+    pick_device,
+    results_folder,
+)
 from saelens_matryoshka.cli.output import quieten
 
 
@@ -75,8 +81,6 @@ def describe(
         raise ValueError(
             f"--prices {prices!r}: expected two numbers, of prompts and of answers, e.g. 0.15,0.60."
         )
-    if out is None and not Path(path).is_dir():
-        raise ValueError("--out is needed: there is no folder to write the descriptions into.")
     quieten()
     device = pick_device(device)
     with console.status("loading") as status:
@@ -84,6 +88,7 @@ def describe(
         from saelens_matryoshka.saebench import describe as describe_latents
 
         sae = load_sae(path, device)
+        folder = results_folder(path, out, "descriptions")
         text, _ = load_text(sae, dataset, split, skip)
         language_model = load_language_model_for(sae, model, device)
         status.update("collecting examples")
@@ -102,7 +107,7 @@ def describe(
             sae,
             language_model,
             text,
-            out or Path(path) / "descriptions",
+            folder,
             endpoint=Endpoint(chat_model, base_url, key_variable),
             n_latents=n_latents,
             latents=chosen,

@@ -60,8 +60,8 @@ def _similar(name: str) -> str:
     return f" Similar: {', '.join(close)}." if close else ""
 
 
-def load_language_model_for(sae: SAE[Any], name: str | None, device: str) -> Any:
-    """The language model an SAE was trained on, loaded as then; `name` takes its place.
+def load_language_model_for(sae: SAE[Any], name: str | None, device: str, *, dtype: str | None = None) -> Any:
+    """The language model an SAE was trained on, loaded as then; `name` and `dtype` take their places.
 
     Raises:
         ValueError: no name is given and the SAE's metadata have none.
@@ -74,7 +74,10 @@ def load_language_model_for(sae: SAE[Any], name: str | None, device: str) -> Any
         name,
         device,
         model_class_name=metadata.model_class_name or "HookedTransformer",
-        from_pretrained_kwargs=metadata.model_from_pretrained_kwargs,
+        from_pretrained_kwargs={
+            **(metadata.model_from_pretrained_kwargs or {}),
+            **({} if dtype is None else {"dtype": dtype}),
+        },
     )
 
 
@@ -112,6 +115,19 @@ def _load_folder(folder: Path, device: str) -> SAE[Any]:
     if architecture in SAE_TRAINING_CLASS_REGISTRY and architecture not in SAE_CLASS_REGISTRY:
         return sm.inference_model(TrainingSAE.load_from_disk(folder, device=device))  # a checkpoint
     return SAE.load_from_disk(folder, device=device)
+
+
+def results_folder(where: str, out: Path | None, name: str) -> Path:
+    """`out`, else the folder `name` beside the weights.
+
+    Raises:
+        ValueError: the model is not in a folder, and there is no `out`.
+    """
+    if out is not None:
+        return out
+    if not Path(where).is_dir():
+        raise ValueError("--out is needed: the model is not in a folder that could take the results.")
+    return Path(where) / name
 
 
 def load_saes(places: list[str], device: str) -> dict[str, SAE[Any]]:

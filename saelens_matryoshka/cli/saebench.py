@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +9,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-_TINY = ("tiny", "saelens_matryoshka.tiny")
+from saelens_matryoshka.cli.inputs import (
+    is_tiny,
+    load_language_model_for,
+    load_sae,
+    pick_device,
+    results_folder,
+)
+from saelens_matryoshka.cli.output import quieten
+
 _ALL = "core,absorption,sparse_probing,sae_probes,scr,tpp"
 
 
@@ -20,7 +27,7 @@ def register(app: typer.Typer) -> None:
 
 
 def saebench(
-    path: Annotated[Path, typer.Argument(help="Folder of the SAE or transcoder, as SAELens saves it.")],
+    path: Annotated[str, typer.Argument(help="A folder saved by SAELens, or RELEASE:SAE_ID.")],
     evals: Annotated[str, typer.Option(help="Which of the evals, comma-separated.")] = _ALL,
     prefixes: Annotated[
         str, typer.Option(help="Widths, e.g. 64,256; auto: those it was trained with.")
@@ -69,19 +76,18 @@ def saebench(
     require_sae_bench()
     options = _settings(settings or [])
     widths = _widths(prefixes)
+    quieten()
     warnings.filterwarnings("ignore")
-    logging.getLogger("sae_lens").setLevel(logging.ERROR)
     with console.status("loading") as status:
         from saelens_matryoshka.saebench import SAEBenchError, embedded, run
 
-        sae = _load_sae(path)
-        name = model or sae.cfg.metadata.model_name
-        if not name:
-            raise ValueError("--model: the SAE does not say which model it is of; name it.")
-        language_model = _load_model(name, device, dtype, sae)
+        device = pick_device(device)
+        sae = load_sae(path, device)
+        folder = results_folder(path, out, "saebench")
+        language_model = load_language_model_for(sae, model, device, dtype=dtype)
         running: Any = text
         labels: Any = labelled
-        if name in _TINY:
+        if is_tiny(model or sae.cfg.metadata.model_name):
             from saelens_matryoshka import tiny
 
             running = tiny.text.dataset("held_out") if text is None else text
@@ -93,7 +99,7 @@ def saebench(
             result = run(
                 sae,
                 language_model,
-                path / "saebench" if out is None else out,
+                folder,
                 evals=[part.strip() for part in evals.split(",") if part.strip()],
                 prefixes=widths,
                 text=running,
@@ -134,25 +140,3 @@ def _settings(given: list[str]) -> dict[str, dict[str, Any]]:
             raise ValueError(f"--set {setting!r}: expected EVAL.NAME=VALUE, e.g. scr.n_values=[2,10].")
         settings.setdefault(eval_name, {})[name] = yaml.safe_load(value)
     return settings
-
-
-def _load_sae(path: Path) -> Any:
-    from sae_lens import SAE
-
-    if not (path / "cfg.json").exists():
-        raise ValueError(f"PATH={str(path)!r}: there is no SAE (no cfg.json) in it.")
-    return SAE.load_from_disk(path)
-
-
-def _load_model(name: str, device: str | None, dtype: str, sae: Any) -> Any:
-    import torch
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name in _TINY:
-        from saelens_matryoshka.tiny import load_hooked_transformer
-
-        return load_hooked_transformer().to(device)
-    from sae_lens.load_model import load_model
-
-    options = {**(sae.cfg.metadata.model_from_pretrained_kwargs or {}), "dtype": dtype}
-    return load_model("HookedTransformer", name, device, options)

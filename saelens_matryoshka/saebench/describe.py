@@ -128,7 +128,7 @@ def _ask(
     concurrency: int,
     on_progress: Callable[[int, int], None] | None,
 ) -> None:
-    from openai import OpenAIError
+    from openai import OpenAIError  # pyright: ignore[reportMissingImports]
 
     failed: list[str] = []
     executor = ThreadPoolExecutor(max_workers=concurrency)
@@ -210,7 +210,7 @@ def _examples(
 
 def _config(settings: Mapping[str, Any], tokens: torch.Tensor, batch_size: int, seed: int) -> Any:
     from pydantic import ValidationError
-    from sae_bench.evals.autointerp.eval_config import AutoInterpEvalConfig
+    from sae_bench.evals.autointerp.eval_config import AutoInterpEvalConfig  # pyright: ignore[reportMissingImports]
 
     known = set(AutoInterpEvalConfig.__dataclass_fields__)
     if unknown := set(settings) - known:
@@ -285,7 +285,7 @@ def _choose(
 
 def _autointerp(config: Any, model: Any, tokens: torch.Tensor) -> Any:
     """SAEBench's, for its prompts and its reading of the answers."""
-    from sae_bench.evals.autointerp import main
+    from sae_bench.evals.autointerp import main  # pyright: ignore[reportMissingImports]
 
     return main.AutoInterp(
         cfg=config,

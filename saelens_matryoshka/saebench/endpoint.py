@@ -70,7 +70,7 @@ class ChatModel:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
-        from openai import OpenAI
+        from openai import OpenAI  # pyright: ignore[reportMissingImports]
 
         key = os.environ.get(self.endpoint.key_variable)
         if not key:
@@ -92,7 +92,7 @@ class ChatModel:
             EndpointError: the endpoint will refuse the other requests too.
             openai.OpenAIError: this request failed, after all retries.
         """
-        import openai
+        import openai  # pyright: ignore[reportMissingImports]
 
         try:
             result = self._client.chat.completions.create(

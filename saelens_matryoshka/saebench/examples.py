@@ -135,7 +135,7 @@ def _passages(
     *,
     by_strength: bool,
 ) -> Any:
-    from sae_bench.evals.autointerp import main
+    from sae_bench.evals.autointerp import main  # pyright: ignore[reportMissingImports]
 
     threshold = config.act_threshold_frac * acts.max().item()
     passages = []

@@ -48,7 +48,7 @@ def test_command_evaluates_the_embedded_model_offline(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["nowhere"], "PATH='nowhere': there is no SAE"),
+        (["nowhere"], "'nowhere' is no folder"),
         (["sae", "--evals", "cor"], "evals='cor'"),
         (["sae", "--prefixes", "16,all"], "--prefixes='16,all'"),
         (["sae", "--set", "core"], "--set 'core': expected EVAL.NAME=VALUE"),
