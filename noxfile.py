@@ -9,13 +9,11 @@ import nox
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
 
-_TORCH = ("--constraint", "constraints.txt", "torch")
-
 
 @nox.session
 def sae_bench(session: nox.Session) -> None:
     """SAEBench, whose pins on datasets, numpy and torchvision are stricter than its code."""
-    session.install(*_TORCH)
+    session.install("--constraint", "constraints.txt", "torch")
     session.install("--constraint", "constraints.txt", "--editable", ".[saebench]", "pytest", "hypothesis")
     session.install("--no-deps", "sae-bench==0.6.0", "sae-probes==0.4.2", "xgboost>=3.0.2,<4")
-    session.run("pytest", "tests/saebench", *session.posargs)
+    session.run("pytest", *(session.posargs or ["tests/saebench"]))
