@@ -16,7 +16,7 @@ import torch
 from sae_lens import ActivationsStore, LanguageModelSAERunnerConfig
 from sae_lens.config import HfDataset
 from sae_lens.util import get_special_token_ids
-from transformer_lens import HookedRootModule
+from transformer_lens.hook_points import HookedRootModule
 from typing_extensions import override
 
 from saelens_matryoshka.seams import token_sequences
