@@ -7,7 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
-from saelens_matryoshka.cli import demo, train
+from saelens_matryoshka.cli import demo, formats, hooks, train
 
 app = typer.Typer(
     name="saelens-matryoshka",
@@ -19,6 +19,8 @@ app = typer.Typer(
 )
 demo.register(app)
 train.register(app)
+formats.register(app)
+hooks.register(app)
 
 
 @app.callback()

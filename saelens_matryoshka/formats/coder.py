@@ -33,6 +33,9 @@ _TRANSCODER_ARCHITECTURES = {"relu": "transcoder", "jumprelu": "jumprelu_transco
 _SKIP_ARCHITECTURES = {"relu": "skip_transcoder", "jumprelu": "jumprelu_skip_transcoder"}
 _READABLE = {*_SAE_ARCHITECTURES.values(), *_TRANSCODER_ARCHITECTURES.values(), *_SKIP_ARCHITECTURES.values()}
 
+# How text is read for an evaluation, where a file does not say how it was in training.
+_TEXT_DEFAULTS = {"prepend_bos": True, "context_size": 128}
+
 # Of a file's own note about itself, what is believed (a metadata's attributes may be anything).
 _NOTE_FIELDS: dict[str, type | tuple[type, ...]] = {
     "model_name": str,
@@ -121,6 +124,13 @@ class SparseCoder:
         recorded = self.metadata.get("matryoshka_widths")
         return cumulative_widths(recorded, self.d_sae) if recorded else [self.d_sae]
 
+    @property
+    def trained_k(self) -> float | None:
+        """The k that a model trained here, or with SAELens's BatchTopK, says it was trained with."""
+        details = self.metadata.get("training_architecture_details")
+        k = details.get("k") if isinstance(details, dict) else None
+        return float(k) if isinstance(k, int | float) and k > 0 else None
+
     def with_metadata(self, **fields: Any) -> SparseCoder:
         """The same, with these entries of its metadata; None removes one."""
         merged = {**self.metadata, **fields}
@@ -156,7 +166,7 @@ def to_saelens(coder: SparseCoder, device: str = "cpu", dtype: str | None = None
         "normalize_activations": "layer_norm" if coder.layer_norm else "none",
         "reshape_activations": "hook_z" if _reads_heads(coder.metadata) else "none",
         # SAELens takes a config without the version for one of before 6.0
-        "metadata": {**coder.metadata, "sae_lens_version": sae_lens_version},
+        "metadata": {**_TEXT_DEFAULTS, **coder.metadata, "sae_lens_version": sae_lens_version},
     }
     if "transcoder" in cfg["architecture"]:
         cfg["d_out"] = coder.d_out

@@ -193,19 +193,12 @@ def to_state(coder: SparseCoder) -> tuple[dict[str, Any], StateDict]:
     }
     if dict_class != "JumpReluAutoEncoder":
         # BatchTopK's k only says how it was trained; inference goes by the threshold
-        trainer["k"] = coder.k or max(1, round(trained_k(coder)))
+        trainer["k"] = coder.k or max(1, round(coder.trained_k or 1))
         tensors["k"] = torch.tensor(trainer["k"], dtype=torch.int)
     if dict_class == "MatryoshkaBatchTopKSAE":
         trainer["group_sizes"] = [high - low for low, high in pairwise([0, *coder.widths])]
         tensors["group_sizes"] = torch.tensor(trainer["group_sizes"])
     return trainer, tensors
-
-
-def trained_k(coder: SparseCoder) -> float:
-    """The k a JumpReLU coder was trained with, 1 if its metadata does not say."""
-    details = coder.metadata.get("training_architecture_details")
-    k = details.get("k") if isinstance(details, dict) else None
-    return float(k) if isinstance(k, int | float) else 1.0
 
 
 def _trainer_fields(coder: SparseCoder) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def load_1(source: Source, item: str) -> SparseCoder:
         metadata["model_name"] = f"gemma-2-{named[1]}" + ("-it" if named[2] == "it" else "")
         if layer is not None:
             metadata |= _hooks(layer, *_SITES_1[named[3]])
-    return coder.with_metadata(**metadata, converted_from="Gemma Scope")
+    return coder.with_metadata(**metadata, context_size=1024, converted_from="Gemma Scope")
 
 
 def items_2(source: Source, inside: str = "") -> list[str]:
@@ -115,7 +115,7 @@ def load_2(source: Source, item: str) -> SparseCoder:
         model = source.repo_id.replace("gemma-scope-2", "gemma-3")
     if isinstance(model, str):
         metadata["model_name"] = "google/" + model.removeprefix("google/").replace("-v3", "-3")
-    return coder.with_metadata(**metadata, converted_from="Gemma Scope 2")
+    return coder.with_metadata(**metadata, context_size=1024, converted_from="Gemma Scope 2")
 
 
 def _declared(config: dict[str, Any], label: str) -> dict[str, Any]:

@@ -1,0 +1,43 @@
+"""`saelens-matryoshka hooks`: which tensor a transcoder was trained to read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("hooks")(hooks)
+
+
+def hooks(
+    model: Annotated[str, typer.Argument(help="Language model, as TransformerLens knows it, or 'tiny'.")],
+    transcoder: Annotated[Path, typer.Option(help="Folder of a stock SAELens transcoder.")],
+    layer: Annotated[int | None, typer.Option(help="Whose MLP. Default: the transcoder's own.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to measure on.")] = 4_096,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Text, as datasets.load_dataset takes it. Default: the standard library's."),
+    ] = None,
+) -> None:
+    """Measure a transcoder on each tensor that is called "the MLP's input", and say which it was trained on.
+
+    saelens-matryoshka hooks gemma-2-2b --layer 19 --transcoder downloads/layer_19
+    """
+    console = Console()
+    with console.status("measuring"):
+        from sae_lens import SAE
+
+        from saelens_matryoshka.cli.formats import load_language_model, load_text
+        from saelens_matryoshka.frames import measure_frames
+
+        sae = SAE.load_from_disk(transcoder)
+        report = measure_frames(sae, load_language_model(model), layer, load_text(dataset), tokens)
+    console.print(report.table())
+    console.print(report.verdict, highlight=False, markup=False)
+    if not report.agrees:
+        raise typer.Exit(2)

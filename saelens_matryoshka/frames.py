@@ -1,0 +1,179 @@
+"""Which tensor was a transcoder trained to read?
+
+Three tensors are called "the MLP's input", and on each of them a transcoder gives plausible numbers: the
+residual before the norm, the normalised residual before the norm's gain, and the MLP's true input after it.
+On the one it was trained on, it predicts its target best and fires as often as it was trained to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+from sae_lens import SAE
+
+from saelens_matryoshka.evaluation.metrics import FiringCounts, ReconstructionSums
+from saelens_matryoshka.formats.coder import from_saelens
+from saelens_matryoshka.formats.thresholds import hook_rows
+from saelens_matryoshka.sites import Site, find_site, hook_names, norm_gain
+
+# Two candidates whose FVU and L0 differ by less, relatively, are one tensor (but for rounding).
+_DISTINCT = 0.01
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A tensor a transcoder may have been trained on, and how it does there."""
+
+    name: str
+    """the hook, and the gain if any"""
+    site: Site
+    """hook, gain and offset"""
+    fvu: float
+    """of the transcoder's prediction of its target"""
+    l0: float
+    """active latents per token"""
+
+
+@dataclass(frozen=True)
+class FrameReport:
+    """How a transcoder does on every candidate."""
+
+    candidates: list[Candidate]
+    """the best first"""
+    declared: str
+    """the hook its metadata name"""
+    target: str
+    """the hook it predicts"""
+    n_tokens: int
+    """tokens measured on"""
+
+    @property
+    def verdict(self) -> str:
+        """In one sentence or two: which tensor it was trained on, against the declared one."""
+        best, *others = self.candidates
+        if best.fvu >= 1:
+            return (
+                f"On none of them does it predict {self.target!r} better than the target's mean: it is "
+                "of another layer, model or target."
+            )
+        equals = [
+            c for c in others if c.fvu <= best.fvu * (1 + _DISTINCT) and c.l0 <= best.l0 * (1 + _DISTINCT)
+        ]
+        names = [best.name, *(c.name for c in equals)]
+        trained = f"It was trained on {' or '.join(names)}"
+        trained += ", which are the same here" if len(names) > 1 else ""
+        if self.declared in names:
+            return f"{trained}, as it declares."
+        return f"{trained}. It DECLARES {self.declared}: set hook_name to where it was trained."
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the declared tensor is the best, or as good as it."""
+        return self.verdict.endswith("as it declares.")
+
+    def table(self) -> Table:
+        """One row per candidate, for rich; fits 80 columns."""
+        table = Table(title=f"Predicting {self.target}", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+        table.add_column("tensor", overflow="fold")
+        for heading in ("FVU", "L0"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("")
+        for candidate in self.candidates:
+            mark = "declared" if candidate.name == self.declared else ""
+            table.add_row(candidate.name, f"{candidate.fvu:.4g}", f"{candidate.l0:.1f}", mark)
+        table.caption = f"{self.n_tokens:,} tokens"
+        return table
+
+
+def _close(one: Candidate, other: Candidate) -> bool:
+    pairs = ((one.fvu, other.fvu), (one.l0, other.l0))
+    return all(abs(a - b) <= _DISTINCT * max(a, b) for a, b in pairs)
+
+
+def candidate_sites(model: Any, layer: int, declared: str) -> dict[str, Site]:
+    """The tensors that are confused for the MLP's input in one layer of a model, by name.
+
+    Raises:
+        ValueError: the model is of an unknown kind, or has no such layer.
+    """
+    hooks = set(hook_names(model))
+    found: dict[str, Site] = {}
+    for name in ("resid_mid", "ln2_normalized", "mlp_in"):
+        try:
+            site = find_site(model, layer, name)
+        except ValueError as error:
+            if "has no hook" not in str(error):
+                raise
+            continue
+        found[site.hook_name if site.gain is None else f"{site.hook_name} × gain"] = site
+    normalized = f"blocks.{layer}.ln2.hook_normalized"
+    if normalized in hooks and f"{normalized} × gain" not in found:
+        try:
+            gain = norm_gain(model, normalized)
+        except ValueError:  # folded: the hook is the true input
+            pass
+        else:
+            found[f"{normalized} × gain"] = Site(normalized, *gain)
+    if declared in hooks and declared not in found:
+        found[declared] = Site(declared)
+    return found
+
+
+@torch.no_grad()
+def measure_frames(
+    sae: SAE[Any], model: Any, layer: int | None, dataset: Any, n_tokens: int = 4_096
+) -> FrameReport:
+    """FVU and L0 of a transcoder on every tensor it may have been trained on.
+
+    Args:
+        sae: A transcoder of SAELens.
+        model: The language model: HookedTransformer, TransformerBridge or HookedProxyLM.
+        layer: Whose MLP; None: that of the transcoder's hook.
+        dataset: As `sm.evaluate` takes it.
+        n_tokens: About how many tokens to measure on.
+
+    Raises:
+        ValueError: it is no transcoder, the model has no such hook, or the dataset no tokens.
+    """
+    coder = from_saelens(sae)
+    declared, target = coder.metadata.get("hook_name"), coder.metadata.get("hook_name_out")
+    if not coder.is_transcoder or not declared or not target:
+        raise ValueError(
+            f"hook_name_out={target!r}: only of a transcoder, which predicts another tensor than it reads, can "
+            "it be measured which tensor it was trained to read."
+        )
+    layer = _layer(declared) if layer is None else layer
+    sites = candidate_sites(model, layer, declared)
+    fvu = {n: ReconstructionSums(1, coder.d_out, torch.device("cpu")) for n in sites}
+    firing = {n: FiringCounts(coder.d_sae, torch.device("cpu")) for n in sites}
+    sae = sae.to("cpu")
+    hooks = list(dict.fromkeys([*(site.hook_name for site in sites.values()), target]))
+    n_seen = 0
+    for rows in hook_rows(coder, model, dataset, n_tokens, hooks=hooks):
+        y = rows[target].to(sae.dtype)
+        n_seen += len(y)
+        for name, site in sites.items():
+            x = site(rows[site.hook_name]).to(sae.dtype)
+            if x.shape[-1] != coder.d_in:
+                raise ValueError(
+                    f"{name} has {x.shape[-1]} dimensions, and the transcoder reads {coder.d_in}."
+                )
+            firing[name].add(sae.encode(x))
+            fvu[name].add(y, sae(x)[None])
+    candidates = [
+        Candidate(name, site, fvu[name].fvu().item(), firing[name].l0(coder.d_sae))
+        for name, site in sites.items()
+    ]
+    candidates.sort(key=lambda candidate: candidate.fvu)
+    return FrameReport(candidates, declared, target, n_seen)
+
+
+def _layer(hook: str) -> int:
+    parts = hook.split(".")
+    if len(parts) < 3 or parts[0] != "blocks" or not parts[1].isdigit():
+        raise ValueError(f"hook_name={hook!r} does not say which layer it is of: give --layer.")
+    return int(parts[1])
