@@ -7,6 +7,7 @@ On the one it was trained on, it predicts its target best and fires as often as 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,13 @@ from rich.table import Table
 from sae_lens import SAE
 
 from saelens_matryoshka.evaluation.metrics import FiringCounts, ReconstructionSums
-from saelens_matryoshka.formats.coder import from_saelens
+from saelens_matryoshka.formats.coder import SparseCoder, from_saelens
 from saelens_matryoshka.formats.thresholds import hook_rows
 from saelens_matryoshka.sites import Site, find_site, hook_names, norm_gain
 
-# Two candidates whose FVU and L0 differ by less, relatively, are one tensor (but for rounding).
-_DISTINCT = 0.01
+# Closer than this, relatively, two candidates are not told apart by FVU, or by how far their L0 is from the
+# one in training. (A gain near 1 changes little: then two frames are nearly one tensor.)
+_FVU_MARGIN, _L0_MARGIN = 0.1, 0.15
 
 
 @dataclass(frozen=True)
@@ -50,30 +52,47 @@ class FrameReport:
     """the hook it predicts"""
     n_tokens: int
     """tokens measured on"""
+    trained_l0: float | None = None
+    """active latents per token in training, where it is known"""
+
+    @property
+    def trained_on(self) -> list[Candidate]:
+        """The tensors it may have been trained on, none if it predicts its target on none of them.
+
+        Those with the lowest FVU; where several are close, those whose L0 is nearest the one in training.
+        """
+        best = self.candidates[0]
+        if best.fvu >= 1:
+            return []
+        close = [c for c in self.candidates if c.fvu <= best.fvu * (1 + _FVU_MARGIN)]
+        if not self.trained_l0:
+            return close
+        off = [abs(math.log(max(c.l0, 1e-9) / self.trained_l0)) for c in close]
+        return [c for c, distance in zip(close, off, strict=True) if distance <= min(off) + _L0_MARGIN]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the declared tensor is among those it may have been trained on."""
+        return self.declared in [candidate.name for candidate in self.trained_on]
 
     @property
     def verdict(self) -> str:
-        """In one sentence or two: which tensor it was trained on, against the declared one."""
-        best, *others = self.candidates
-        if best.fvu >= 1:
+        """In a sentence or two: which tensor it was trained on, against the declared one."""
+        names = [candidate.name for candidate in self.trained_on]
+        if not names:
             return (
                 f"On none of them does it predict {self.target!r} better than the target's mean: it is "
                 "of another layer, model or target."
             )
-        equals = [
-            c for c in others if c.fvu <= best.fvu * (1 + _DISTINCT) and c.l0 <= best.l0 * (1 + _DISTINCT)
-        ]
-        names = [best.name, *(c.name for c in equals)]
         trained = f"It was trained on {' or '.join(names)}"
-        trained += ", which are the same here" if len(names) > 1 else ""
-        if self.declared in names:
-            return f"{trained}, as it declares."
-        return f"{trained}. It DECLARES {self.declared}: set hook_name to where it was trained."
-
-    @property
-    def agrees(self) -> bool:
-        """Whether the declared tensor is the best, or as good as it."""
-        return self.verdict.endswith("as it declares.")
+        trained += " (too close to tell)" if len(names) > 1 else ""
+        if self.agrees:
+            return (
+                f"{trained}, as it declares."
+                if len(names) == 1
+                else f"{trained}. It declares {self.declared}."
+            )
+        return f"{trained}, but it DECLARES {self.declared}: set hook_name to where it was trained."
 
     def table(self) -> Table:
         """One row per candidate, for rich; fits 80 columns."""
@@ -85,13 +104,9 @@ class FrameReport:
         for candidate in self.candidates:
             mark = "declared" if candidate.name == self.declared else ""
             table.add_row(candidate.name, f"{candidate.fvu:.4g}", f"{candidate.l0:.1f}", mark)
-        table.caption = f"{self.n_tokens:,} tokens"
+        trained = f"; L0 in training {self.trained_l0:.4g}" if self.trained_l0 else ""
+        table.caption = f"{self.n_tokens:,} tokens{trained}"
         return table
-
-
-def _close(one: Candidate, other: Candidate) -> bool:
-    pairs = ((one.fvu, other.fvu), (one.l0, other.l0))
-    return all(abs(a - b) <= _DISTINCT * max(a, b) for a, b in pairs)
 
 
 def candidate_sites(model: Any, layer: int, declared: str) -> dict[str, Site]:
@@ -125,7 +140,12 @@ def candidate_sites(model: Any, layer: int, declared: str) -> dict[str, Site]:
 
 @torch.no_grad()
 def measure_frames(
-    sae: SAE[Any], model: Any, layer: int | None, dataset: Any, n_tokens: int = 4_096
+    sae: SAE[Any],
+    model: Any,
+    layer: int | None,
+    dataset: Any,
+    n_tokens: int = 4_096,
+    trained_l0: float | None = None,
 ) -> FrameReport:
     """FVU and L0 of a transcoder on every tensor it may have been trained on.
 
@@ -135,6 +155,7 @@ def measure_frames(
         layer: Whose MLP; None: that of the transcoder's hook.
         dataset: As `sm.evaluate` takes it.
         n_tokens: About how many tokens to measure on.
+        trained_l0: Active latents per token in training; None: what its metadata say, if they do.
 
     Raises:
         ValueError: it is no transcoder, the model has no such hook, or the dataset no tokens.
@@ -143,8 +164,8 @@ def measure_frames(
     declared, target = coder.metadata.get("hook_name"), coder.metadata.get("hook_name_out")
     if not coder.is_transcoder or not declared or not target:
         raise ValueError(
-            f"hook_name_out={target!r}: only of a transcoder, which predicts another tensor than it reads, can "
-            "it be measured which tensor it was trained to read."
+            f"hook_name_out={target!r}: only of a transcoder, which predicts another tensor than it "
+            "reads, can it be measured which tensor it was trained to read."
         )
     layer = _layer(declared) if layer is None else layer
     sites = candidate_sites(model, layer, declared)
@@ -169,7 +190,12 @@ def measure_frames(
         for name, site in sites.items()
     ]
     candidates.sort(key=lambda candidate: candidate.fvu)
-    return FrameReport(candidates, declared, target, n_seen)
+    return FrameReport(candidates, declared, target, n_seen, trained_l0 or _trained_l0(coder))
+
+
+def _trained_l0(coder: SparseCoder) -> float | None:
+    l0 = coder.metadata.get("l0")
+    return float(l0) if isinstance(l0, int | float) and l0 > 0 else coder.k or coder.trained_k
 
 
 def _layer(hook: str) -> int:

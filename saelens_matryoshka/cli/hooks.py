@@ -18,6 +18,9 @@ def hooks(
     model: Annotated[str, typer.Argument(help="Language model, as TransformerLens knows it, or 'tiny'.")],
     transcoder: Annotated[Path, typer.Option(help="Folder of a stock SAELens transcoder.")],
     layer: Annotated[int | None, typer.Option(help="Whose MLP. Default: the transcoder's own.")] = None,
+    l0: Annotated[
+        float | None, typer.Option(help="Its L0 in training. Default: what its files say, if they do.")
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to measure on.")] = 4_096,
     dataset: Annotated[
         str | None,
@@ -25,6 +28,8 @@ def hooks(
     ] = None,
 ) -> None:
     """Measure a transcoder on each tensor that is called "the MLP's input", and say which it was trained on.
+
+    Exits with 2 if that is not the one it declares.
 
     saelens-matryoshka hooks gemma-2-2b --layer 19 --transcoder downloads/layer_19
     """
@@ -36,7 +41,7 @@ def hooks(
         from saelens_matryoshka.frames import measure_frames
 
         sae = SAE.load_from_disk(transcoder)
-        report = measure_frames(sae, load_language_model(model), layer, load_text(dataset), tokens)
+        report = measure_frames(sae, load_language_model(model), layer, load_text(dataset), tokens, l0)
     console.print(report.table())
     console.print(report.verdict, highlight=False, markup=False)
     if not report.agrees:

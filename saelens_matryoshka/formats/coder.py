@@ -50,6 +50,7 @@ _NOTE_FIELDS: dict[str, type | tuple[type, ...]] = {
     "neuronpedia_id": str,
     "sae_lens_training_version": str,
     "context_size": int,
+    "l0": (int, float),
     "hook_head_index": int,
     "prepend_bos": bool,
     "exclude_special_tokens": (bool, list),

@@ -80,6 +80,8 @@ def load_1(source: Source, item: str) -> SparseCoder:
     metadata: dict[str, Any] = {}
     where = f"{source.label}/{item}"
     layer, named = _layer(where), _REPOSITORY_1.search(where)
+    if l0 := re.search(r"average_l0_(\d+)", where):
+        metadata["l0"] = int(l0[1])
     if named:
         metadata["model_name"] = f"gemma-2-{named[1]}" + ("-it" if named[2] == "it" else "")
         if layer is not None:

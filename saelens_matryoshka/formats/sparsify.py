@@ -197,8 +197,10 @@ def hookpoint_of(coder: SparseCoder) -> str:
             if (block[1], block_out[1]) == (read, hook_out):
                 return f"{layers}.{block[0]}.{module}".rstrip(".")
     hint = ""
+    if block_out and block_out[1] == "hook_mlp_out":
+        hint = " (hook_mlp_out is behind the norm that follows the MLP in some models.)"
     if coder.is_transcoder and block and block[1] == "ln2.hook_normalized":
-        hint = " Where the model has no norm behind its MLP, --frame mlp_in --model MODEL moves it there."
+        hint = " Where no norm follows the MLP, --frame mlp_in --model MODEL moves it to the module's."
     raise FormatError(
         f"sparsify names a coder by the module whose input and output it knows, and no module reads "
         f"{source!r} and puts out {target!r}.{hint}"

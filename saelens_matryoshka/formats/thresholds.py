@@ -26,7 +26,7 @@ def fit_threshold(coder: SparseCoder, rows: torch.Tensor, l0: float) -> SparseCo
     """The JumpReLU coder of the same weights that keeps l0 latents per row on average.
 
     Latents are compared by their contribution, the pre-activation times the decoder norm, if the coder has
-    thresholds so far (which may be of different scales); a TopK coder compares the pre-activations themselves.
+    thresholds so far (which may be of different scales); a TopK coder compares the pre-activations alone.
 
     Args:
         coder: The coder.
