@@ -108,7 +108,7 @@ def load(source: Source, item: str) -> SparseCoder:
         model_from_pretrained_kwargs={"fold_ln": False},
         converted_from="circuit-tracer",
     )
-    return coder if path.suffix == ".npz" else coder.with_metadata(**parse_note(safetensors_note(path, NOTE)))
+    return coder if path.suffix == ".npz" else coder.with_note(parse_note(safetensors_note(path, NOTE)))
 
 
 def _config(source: Source, folder: str) -> tuple[dict[str, Any], Path | None]:

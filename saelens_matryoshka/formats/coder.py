@@ -137,6 +137,10 @@ class SparseCoder:
         merged = {**self.metadata, **fields}
         return dataclasses.replace(self, metadata={k: v for k, v in merged.items() if v is not None})
 
+    def with_note(self, note: Mapping[str, Any]) -> SparseCoder:
+        """The same, with what a note adds to its metadata; what the format itself says stands."""
+        return self.with_metadata(**{k: v for k, v in note.items() if k not in self.metadata})
+
     def with_tensors(self, **tensors: Any) -> SparseCoder:
         """The same, with some tensors replaced."""
         return dataclasses.replace(self, **tensors)

@@ -90,7 +90,7 @@ def load(source: Source, item: str) -> SparseCoder:
     context = buffer.get("ctx_len") if isinstance(buffer, dict) else None
     if isinstance(context, int):
         coder = coder.with_metadata(context_size=context)
-    return coder.with_metadata(**believe(config.get(NOTE)))
+    return coder.with_note(believe(config.get(NOTE)))
 
 
 def _n_latents(tensors: StateDict) -> int:
@@ -143,7 +143,7 @@ def _metadata(trainer: dict[str, Any]) -> dict[str, Any]:
     model, layer, submodule = (trainer.get(name) for name in ("lm_name", "layer", "submodule_name"))
     metadata: dict[str, Any] = {}
     if isinstance(model, str):
-        metadata["model_name"] = model.rpartition("/")[2]
+        metadata["model_name"] = model
     site = re.sub(r"_layer_\d+$", "", submodule) if isinstance(submodule, str) else "resid_post"
     if isinstance(layer, int) and site in _SUBMODULES:
         metadata["hook_name"] = f"blocks.{layer}.{_SUBMODULES[site]}"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from sae_lens import SAE
+from sae_lens import __version__ as sae_lens_version
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
 
@@ -59,6 +60,8 @@ def read(source: Source, item: str, device: str = "cpu") -> SAE[Any]:
         raise FormatError(f"{path}: has a fine-tuned scaling_factor, which SAELens itself has to load.")
     try:
         cfg = handle_config_defaulting(read_json(config_path))
+        # so that SAELens does not take it for a config of before 6.0 once more, and drop the metadata
+        cfg["metadata"] = {**cfg.get("metadata", {}), "sae_lens_version": sae_lens_version}
         sae = SAE.load_from_disk(
             config_path.parent,
             converter=lambda path, device, cfg_overrides: (cfg | {"device": device}, tensors),  # noqa: ARG005

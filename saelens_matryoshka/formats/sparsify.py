@@ -84,7 +84,7 @@ def load(source: Source, item: str) -> SparseCoder:
     model = read_json(training).get("model") if training else None
     if isinstance(model, str):
         coder = coder.with_metadata(model_name=model)
-    return coder.with_metadata(**parse_note(safetensors_note(path, NOTE)))
+    return coder.with_note(parse_note(safetensors_note(path, NOTE)))
 
 
 def _sized(config: dict[str, Any]) -> dict[str, tuple[str | int, ...]]:
