@@ -18,6 +18,7 @@ from sae_lens import SAE
 
 from saelens_matryoshka.evaluation.metrics import FiringCounts, ReconstructionSums
 from saelens_matryoshka.formats.coder import SparseCoder, from_saelens
+from saelens_matryoshka.formats.frames import has_post_norm
 from saelens_matryoshka.formats.thresholds import hook_rows
 from saelens_matryoshka.sites import Site, find_site, hook_names, norm_gain
 
@@ -169,6 +170,9 @@ def measure_frames(
         )
     layer = _layer(declared) if layer is None else layer
     sites = candidate_sites(model, layer, declared)
+    if declared == f"blocks.{layer}.mlp.hook_in" and declared not in sites:
+        declared = f"blocks.{layer}.ln2.hook_normalized × gain"  # what a HookedTransformer has of it
+    target = _target_on(model, target)
     fvu = {n: ReconstructionSums(1, coder.d_out, torch.device("cpu")) for n in sites}
     firing = {n: FiringCounts(coder.d_sae, torch.device("cpu")) for n in sites}
     sae = sae.to("cpu")
@@ -191,6 +195,13 @@ def measure_frames(
     ]
     candidates.sort(key=lambda candidate: candidate.fvu)
     return FrameReport(candidates, declared, target, n_seen, trained_l0 or _trained_l0(coder))
+
+
+def _target_on(model: Any, target: str) -> str:
+    """The target's name on this model: without a norm behind the MLP, `mlp.hook_out` is `hook_mlp_out`."""
+    alias = target.replace(".mlp.hook_out", ".hook_mlp_out")
+    known = hook_names(model)
+    return alias if target not in known and alias in known and not has_post_norm(model) else target
 
 
 def _trained_l0(coder: SparseCoder) -> float | None:

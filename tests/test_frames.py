@@ -10,6 +10,7 @@ from saelens_matryoshka import Site, find_site, tiny
 from saelens_matryoshka.formats import SparseCoder, build
 from saelens_matryoshka.frames import Candidate, FrameReport, candidate_sites, measure_frames
 from tests import tiny_models
+from tests.formats.coders import random_coder
 
 LAYER = 2
 NORMALIZED, RESIDUAL = f"blocks.{LAYER}.ln2.hook_normalized", f"blocks.{LAYER}.hook_resid_mid"
@@ -110,6 +111,20 @@ def test_a_bridge_has_the_true_input_as_a_hook_and_it_equals_the_gained_one() ->
     _, cache = bridge.run_with_cache(torch.randint(1, 50, (1, 8)))
     gained = sites["blocks.1.ln2.hook_normalized × gain"](cache["blocks.1.ln2.hook_normalized"])
     torch.testing.assert_close(gained, cache["blocks.1.mlp.hook_in"])
+
+
+def test_the_true_input_is_recognised_where_it_has_no_hook_of_its_own(
+    model: HookedTransformer, tokens: torch.Tensor
+) -> None:
+    """A HookedTransformer has no `mlp.hook_in`: there it is the normalised tensor times the gain."""
+    sae = build(_linear(model, tokens, "mlp_in", f"blocks.{LAYER}.mlp.hook_in"))
+    report = measure_frames(sae, model, None, tokens[16:], n_tokens=900)
+    assert report.agrees
+    llama = tiny_models.hooked_transformer(tiny_models.llama_hf())
+    coder = random_coder(layer=1, hook_name="blocks.1.mlp.hook_in", hook_name_out="blocks.1.mlp.hook_out")
+    prompts = torch.randint(1, tiny_models.VOCAB, (4, 16))
+    report = measure_frames(build(coder), llama, None, prompts, n_tokens=64)
+    assert report.target == "blocks.1.hook_mlp_out"
 
 
 def test_only_transcoders_have_a_frame(model: HookedTransformer, tokens: torch.Tensor) -> None:

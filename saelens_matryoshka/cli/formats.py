@@ -72,7 +72,7 @@ def import_(
     """Turn SAEs and transcoders of other tools into stock SAELens folders.
 
       saelens-matryoshka import EleutherAI/skip-transcoder-Llama-3.2-1B-131k --id layers.3.mlp \\
-          --from sparsify --calibrate-l0 --model meta-llama/Llama-3.2-1B --out llama-3
+          --from sparsify --calibrate-l0 --frame normalized --model meta-llama/Llama-3.2-1B --out llama-3
     """
     console = Console()
     with console.status("loading"):
@@ -172,9 +172,12 @@ def _change(
     text = load_text(dataset) if calibrate else None
 
     def change(coder: Any) -> Any:
+        # a HookedTransformer has the normalised tensor to fit on, and not the one behind the gain
+        if frame == "normalized":
+            coder = to_frame(coder, frame, language_model)
         if calibrate:
             coder = fit(coder, language_model, text, l0, tokens)
-        if frame is not None:
+        if frame not in (None, "normalized"):
             coder = to_frame(coder, frame, language_model)
         return coder if topk is None else keep_topk(coder, topk)
 

@@ -35,12 +35,13 @@ def hooks(
     """
     console = Console()
     with console.status("measuring"):
-        from sae_lens import SAE
-
         from saelens_matryoshka.cli.formats import load_language_model, load_text
+        from saelens_matryoshka.formats import Folder
+        from saelens_matryoshka.formats.saelens import read
         from saelens_matryoshka.frames import measure_frames
 
-        sae = SAE.load_from_disk(transcoder)
+        folder = transcoder.expanduser().resolve()
+        sae = read(Folder(folder.parent), folder.name)
         report = measure_frames(sae, load_language_model(model), layer, load_text(dataset), tokens, l0)
     console.print(report.table())
     console.print(report.verdict, highlight=False, markup=False)

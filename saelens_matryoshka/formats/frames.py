@@ -51,7 +51,7 @@ def to_frame(coder: SparseCoder, frame: str, model: Any) -> SparseCoder:
     names = ("mlp.hook_out", "hook_mlp_out")
     wanted = names[0] if frame == "mlp_in" else names[1]
     target_block = block_hook(target)
-    if target_block and target_block[1] in names and not _has_post_norm(model):
+    if target_block and target_block[1] in names and not has_post_norm(model):
         target = f"blocks.{target_block[0]}.{wanted}"
     return coder.with_metadata(
         hook_name=f"blocks.{layer}.{FRAMES[frame]}",
@@ -60,7 +60,7 @@ def to_frame(coder: SparseCoder, frame: str, model: Any) -> SparseCoder:
     )
 
 
-def _has_post_norm(model: Any) -> bool:
+def has_post_norm(model: Any) -> bool:
     """Whether something stands between the MLP and the residual stream."""
     blocks: Any = getattr(model, "blocks", ())
     architecture = getattr(getattr(model, "cfg", None), "original_architecture", None)

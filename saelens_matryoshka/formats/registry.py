@@ -6,6 +6,7 @@ SAE.load_from_disk("downloads/layers.3.mlp", converter=converter("sparsify"))
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -152,9 +153,10 @@ class Converter:
             return cfg, state, None
         if path is None:
             raise TypeError("A converter needs a path, or a repo_id and a folder_name.")
-        resolved = Path(path).expanduser().resolve()
-        # From the folder above, because some formats keep part of their settings there.
-        return self._convert(Folder(resolved.parent), resolved.name, device, cfg_overrides)
+        # From the folder above, because some formats keep part of their settings there. A link is not
+        # followed: in a hub cache it is to a file whose name says nothing.
+        absolute = Path(os.path.abspath(Path(path).expanduser()))
+        return self._convert(Folder(absolute.parent), absolute.name, device, cfg_overrides)
 
     def _convert(
         self, source: Source, item: str, device: str | None, overrides: dict[str, Any] | None

@@ -5,6 +5,7 @@ A `Source` gives files by their relative path, and never one outside of itself.
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from abc import ABC, abstractmethod
@@ -174,8 +175,8 @@ def open_source(src: str) -> tuple[Source, str]:
     """
     path = Path(src).expanduser()
     if path.exists():
-        path = path.resolve()
         # From the folder above, because some formats keep part of their settings there.
+        path = Path(os.path.abspath(path))
         return Folder(path.parent, label=str(path.parent)), path.name
     if artifact := _WANDB.fullmatch(src):
         return wandb_artifact(artifact[1]), ""

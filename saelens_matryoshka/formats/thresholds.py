@@ -16,7 +16,7 @@ from saelens_matryoshka.architectures.calibration import threshold_for_l0
 from saelens_matryoshka.evaluation.tokens import special_token_ids, token_batches
 from saelens_matryoshka.formats.coder import SparseCoder, build
 from saelens_matryoshka.formats.files import FormatError
-from saelens_matryoshka.sites import check_hook
+from saelens_matryoshka.sites import check_hook, hook_names
 
 _GUESS_ROWS = 256
 
@@ -84,6 +84,11 @@ def hook_rows(
     """
     names = hooks or [coder.metadata["hook_name"]]
     for name in names:
+        if name.endswith(".mlp.hook_in") and name not in hook_names(model):
+            raise FormatError(
+                f"hook_name={name!r}: a {type(model).__name__} has no hook behind the norm's gain. Move the "
+                "transcoder to the tensor before it, with --frame normalized (formats.frames.to_frame)."
+            )
         check_hook(model, name, "hook_name")
     # Any stock object with the coder's metadata tells how the text is read.
     sae = build(coder.with_tensors(threshold=torch.zeros_like(coder.b_enc), k=None))

@@ -91,6 +91,8 @@ def test_what_comes_in_is_evaluated_and_truncated(tmp_path: Path) -> None:
         "blocks.{layer}.hook_mlp_out",
     ]
     assert "no TopK transcoder with a skip" in str(_run(*source).exception)
+    on_tiny = ["--calibrate-l0", "--model", "tiny", "--tokens", 2000]
+    assert "--frame normalized" in str(_run(*source, *on_tiny).exception)
     calibrated = ["--calibrate-l0", "--l0", 6, "--model", "tiny", "--tokens", 2000]
     said = _text(_run(*source, *hooks, *calibrated, "--widths", "16,64"))
     assert "64 latents, jumprelu, widths 16, 64" in said

@@ -40,6 +40,15 @@ def test_from_pretrained_reads_a_set_of_the_hub_without_further_files(
         assert sm.matryoshka_widths(sae) == WIDTHS
 
 
+def test_a_file_of_a_cached_snapshot_is_read_by_its_path(tmp_path: Path, hub_cache: Path) -> None:  # noqa: F811
+    """It is a link to a blob whose name says nothing of its layer."""
+    _circuit_tracer_set(tmp_path / "set")
+    snapshot = lay_out(hub_cache, "a/set", tmp_path / "set")
+    sae = SAE.load_from_disk(snapshot / "layer_1.safetensors", converter=converter("circuit-tracer"))
+    assert sae.cfg.metadata.hook_name == "blocks.1.ln2.hook_normalized"
+    assert len(import_models(str(snapshot), "circuit-tracer", tmp_path / "out")) == 2
+
+
 def test_a_set_may_list_files_of_other_repositories(tmp_path: Path, hub_cache: Path) -> None:  # noqa: F811
     _circuit_tracer_set(tmp_path / "files")
     lay_out(hub_cache, "a/files", tmp_path / "files")
