@@ -63,8 +63,9 @@ class Folder(Source):
         self.root = Path(root).resolve()
         self.label = label or str(root)
         # The files of a cached hub snapshot are links into the cache's folder of that repository.
-        snapshots = self.root.parent if self.root.parent.name == "snapshots" else None
-        self._allowed = [self.root] + ([snapshots.parent / "blobs"] if snapshots else [])
+        above = (self.root, *self.root.parents)
+        caches = [folder.parent / "blobs" for folder in above if folder.name == "snapshots"]
+        self._allowed = [self.root, *caches]
 
     def _find(self, relative: str) -> Path | None:
         path = self.root / relative
