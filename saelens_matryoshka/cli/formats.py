@@ -9,16 +9,23 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from saelens_matryoshka.cli.inputs import load_language_model, load_text, pick_device
+from saelens_matryoshka.cli.output import quieten
+
 FROM = "saelens, sparsify, dictionary-learning, circuit-tracer, gemma-scope, gemma-scope-2, llamascopium or "
 FROM += "matryoshka-checkpoint"
 TO = "circuit-tracer, sparsify, dictionary-learning or saelens"
 
 ModelOption = Annotated[
     str | None,
-    typer.Option(help="Language model, as TransformerLens knows it; 'tiny' is the embedded one."),
+    typer.Option(help='Language model, as TransformerLens knows it, "tiny" for the embedded one.'),
 ]
 DatasetOption = Annotated[
-    str | None, typer.Option(help="Text, as datasets.load_dataset takes it. Default: the standard library's.")
+    str | None,
+    typer.Option(
+        help="Text to fit on: a dataset of the hub, a folder, or a .txt, .jsonl, .parquet or .csv file. "
+        "Default: what it was trained on, if its files say."
+    ),
 ]
 CalibrateOption = Annotated[
     bool, typer.Option("--calibrate-l0", help="Fit JumpReLU thresholds on text (needs --model).")
@@ -75,6 +82,7 @@ def import_(
           --from sparsify --calibrate-l0 --frame normalized --model meta-llama/Llama-3.2-1B --out llama-3
     """
     console = Console()
+    quieten()
     with console.status("loading"):
         from saelens_matryoshka.formats.export import import_models
         from saelens_matryoshka.formats.registry import Given
@@ -84,7 +92,7 @@ def import_(
             widths=_widths(widths),
             hook_name=hook_name,
             hook_name_out=hook_name_out,
-            model_name=None if model in (None, "tiny") else model,
+            model_name=model,
         )
         models = import_models(src, from_, out, item=id, given=given, change=change)
     for found in models:
@@ -129,6 +137,7 @@ def export(
     saelens-matryoshka export output/transcoders --to circuit-tracer --out graphs --upload me/graphs
     """
     console = Console()
+    quieten()
     with console.status("exporting"):
         from saelens_matryoshka.formats.export import export_models
         from saelens_matryoshka.formats.export import upload as upload_folder
@@ -166,46 +175,22 @@ def _change(
         raise ValueError(f"--{'frame' if frame else 'calibrate-l0'} needs the language model: --model NAME.")
     from saelens_matryoshka.formats.frames import to_frame
     from saelens_matryoshka.formats.thresholds import calibrate as fit
-    from saelens_matryoshka.formats.thresholds import keep_topk
+    from saelens_matryoshka.formats.thresholds import keep_topk, stand_in
 
-    language_model = load_language_model(model) if model else None
-    text = load_text(dataset) if calibrate else None
+    language_model = load_language_model(model, pick_device(None)) if model else None
 
     def change(coder: Any) -> Any:
         # a HookedTransformer has the normalised tensor to fit on, and not the one behind the gain
         if frame == "normalized":
             coder = to_frame(coder, frame, language_model)
         if calibrate:
+            text, _ = load_text(stand_in(coder), dataset, "train", 0)
             coder = fit(coder, language_model, text, l0, tokens)
         if frame not in (None, "normalized"):
             coder = to_frame(coder, frame, language_model)
         return coder if topk is None else keep_topk(coder, topk)
 
     return change
-
-
-def load_language_model(name: str) -> Any:
-    """A language model with its norms as they are: 'tiny', or one that TransformerLens knows."""
-    if name == "tiny":
-        from saelens_matryoshka.tiny import load_hooked_transformer
-
-        return load_hooked_transformer()
-    import torch
-    from sae_lens.load_model import load_model
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model("HookedTransformer", name, device)
-
-
-def load_text(dataset: str | None) -> Any:
-    """Text to run a language model on; by default the held-out part of the standard library."""
-    if dataset is None:
-        from saelens_matryoshka.tiny import text
-
-        return text.dataset("held_out")
-    from datasets import load_dataset
-
-    return load_dataset(dataset, split="train", streaming=True)
 
 
 def _widths(text: str | None) -> list[int] | None:

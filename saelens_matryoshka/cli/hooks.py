@@ -8,6 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from saelens_matryoshka.cli.inputs import is_tiny, load_language_model, load_text, pick_device
+from saelens_matryoshka.cli.output import quieten
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
@@ -15,7 +18,7 @@ def register(app: typer.Typer) -> None:
 
 
 def hooks(
-    model: Annotated[str, typer.Argument(help="Language model, as TransformerLens knows it, or 'tiny'.")],
+    model: Annotated[str, typer.Argument(help='Language model, as TransformerLens knows it, or "tiny".')],
     transcoder: Annotated[Path, typer.Option(help="Folder of a stock SAELens transcoder.")],
     layer: Annotated[int | None, typer.Option(help="Whose MLP. Default: the transcoder's own.")] = None,
     l0: Annotated[
@@ -24,7 +27,10 @@ def hooks(
     tokens: Annotated[int, typer.Option(help="Tokens to measure on.")] = 4_096,
     dataset: Annotated[
         str | None,
-        typer.Option(help="Text, as datasets.load_dataset takes it. Default: the standard library's."),
+        typer.Option(
+            help="Text: a dataset of the hub, a folder, or a .txt, .jsonl, .parquet or .csv file. "
+            "Default: what it was trained on, if its files say."
+        ),
     ] = None,
 ) -> None:
     """Measure a transcoder on each tensor that is called "the MLP's input", and say which it was trained on.
@@ -34,15 +40,18 @@ def hooks(
     saelens-matryoshka hooks gemma-2-2b --layer 19 --transcoder downloads/layer_19
     """
     console = Console()
+    quieten()
     with console.status("measuring"):
-        from saelens_matryoshka.cli.formats import load_language_model, load_text
         from saelens_matryoshka.formats import Folder
         from saelens_matryoshka.formats.saelens import read
         from saelens_matryoshka.frames import measure_frames
 
         folder = transcoder.expanduser().resolve()
         sae = read(Folder(folder.parent), folder.name)
-        report = measure_frames(sae, load_language_model(model), layer, load_text(dataset), tokens, l0)
+        if is_tiny(model) or sae.cfg.metadata.model_name is None:
+            sae.cfg.metadata.model_name = model
+        text, _ = load_text(sae, dataset, "train", 0)
+        report = measure_frames(sae, load_language_model(model, pick_device(None)), layer, text, tokens, l0)
     console.print(report.table())
     console.print(report.verdict, highlight=False, markup=False)
     if not report.agrees:

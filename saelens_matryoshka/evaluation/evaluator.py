@@ -100,7 +100,7 @@ class _Evaluation:
 
     def __init__(self, sae: SAE[Any], model: Any, model_kwargs: dict[str, Any]) -> None:
         self.sae, self.model, self.model_kwargs = sae, model, model_kwargs
-        self.source_hook, self.target_hook, self.frame = _hooks_and_frame(sae, model)
+        self.source_hook, self.target_hook, self.frame = hooks_and_frame(sae, model)
         self.source_head: int | None = sae.cfg.metadata.hook_head_index
         self.target_head = self.source_head if self.target_hook == self.source_hook else None
         self.widths = matryoshka_widths(sae)
@@ -221,7 +221,7 @@ class _Evaluation:
         return source.flatten(2).to(**place), target.flatten(2).to(**place)
 
 
-def _hooks_and_frame(sae: SAE[Any], model: Any) -> tuple[str, str, str]:
+def hooks_and_frame(sae: SAE[Any], model: Any) -> tuple[str, str, str]:
     """Source hook, target hook, and the frame of the source in this language model."""
     metadata = sae.cfg.metadata
     if not metadata.hook_name:

@@ -112,7 +112,7 @@ def metrics_table(title: str, *, with_ce: bool) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, caption_justify="left")
     headings = ["width", "FVU", "cosine", "L0", "dead"]
     if with_ce:
-        headings += ["CE", "CE recov.\nzero abl.", "CE recov.\nmean abl.", "KL"]
+        headings += ["CE", "CE rec.\nzero", "CE rec.\nmean", "KL"]
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     return table

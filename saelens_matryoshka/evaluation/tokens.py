@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -63,15 +65,26 @@ def _prompts(store: ActivationsStore, n_prompts: int) -> Iterator[torch.Tensor]:
 def _token_store(
     sae: SAE[Any], model: Any, dataset: HfDataset | str, context_size: int | None
 ) -> ActivationsStore:
-    separator = sae.cfg.metadata.get("sequence_separator_token", "bos")
+    metadata = copy.copy(sae.cfg.metadata)
+    context_size = context_size or metadata.context_size
+    if context_size is None:
+        raise ValueError(
+            "context_size: this model's metadata do not say with how many tokens per prompt it was trained. "
+            "Give context_size."
+        )
+    if metadata.prepend_bos is None:
+        metadata.prepend_bos = True  # SAELens's default
+    cfg = copy.copy(sae.cfg)
+    cfg.metadata = metadata
+    described: Any = SimpleNamespace(cfg=cfg)  # all that is read of an SAE
     try:
         return ActivationsStore.from_sae(
             model,
-            sae,
+            described,
             dataset,
             context_size=context_size,
-            sequence_separator_token=separator,
-            disable_concat_sequences=bool(sae.cfg.metadata.disable_concat_sequences),
+            sequence_separator_token=metadata.get("sequence_separator_token", "bos"),
+            disable_concat_sequences=bool(metadata.disable_concat_sequences),
             total_tokens=0,
         )
     except StopIteration:

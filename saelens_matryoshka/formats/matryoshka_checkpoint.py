@@ -39,7 +39,7 @@ _PREFERRED = ("final.pt", "checkpoints/final.pt", "sae.pt", "best_model.pt")
 def items(source: Source, inside: str = "") -> list[str]:
     """The runs' folders: those with a config, and a checkpoint in them or in `checkpoints/`."""
     names = source.names(inside)
-    if names == [inside]:
+    if names == [inside] and inside.endswith(".pt"):
         return names  # one file was meant
     configs = {str(PurePosixPath(name).parent) for name in names if PurePosixPath(name).name == CONFIG}
     runs = {PurePosixPath(name).parent for name in names if name.endswith(".pt")}

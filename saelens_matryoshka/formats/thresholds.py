@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from sae_lens import SAE
 
 from saelens_matryoshka.architectures.calibration import threshold_for_l0
 from saelens_matryoshka.evaluation.tokens import special_token_ids, token_batches
@@ -56,6 +57,11 @@ def fit_threshold(coder: SparseCoder, rows: torch.Tensor, l0: float) -> SparseCo
     )
 
 
+def stand_in(coder: SparseCoder) -> SAE[Any]:
+    """A stock object with the coder's metadata, also where SAELens has no class for the coder itself."""
+    return build(coder.with_tensors(threshold=torch.zeros_like(coder.b_enc), k=None))
+
+
 @torch.no_grad()
 def hook_rows(
     coder: SparseCoder,
@@ -90,8 +96,7 @@ def hook_rows(
                 "transcoder to the tensor before it, with --frame normalized (formats.frames.to_frame)."
             )
         check_hook(model, name, "hook_name")
-    # Any stock object with the coder's metadata tells how the text is read.
-    sae = build(coder.with_tensors(threshold=torch.zeros_like(coder.b_enc), k=None))
+    sae = stand_in(coder)
     limit = getattr(getattr(model, "cfg", None), "n_ctx", None)
     context_size = context_size or min(sae.cfg.metadata.context_size, limit or sae.cfg.metadata.context_size)
     excluded = special_token_ids(model, True)

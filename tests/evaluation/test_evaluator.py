@@ -256,6 +256,16 @@ def test_text_is_tokenised_and_json_and_table_come_out(tiny_model: HookedTransfo
     assert len(result.table().rows) == 2
 
 
+def test_a_model_without_a_record_of_its_data_is_evaluated(tiny_model: HookedTransformer) -> None:
+    text = datasets.Dataset.from_dict({"text": ["def f(x):\n    return x\n" * 40] * 20})
+    transcoder = _stock_transcoder(prepend_bos=None, context_size=None)
+    with pytest.raises(ValueError, match="Give context_size"):
+        sm.evaluate(transcoder, tiny_model, text, n_ce_tokens=0)
+    told = sm.evaluate(transcoder, tiny_model, text, n_tokens=320, n_ce_tokens=0, context_size=32)
+    assert told == sm.evaluate(_stock_transcoder(), tiny_model, text, n_tokens=320, n_ce_tokens=0)
+    assert transcoder.cfg.metadata.prepend_bos is None
+
+
 def test_missing_hook_and_empty_dataset_are_told(tiny_model: HookedTransformer, tokens: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="hook_name_out='blocks.2.mlp_out'"):
         sm.evaluate(_stock_transcoder(hook_name_out="blocks.2.mlp_out"), tiny_model, tokens)

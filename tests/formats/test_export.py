@@ -126,6 +126,9 @@ def test_what_is_no_model_is_said_so(tmp_path: Path) -> None:
 def test_a_source_in_another_format_than_said_is_recognised(stock: Path, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="nothing in the format 'sparsify'. It looks like saelens"):
         import_models(str(stock), "sparsify", tmp_path / "out")
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(FormatError, match=r"in the format 'sparsify'\.$"):
+        import_models(str(tmp_path / "notes.txt"), "sparsify", tmp_path / "out")
 
 
 def test_checkpoints_below_a_model_are_not_taken_for_layers(tmp_path: Path) -> None:
