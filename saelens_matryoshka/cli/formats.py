@@ -142,10 +142,10 @@ def export(
         from saelens_matryoshka.formats.export import export_models
         from saelens_matryoshka.formats.export import upload as upload_folder
 
-        change = _change(
-            model, frame=frame, calibrate=calibrate, l0=l0, tokens=tokens, dataset=dataset, topk=topk
-        )
-        written = export_models(path, to, out, widths=width or (), change=change, repo_id=upload)
+        if topk is not None and calibrate:
+            raise ValueError("--topk drops the thresholds that --calibrate-l0 fits: give one of them.")
+        change = _change(model, frame=frame, calibrate=calibrate, l0=l0, tokens=tokens, dataset=dataset)
+        written = export_models(path, to, out, widths=width or (), change=change, topk=topk, repo_id=upload)
     for folder in written:
         console.print(f"{to}: {folder}", highlight=False, markup=False)
     if upload:
@@ -162,20 +162,17 @@ def _change(
     l0: float | None,
     tokens: int,
     dataset: str | None,
-    topk: int | None = None,
 ) -> Callable[[Any], Any] | None:
     """What the options ask to be done with each model on the way."""
     if l0 is not None and not calibrate:
         raise ValueError("--l0 says what --calibrate-l0 fits to: give both.")
-    if topk is not None and calibrate:
-        raise ValueError("--topk drops the thresholds that --calibrate-l0 fits: give one of them.")
-    if frame is None and not calibrate and topk is None:
+    if frame is None and not calibrate:
         return None
     if (frame or calibrate) and model is None:
         raise ValueError(f"--{'frame' if frame else 'calibrate-l0'} needs the language model: --model NAME.")
     from saelens_matryoshka.formats.frames import to_frame
     from saelens_matryoshka.formats.thresholds import calibrate as fit
-    from saelens_matryoshka.formats.thresholds import keep_topk, stand_in
+    from saelens_matryoshka.formats.thresholds import stand_in
 
     language_model = load_language_model(model, pick_device(None)) if model else None
 
@@ -188,7 +185,7 @@ def _change(
             coder = fit(coder, language_model, text, l0, tokens)
         if frame not in (None, "normalized"):
             coder = to_frame(coder, frame, language_model)
-        return coder if topk is None else keep_topk(coder, topk)
+        return coder
 
     return change
 

@@ -16,7 +16,6 @@ what is written here always has its thresholds.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -214,50 +213,68 @@ def to_state(coder: SparseCoder) -> StateDict:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def save(coders: Sequence[SparseCoder], out: Path) -> None:
-    """Write a set: the layers 0 to the last, in any order.
+class Writer:
+    """Writes a set: a file per layer, and the config once all are there.
 
-    Raises:
-        FormatError: a layer is missing or there twice, or circuit-tracer cannot carry one of them.
+    Args:
+        out: Where.
     """
-    layers: dict[int, SparseCoder] = {}
-    hooks = set()
-    for coder in coders:
-        states_hooks = [block_hook(coder.metadata.get(name)) for name in ("hook_name", "hook_name_out")]
-        source, target = states_hooks
-        to_state(coder)
+
+    def __init__(self, out: Path, several: bool = True) -> None:  # noqa: ARG002
+        self.out = out
+        self.layers: set[int] = set()
+        self.common: dict[str, Any] = {}
+
+    def add(self, coder: SparseCoder, _name: str, /) -> None:
+        """Write one layer.
+
+        Raises:
+            FormatError: circuit-tracer cannot carry it, there was one of that layer before, or it is unlike
+                the others.
+        """
+        tensors, metadata = to_state(coder), coder.metadata
+        source, target = (block_hook(metadata.get(name)) for name in ("hook_name", "hook_name_out"))
         if source is None or target is None or source[0] != target[0]:
             raise FormatError(
-                f"circuit-tracer needs source and target in one block, and this transcoder maps "
-                f"{coder.metadata.get('hook_name')!r} to {coder.metadata.get('hook_name_out')!r}."
+                "circuit-tracer needs source and target in one block, and this transcoder maps "
+                f"{metadata.get('hook_name')!r} to {metadata.get('hook_name_out')!r}."
             )
-        if source[0] in layers:
-            raise FormatError(f"Two of the transcoders are of layer {source[0]}; a set has one per layer.")
-        layers[source[0]] = coder
-        hooks.add((source[1], target[1]))
-    missing = sorted(set(range(max(layers) + 1)) - layers.keys())
-    if missing:
-        raise FormatError(
-            f"circuit-tracer loads sets of all layers from 0 on, and there is none of layer {missing[0]} "
-            f"(only of {', '.join(map(str, sorted(layers)))}). Give a folder with one transcoder per layer."
-        )
-    _require_equal("source and target hooks", hooks)
-    _require_equal("widths", {coder.d_sae for coder in coders})
-    _require_equal("skips (some with, some without)", {coder.W_skip is None for coder in coders})
-    _require_equal("language models", {coder.metadata.get("model_name") for coder in coders})
-    for layer, coder in sorted(layers.items()):
-        path = out / f"layer_{layer}.safetensors"
-        save_file(to_state(coder), path, metadata={"format": "pt", **note_text(coder)})
-    ((source_hook, target_hook),) = hooks
-    config = {
-        "model_name": layers[0].metadata.get("model_name"),
-        "model_kind": "transcoder_set",
-        "feature_input_hook": source_hook,
-        "feature_output_hook": target_hook,
-    }
-    (out / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
+        layer = source[0]
+        if layer in self.layers:
+            raise FormatError(f"Two of the transcoders are of layer {layer}; a set has one per layer.")
+        self.layers.add(layer)
+        for what, value in {
+            "source hooks": source[1],
+            "target hooks": target[1],
+            "numbers of latents": coder.d_sae,
+            "skips (with or without)": coder.W_skip is not None,
+            "language models": metadata.get("model_name"),
+        }.items():
+            if self.common.setdefault(what, value) != value:
+                raise FormatError(
+                    f"The transcoders of a circuit-tracer set need equal {what}; that of layer {layer} has "
+                    f"{value!r}, others {self.common[what]!r}."
+                )
+        path = self.out / f"layer_{layer}.safetensors"
+        save_file(tensors, path, metadata={"format": "pt", **note_text(coder)})
 
+    def close(self) -> None:
+        """Write the config.
 
-def _require_equal(what: str, values: set[Any]) -> None:
-    if len(values) > 1:
-        raise FormatError(f"The transcoders of a circuit-tracer set need equal {what}; these have {values}.")
+        Raises:
+            FormatError: a layer is missing.
+        """
+        missing = sorted(set(range(max(self.layers) + 1)) - self.layers)
+        if missing:
+            raise FormatError(
+                f"circuit-tracer loads sets of all layers from 0 on, and there is none of layer {missing[0]} "
+                f"(only of {', '.join(map(str, sorted(self.layers)))}). Give a folder with one transcoder "
+                "per layer."
+            )
+        config = {
+            "model_name": self.common["language models"],
+            "model_kind": "transcoder_set",
+            "feature_input_hook": self.common["source hooks"],
+            "feature_output_hook": self.common["target hooks"],
+        }
+        (self.out / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))

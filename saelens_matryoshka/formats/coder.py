@@ -145,6 +145,11 @@ class SparseCoder:
         """The same, with some tensors replaced."""
         return dataclasses.replace(self, **tensors)
 
+    def without_weights(self) -> SparseCoder:
+        """The same with tensors that have shapes and no data, so that it takes no memory."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return self.with_tensors(**{name: tensor.to("meta") for name, tensor in tensors.items()})
+
 
 # ---- SAELens
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -219,16 +218,26 @@ def _trainer_fields(coder: SparseCoder) -> dict[str, Any]:
     }
 
 
-def save(coders: Sequence[SparseCoder], out: Path) -> None:
-    """Write one folder per coder, `out` itself if there is one.
+class Writer:
+    """Writes a folder per coder.
 
-    Raises:
-        FormatError: dictionary_learning cannot carry one of them.
+    Args:
+        out: Where; of a single coder it is the folder itself.
+        several: Whether there will be several.
     """
-    for coder in coders:
+
+    def __init__(self, out: Path, several: bool) -> None:
+        self.out, self.several = out, several
+
+    def add(self, coder: SparseCoder, name: str, /) -> None:
+        """Write one.
+
+        Raises:
+            FormatError: dictionary_learning cannot carry it.
+        """
         trainer, tensors = to_state(coder)
-        folder = out if len(coders) == 1 else out / str(trainer["submodule_name"])
-        folder.mkdir(parents=True, exist_ok=len(coders) == 1)
+        folder = self.out / name if self.several else self.out
+        folder.mkdir(exist_ok=True)
         torch.save({name: tensor.clone() for name, tensor in tensors.items()}, folder / WEIGHTS)
         config = {
             "trainer": trainer,
@@ -236,3 +245,6 @@ def save(coders: Sequence[SparseCoder], out: Path) -> None:
             NOTE: note(coder),
         }
         (folder / CONFIG).write_text(json.dumps(config, indent=2))
+
+    def close(self) -> None:
+        """Nothing is left to do."""

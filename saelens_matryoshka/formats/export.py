@@ -6,6 +6,7 @@ Both read everything, check everything, write beside the target folder and renam
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any
 
 from saelens_matryoshka.formats.card import write_card
 from saelens_matryoshka.formats.coder import SparseCoder, build, from_saelens
-from saelens_matryoshka.formats.files import FormatError, new_folder, require_new
+from saelens_matryoshka.formats.files import FormatError, new_folder, read_json, require_new
 from saelens_matryoshka.formats.layout import block_hook
 from saelens_matryoshka.formats.registry import FORMATS, Given, get_format, load
-from saelens_matryoshka.formats.sources import Folder, open_source
+from saelens_matryoshka.formats.sources import Folder, Source, open_source
+from saelens_matryoshka.formats.thresholds import keep_topk
 from saelens_matryoshka.prefixes import truncate
 
 EVALUATION = "evaluation.json"
@@ -26,9 +28,10 @@ Change = Callable[[SparseCoder], SparseCoder]
 
 @dataclass(frozen=True)
 class Model:
-    """One model on its way from one folder to another."""
+    """What is to be said of one model that was written."""
 
     coder: SparseCoder
+    """without its weights"""
     name: str
     """of its folder in a set, such as "layer_3" """
     evaluation: dict[str, Any] | None = None
@@ -36,43 +39,6 @@ class Model:
 
 
 # ---- in
-
-
-def read_models(src: str, format: str, *, item: str | None = None, given: Given | None = None) -> list[Model]:
-    """Everything that a source holds in a format.
-
-    Args:
-        src: A path, a hub repository or a W&B artifact, see `open_source`.
-        format: One of `FORMATS`.
-        item: Only this one, a path in the source.
-        given: What the files do not say.
-
-    Raises:
-        FormatError: there is nothing, or it is not what its format says.
-    """
-    source, inside = open_source(src)
-    inside = "/".join(part for part in (inside, item) if part)
-    # One item that the format knows how to name (a layer without its suffix) need not be listed.
-    found = [inside] if item else get_format(format).items(source, inside)
-    if not found:
-        others = [name for name, other in FORMATS.items() if other.items(source, inside)]
-        hint = f" It looks like {' or '.join(others)}." if others else ""
-        raise FormatError(f"{src} holds nothing in the format {format!r}.{hint}")
-    coders = [load(source, name, format, given) for name in found]
-    names = _names(coders)
-    return [Model(coder, name) for coder, name in zip(coders, names, strict=True)]
-
-
-def _names(coders: Sequence[SparseCoder]) -> list[str]:
-    """Folder names, by layer where that tells the models apart, otherwise by hook."""
-    hooks = [str(coder.metadata.get("hook_name")) for coder in coders]
-    blocks = [block_hook(hook) for hook in hooks]
-    names = [f"layer_{block[0]}" if block else hook for block, hook in zip(blocks, hooks, strict=True)]
-    if len(set(names)) < len(names):
-        names = hooks
-    if len(set(names)) < len(names):
-        names = [f"{hook}_{index}" for index, hook in enumerate(hooks)]
-    return [name.replace("/", "_").lstrip(".") for name in names]
 
 
 def import_models(
@@ -86,45 +52,83 @@ def import_models(
 ) -> list[Model]:
     """Write what a source holds as stock SAELens folders: `out` itself for one, `out/layer_N` for several.
 
+    Args:
+        src: A path, a hub repository or a W&B artifact, see `open_source`.
+        format: One of `FORMATS`.
+        out: A new folder.
+        item: Only this, a path in the source.
+        given: What the files do not say.
+        change: What to do with each model on the way.
+
+    Returns:
+        What was written.
+
     Raises:
-        FormatError: see `read_models`, or SAELens has no class for it.
+        FormatError: there is nothing, it is not what its format says, or SAELens has no class for it.
         FileExistsError: `out` is not empty.
     """
     require_new(out)
-    models = [_changed(model, change) for model in read_models(src, format, item=item, given=given)]
+    source, inside = open_source(src)
+    inside = "/".join(part for part in (inside, item) if part)
+    found = get_format(format).items(source, inside)
+    if not found and item:
+        found = [inside]  # a name that the format understands, such as a layer's without its suffix
+    if not found:
+        raise FormatError(f"{src} holds nothing in the format {format!r}.{_others(source, inside)}")
+    coders: list[SparseCoder] = []
     with new_folder(out) as folder:
-        _save_saelens(models, folder)
-    return models
+        # One at a time: a set of large models need not fit into memory.
+        for index, name in enumerate(found):
+            coder = load(source, name, format, given)
+            coder = coder if change is None else change(coder)
+            build(coder).save_model(folder if len(found) == 1 else folder / str(index))
+            coders.append(coder.without_weights())
+        names = _names(coders)
+        if len(found) > 1:
+            for index, name in enumerate(names):
+                (folder / str(index)).rename(folder / name)
+    return [Model(coder, name) for coder, name in zip(coders, names, strict=True)]
+
+
+def _others(source: Source, inside: str) -> str:
+    """A hint at the formats that a source does hold."""
+    others = [name for name, other in FORMATS.items() if other.items(source, inside)]
+    return f" It looks like {' or '.join(others)}." if others else ""
+
+
+def _names(coders: Sequence[SparseCoder]) -> list[str]:
+    """Folder names, by layer where that tells the models apart, otherwise by hook."""
+    hooks = [str(coder.metadata.get("hook_name")) for coder in coders]
+    blocks = [block_hook(hook) for hook in hooks]
+    names = [f"layer_{block[0]}" if block else hook for block, hook in zip(blocks, hooks, strict=True)]
+    if len(set(names)) < len(names):
+        names = hooks
+    if len(set(names)) < len(names):
+        names = [f"{hook}_{index}" for index, hook in enumerate(hooks)]
+    return [re.sub(r"[^\w.-]", "_", name).lstrip(".") for name in names]
 
 
 # ---- out
 
 
-def read_stock(path: Path) -> list[Model]:
-    """The stock model of a folder, or those of its sub-folders, with their evaluations.
+def stock_models(path: Path) -> list[Path]:
+    """The folder itself if it holds a stock model, otherwise those of its folders that do.
 
     Raises:
-        FormatError: there is none, or no other format has such a model.
+        FormatError: there is none.
     """
     path = path.expanduser().resolve()
     if not path.is_dir():
         raise FormatError(f"{path} is not a folder: name that of a SAELens model, or one that holds some.")
-    source = Folder(path.parent, label=str(path.parent))
-    items = FORMATS["saelens"].items(source, path.name)
-    direct = [item for item in items if item.count("/") <= 1]
-    if not direct:
+    items = FORMATS["saelens"].items(Folder(path.parent), path.name)
+    if path.name in items:
+        return [path]
+    folders = [path.parent / item for item in items if item.count("/") == 1]
+    if not folders:
         raise FormatError(
             f"{path} holds no SAELens model (cfg.json and sae_weights.safetensors), nor do the folders in it."
         )
-    if path.name in direct:
-        direct = [path.name]
-    models = []
-    for item in direct:
-        coder = load(source, item, "saelens")
-        evaluation = path.parent / item / EVALUATION
-        result = json.loads(evaluation.read_text()) if evaluation.is_file() else None
-        models.append(Model(coder, item.rpartition("/")[2], result))
-    return models
+    return folders
 
 
 def export_models(
@@ -134,6 +138,7 @@ def export_models(
     *,
     widths: Sequence[int] = (),
     change: Change | None = None,
+    topk: int | None = None,
     repo_id: str | None = None,
 ) -> list[Path]:
     """Write the stock models of a folder in another tool's format.
@@ -144,7 +149,8 @@ def export_models(
         out: A new folder.
         widths: Prefixes to write, each as a set of its own (in `out/width_W` if there are several). None: the
             whole models.
-        change: What to do with each model first.
+        change: What to do with each whole model first.
+        topk: Keep that many latents of every token, in place of the thresholds.
         repo_id: Where it will be uploaded to, for the model card.
 
     Returns:
@@ -155,46 +161,59 @@ def export_models(
         FileExistsError: `out` is not empty.
     """
     require_new(out)
-    save = get_format(format).save
-    if save is None and format != "saelens":
-        writable = ["saelens", *(name for name, other in FORMATS.items() if other.save)]
+    make_writer = get_format(format).writer
+    if make_writer is None:
+        writable = [name for name, other in FORMATS.items() if other.writer]
         raise FormatError(f"{format!r} is only read; {', '.join(writable)} can be written.")
-    models = [_changed(model, change) for model in read_stock(path)]
-    narrowed = [[_prefix(model, width) for model in models] for width in widths] or [models]
-    names = [f"width_{width}" for width in widths] if len(widths) > 1 else [""]
-    sets = list(zip(names, narrowed, strict=True))
+    stock = stock_models(path)
+    names = {width: f"width_{width}" if len(widths) > 1 else "" for width in widths} or {None: ""}
+    # The hub's SAELens repositories keep every model in a folder of its own.
+    several = len(stock) > 1 or (format == "saelens" and repo_id is not None)
+    sets: dict[str, list[Model]] = {name: [] for name in names.values()}
     with new_folder(out) as partial:
-        for name, part in sets:
-            folder = partial / name
-            folder.mkdir(exist_ok=True)
-            if save is None:
-                # the hub's SAELens repositories keep every model in a folder of its own
-                _save_saelens(part, folder, named=repo_id is not None)
-            else:
-                save([model.coder for model in part], folder)
-        write_card(partial, format, sets, repo_id)
-    return [out / name for name in names]
+        writers = {}
+        for width, name in names.items():
+            (partial / name).mkdir(exist_ok=True)
+            writers[width] = make_writer(partial / name, several)
+        # One at a time: a set of large models need not fit into memory.
+        for folder in stock:
+            whole = load(Folder(folder.parent), folder.name, "saelens")
+            evaluation = None
+            if change is not None:
+                whole = change(whole)
+            elif topk is None:
+                evaluation = _evaluation(folder)
+            for width, name in names.items():
+                coder = whole if width is None else from_saelens(truncate(build(whole), width))
+                coder = coder if topk is None else keep_topk(coder, topk)
+                rows = _rows_up_to(evaluation, coder.d_sae)
+                (model_name,) = _names([coder]) if len(stock) == 1 else (folder.name,)
+                writers[width].add(coder, model_name)
+                sets[name].append(Model(coder.without_weights(), model_name, rows))
+                if format == "saelens" and rows:
+                    where = partial / name / model_name if several else partial / name
+                    (where / EVALUATION).write_text(json.dumps(rows, indent=2))
+        for writer in writers.values():
+            writer.close()
+        write_card(partial, format, list(sets.items()), repo_id)
+    return [out / name for name in names.values()]
 
 
-def _changed(model: Model, change: Change | None) -> Model:
-    return model if change is None else Model(change(model.coder), model.name, None)
+def _evaluation(folder: Path) -> dict[str, Any] | None:
+    path = folder / EVALUATION
+    if not path.is_file():
+        return None
+    evaluation = read_json(path)
+    rows = evaluation.get("prefixes")
+    return evaluation if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) else None
 
 
-def _prefix(model: Model, width: int) -> Model:
-    coder = from_saelens(truncate(build(model.coder), width))
-    evaluation = model.evaluation
-    if evaluation is not None:
-        rows = [row for row in evaluation.get("prefixes", []) if row.get("width", 0) <= width]
-        evaluation = {**evaluation, "prefixes": rows}
-    return Model(coder, model.name, evaluation)
-
-
-def _save_saelens(models: Sequence[Model], out: Path, *, named: bool = False) -> None:
-    for model in models:
-        folder = out / model.name if named or len(models) > 1 else out
-        build(model.coder).save_model(folder)
-        if model.evaluation is not None:
-            (folder / EVALUATION).write_text(json.dumps(model.evaluation, indent=2))
+def _rows_up_to(evaluation: dict[str, Any] | None, width: int) -> dict[str, Any] | None:
+    """The evaluation of a prefix: that of the prefixes it has."""
+    if evaluation is None:
+        return None
+    rows = [row for row in evaluation["prefixes"] if isinstance(row.get("width"), int)]
+    return {**evaluation, "prefixes": [row for row in rows if row["width"] <= width]}
 
 
 def upload(folder: Path, repo_id: str, *, private: bool = False) -> str:

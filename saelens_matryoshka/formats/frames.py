@@ -57,6 +57,7 @@ def to_frame(coder: SparseCoder, frame: str, model: Any) -> SparseCoder:
         hook_name=f"blocks.{layer}.{FRAMES[frame]}",
         hook_name_out=target,
         input_frame="normalized" if frame == "normalized" else None,
+        **(dict.fromkeys(("hf_hook_name", "hf_hook_name_out")) if hook != FRAMES[frame] else {}),
     )
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from sae_lens.constants import DTYPE_TO_STR
@@ -32,6 +32,16 @@ from saelens_matryoshka.formats.sources import Folder, HubRepository, Source
 from saelens_matryoshka.widths import cumulative_widths
 
 
+class Writer(Protocol):
+    """Writes models into a folder, one at a time: a set of large models need not fit into memory."""
+
+    def add(self, coder: SparseCoder, name: str, /) -> None:
+        """Write one, in a folder of that name if need be; FormatError if the format cannot carry it."""
+
+    def close(self) -> None:
+        """Write what is of all of them; FormatError if they make no set."""
+
+
 @dataclass(frozen=True)
 class Format:
     """How one tool keeps its models."""
@@ -40,17 +50,30 @@ class Format:
     """what a source holds at or below a path, each as `load` takes it"""
     load: Callable[[Source, str], SparseCoder]
     """reads one of them"""
-    save: Callable[[Sequence[SparseCoder], Path], None] | None = None
-    """writes some into a folder; None: this format is only read"""
+    writer: Callable[[Path, bool], Writer] | None = None
+    """writes some, of a folder and whether there will be several; None: this format is only read"""
+
+    def save(self, coders: Sequence[SparseCoder], out: Path) -> None:
+        """Write models into an empty folder.
+
+        Raises:
+            FormatError: the format is only read, or cannot carry them.
+        """
+        if self.writer is None:
+            raise FormatError("This format is only read.")
+        writer = self.writer(out, len(coders) > 1)
+        for index, coder in enumerate(coders):
+            writer.add(coder, f"model_{index}")
+        writer.close()
 
 
 FORMATS: dict[str, Format] = {
-    "saelens": Format(saelens.items, saelens.load),
-    "sparsify": Format(sparsify.items, sparsify.load, sparsify.save),
+    "saelens": Format(saelens.items, saelens.load, saelens.Writer),
+    "sparsify": Format(sparsify.items, sparsify.load, sparsify.Writer),
     "dictionary-learning": Format(
-        dictionary_learning.items, dictionary_learning.load, dictionary_learning.save
+        dictionary_learning.items, dictionary_learning.load, dictionary_learning.Writer
     ),
-    "circuit-tracer": Format(circuit_tracer.items, circuit_tracer.load, circuit_tracer.save),
+    "circuit-tracer": Format(circuit_tracer.items, circuit_tracer.load, circuit_tracer.Writer),
     "gemma-scope": Format(gemma_scope.items_1, gemma_scope.load_1),
     "gemma-scope-2": Format(gemma_scope.items_2, gemma_scope.load_2),
     "llamascopium": Format(llamascopium.items, llamascopium.load),
@@ -98,7 +121,10 @@ class Given:
         block = block_hook(coder.metadata.get("hook_name"))
         layer = block[0] if block else layer
         hooks = {"hook_name": self.hook_name, "hook_name_out": self.hook_name_out}
-        given = {name: _at_layer(hook, layer, name) for name, hook in hooks.items() if hook}
+        given: dict[str, Any] = {name: _at_layer(hook, layer, name) for name, hook in hooks.items() if hook}
+        if any(coder.metadata.get(name) != hook for name, hook in given.items()):
+            # what the file says of its own hooks is not said of these
+            given |= dict.fromkeys(("input_frame", "hf_hook_name", "hf_hook_name_out"))
         if self.model_name:
             given["model_name"] = self.model_name
         coder = coder.with_metadata(**given)

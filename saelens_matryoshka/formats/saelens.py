@@ -5,6 +5,7 @@ Older published Matryoshka SAEs do not say how wide their levels are; `widths` c
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from sae_lens import __version__ as sae_lens_version
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
 
-from saelens_matryoshka.formats.coder import SparseCoder, from_saelens
+from saelens_matryoshka.formats.coder import SparseCoder, build, from_saelens
 from saelens_matryoshka.formats.files import FormatError, read_json, read_safetensors
 from saelens_matryoshka.formats.layout import folders_with, join
 from saelens_matryoshka.formats.sources import Source
@@ -44,6 +45,25 @@ def load(source: Source, item: str) -> SparseCoder:
         FormatError: the files are not what the format says, or it is of an architecture no other format has.
     """
     return from_saelens(read(source, item))
+
+
+class Writer:
+    """Writes stock folders.
+
+    Args:
+        out: Where; of a single model it is the folder itself.
+        several: Whether there will be several, or the one has a folder of its own all the same.
+    """
+
+    def __init__(self, out: Path, several: bool) -> None:
+        self.out, self.several = out, several
+
+    def add(self, coder: SparseCoder, name: str, /) -> None:
+        """Write one."""
+        build(coder).save_model(self.out / name if self.several else self.out)
+
+    def close(self) -> None:
+        """Nothing is left to do."""
 
 
 def read(source: Source, item: str, device: str = "cpu") -> SAE[Any]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -108,6 +107,10 @@ def from_state(config: dict[str, Any], tensors: StateDict, hookpoint: str) -> Sp
             f"sparsify's activation={activation!r} keeps the largest latent of each of k groups, which no "
             "other library has."
         )
+    if config.get("signed"):
+        raise FormatError(
+            "sparsify's signed=True keeps latents of either sign, which no class of SAELens does."
+        )
     k, transcode = config["k"], bool(config.get("transcode"))
     if not 0 < k <= config["num_latents"]:
         raise FormatError(f"k={k} must be in 1 .. num_latents={config['num_latents']}.")
@@ -188,8 +191,7 @@ def hookpoint_of(coder: SparseCoder) -> str:
     source, target = metadata.get("hook_name"), metadata.get("hook_name_out") or metadata.get("hook_name")
     block, block_out = block_hook(source), block_hook(target)
     layers = "h" if "gpt2" in str(metadata.get("model_name")) else "layers"
-    named = str(metadata.get("hf_hook_name")).rpartition(".")[0]
-    if re.fullmatch(r"\w+(\.\w+)*", named):
+    if (named := _named_module(coder)) is not None:
         return named
     if block and block_out and block[0] == block_out[0]:
         for module, (hook_in, hook_out) in _SITES.items():
@@ -207,19 +209,43 @@ def hookpoint_of(coder: SparseCoder) -> str:
     )
 
 
-def save(coders: Sequence[SparseCoder], out: Path) -> None:
-    """Write one folder per coder.
+def _named_module(coder: SparseCoder) -> str | None:
+    """The module that the metadata name themselves, as they do of what came from sparsify."""
+    metadata = coder.metadata
+    target = metadata.get("hf_hook_name_out" if coder.is_transcoder else "hf_hook_name")
+    match = re.fullmatch(r"(\w+(?:\.\w+)*)\.output", str(target))
+    if match is None or (coder.is_transcoder and metadata.get("hf_hook_name") != f"{match[1]}.input"):
+        return None
+    return match[1]
 
-    Raises:
-        FormatError: sparsify cannot carry one of them.
+
+class Writer:
+    """Writes a folder per coder.
+
+    Args:
+        out: Where.
     """
-    for coder in coders:
-        folder = out / hookpoint_of(coder)
+
+    def __init__(self, out: Path, several: bool = True) -> None:  # noqa: ARG002
+        self.out = out
+
+    def add(self, coder: SparseCoder, _name: str, /) -> None:
+        """Write one.
+
+        Raises:
+            FormatError: sparsify cannot carry it, or there was one of that module before.
+        """
+        folder = self.out / hookpoint_of(coder)
         config, tensors = to_state(coder)
-        folder.mkdir(parents=True)
+        if folder.exists():
+            raise FormatError(f"Two of the models are of module {folder.name!r}; sparsify has one of each.")
+        folder.mkdir()
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             folder / WEIGHTS,
             metadata={"format": "pt", **note_text(coder)},
         )
         (folder / CONFIG).write_text(json.dumps(config, indent=2))
+
+    def close(self) -> None:
+        """Nothing is left to do."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +14,8 @@ import yaml
 from sae_lens import SAE
 
 import saelens_matryoshka as sm
-from saelens_matryoshka.formats import FormatError, SparseCoder, build
-from saelens_matryoshka.formats.export import export_models, import_models, read_stock
+from saelens_matryoshka.formats import Folder, FormatError, SparseCoder, build, export, load
+from saelens_matryoshka.formats.export import export_models, import_models, stock_models
 from saelens_matryoshka.formats.thresholds import fit_threshold
 from tests.formats.coders import WIDTHS, expected_output, inputs, random_coder
 
@@ -44,6 +47,35 @@ def test_several_widths_are_sets_of_their_own(stock: Path, tmp_path: Path) -> No
             whole = SAE.load_from_disk(stock / model.name)
             x = inputs()
             assert torch.equal(narrow(x), sm.truncate(whole, width)(x))
+
+
+def test_a_set_of_large_models_need_not_fit_into_memory(
+    stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[weakref.ref[torch.Tensor]] = []
+
+    def load_one(*arguments: Any) -> SparseCoder:
+        gc.collect()
+        assert not [tensor for tensor in read if tensor() is not None], "the layer before is still in memory"
+        coder = load(*arguments)
+        read.append(weakref.ref(coder.W_enc))
+        return coder
+
+    monkeypatch.setattr(export, "load", load_one)
+    export_models(stock, "circuit-tracer", tmp_path / "out", widths=[8, 48])
+    assert len(read) == 3
+    import_models(str(tmp_path / "out" / "width_48"), "circuit-tracer", tmp_path / "back")
+    assert len(read) == 6
+
+
+def test_topk_is_of_the_prefix(tmp_path: Path) -> None:
+    """Also where SAELens has no class for it: a skip transcoder that keeps k latents."""
+    hooks = {"hook_name": "blocks.0.mlp.hook_in", "hook_name_out": "blocks.0.mlp.hook_out"}
+    build(random_coder(skip=True, **hooks)).save_model(tmp_path / "stock")
+    export_models(tmp_path / "stock", "sparsify", tmp_path / "out", widths=[24], topk=3)
+    found = load(Folder(tmp_path / "out"), "layers.0.mlp", "sparsify")
+    assert (found.d_sae, found.k, found.W_skip is not None) == (24, 3, True)
+    assert torch.equal(found.W_enc, random_coder(skip=True).W_enc[:, :24])
 
 
 def test_one_width_is_the_folder_itself(stock: Path, tmp_path: Path) -> None:
@@ -134,7 +166,7 @@ def test_a_source_in_another_format_than_said_is_recognised(stock: Path, tmp_pat
 def test_checkpoints_below_a_model_are_not_taken_for_layers(tmp_path: Path) -> None:
     build(random_coder()).save_model(tmp_path / "sae")
     build(random_coder()).save_model(tmp_path / "sae" / "checkpoint_1000")
-    assert [model.name for model in read_stock(tmp_path / "sae")] == ["sae"]
+    assert stock_models(tmp_path / "sae") == [tmp_path / "sae"]
 
 
 @pytest.mark.parametrize("format", ["sparsify", "dictionary-learning"])

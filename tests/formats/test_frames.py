@@ -36,6 +36,15 @@ def test_the_moved_transcoder_predicts_the_same_on_a_real_model(family: str) -> 
     torch.testing.assert_close(back.W_enc, coder.W_enc)
 
 
+def test_the_names_of_the_modules_it_came_from_are_dropped() -> None:
+    """Written for sparsify again, it would be taken for a transcoder of the other frame."""
+    model = tiny_models.hooked_transformer(tiny_models.llama_hf())
+    coder = _coder("mlp.hook_in", "mlp.hook_out").with_metadata(hf_hook_name="layers.1.mlp.input")
+    moved = to_frame(coder, "normalized", model)
+    assert "hf_hook_name" not in moved.metadata
+    assert to_frame(coder, "mlp_in", model).metadata["hf_hook_name"] == "layers.1.mlp.input"
+
+
 def test_the_target_is_renamed_only_where_no_norm_follows_the_mlp() -> None:
     llama = tiny_models.hooked_transformer(tiny_models.llama_hf())
     gemma = tiny_models.hooked_transformer(tiny_models.gemma2_hf())

@@ -89,6 +89,12 @@ def test_a_folder_that_does_not_tell_what_it_is_of_needs_to_be_told(tmp_path: Pa
     hooks = {"hook_name": "blocks.2.ln2.hook_normalized", "hook_name_out": "blocks.2.hook_mlp_out"}
     sae = SAE.load_from_disk(tmp_path / "downloads", converter=converter("gemma-scope", **hooks))
     assert sae.cfg.metadata.hook_name_out == "blocks.2.hook_mlp_out"
+    # hooks given in place of the file's own: what the file says of its frame is not said of them
+    _write_npz(tmp_path / "gemma-scope-2b-pt-transcoders" / FOLDER_1, random_coder())
+    path = tmp_path / "gemma-scope-2b-pt-transcoders" / FOLDER_1
+    given = converter("gemma-scope", hook_name="blocks.{layer}.mlp.hook_in")
+    metadata = SAE.load_from_disk(path, converter=given).cfg.metadata
+    assert (metadata.hook_name, metadata.input_frame) == ("blocks.19.mlp.hook_in", None)
 
 
 @pytest.mark.parametrize("skip", [False, True])

@@ -308,6 +308,7 @@ TABLE: list[tuple[str, str, Callable[[Path], None], str]] = [
     (SPARSIFY, "a width of text", lambda f: _sparsify(f, d_in="16"), "d_in='16', where int is expected"),
     (SPARSIFY, "k out of range", lambda f: _sparsify(f, k=49), "k=49"),
     (SPARSIFY, "k is no number", lambda f: _sparsify(f, k=True), "k=True"),
+    (SPARSIFY, "latents of either sign", lambda f: _sparsify(f, signed=True), "signed=True"),
     (SPARSIFY, "an activation in groups", lambda f: _sparsify(f, activation="groupmax"), "groupmax"),
     (
         SPARSIFY,

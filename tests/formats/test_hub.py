@@ -22,7 +22,6 @@ from tests.formats.hub_server import serve
 
 def _circuit_tracer_set(folder: Path, n_layers: int = 2) -> None:
     save = FORMATS["circuit-tracer"].save
-    assert save is not None
     folder.mkdir()
     save([random_coder(layer=layer) for layer in range(n_layers)], folder)
 

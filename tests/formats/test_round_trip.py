@@ -46,7 +46,6 @@ CARRIED: list[tuple[str, dict[str, Any], str]] = [
 def _write(format: str, coder: SparseCoder, out: Path) -> None:
     out.mkdir()
     save = FORMATS[format].save
-    assert save is not None
     save([coder], out)
 
 
@@ -95,6 +94,20 @@ def test_dictionary_learning_keeps_the_function_where_it_writes_it_otherwise(
     assert found.widths == WIDTHS
 
 
+def test_a_module_is_named_only_by_metadata_that_mean_its_input_and_output() -> None:
+    """Gemma Scope 2's hook points are both outputs, of two modules."""
+    from saelens_matryoshka.formats.sparsify import hookpoint_of
+
+    hf = {"hf_hook_name": "gpt_neox.layers.0.mlp.input", "hf_hook_name_out": "gpt_neox.layers.0.mlp.output"}
+    assert hookpoint_of(random_coder("topk", **_MLP, **hf)) == "gpt_neox.layers.0.mlp"
+    scope = {"hf_hook_name": "model.layers.0.pre_feedforward_layernorm.output"}
+    scope |= {"hf_hook_name_out": "model.layers.0.post_feedforward_layernorm.output"}
+    with pytest.raises(FormatError, match="no module reads"):
+        hookpoint_of(random_coder("topk", **_MLP | {"hook_name_out": "blocks.0.hook_mlp_out"}, **scope))
+    harm = {"hf_hook_name": "../../harm.input", "hf_hook_name_out": "../../harm.output"}
+    assert hookpoint_of(random_coder("topk", **_MLP, **harm)) == "layers.0.mlp"
+
+
 def test_thresholds_below_zero_are_those_of_a_relu(tmp_path: Path) -> None:
     """circuit-tracer's JumpReLU lets negative values above a negative threshold through, SAELens's not."""
     coder = random_coder()
@@ -112,7 +125,6 @@ def test_a_set_of_layers_comes_back_by_layer(tmp_path: Path) -> None:
     out = tmp_path / "set"
     out.mkdir()
     save = FORMATS["circuit-tracer"].save
-    assert save is not None
     save(coders[::-1], out)
     items = FORMATS["circuit-tracer"].items(Folder(tmp_path), "set")
     assert items == [f"set/layer_{layer}.safetensors" for layer in range(12)]
@@ -145,7 +157,6 @@ def test_what_a_format_cannot_carry_is_refused_and_why(
     format: str, kinds: list[dict[str, Any]], why: str, tmp_path: Path
 ) -> None:
     save = FORMATS[format].save
-    assert save is not None
     with pytest.raises(FormatError, match=why):
         save([random_coder(**kind) for kind in kinds], tmp_path)
 

@@ -80,7 +80,6 @@ def test_what_circuit_tracer_writes_computes_the_same_in_saelens(
 def test_what_we_write_computes_the_same_in_circuit_tracer(tmp_path: Path, kind: dict[str, Any]) -> None:
     coders = [random_coder(layer=layer, **kind) for layer in range(3)]
     save = FORMATS["circuit-tracer"].save
-    assert save is not None
     save(coders, tmp_path)
     loaded = _load_set(tmp_path, 3)
     assert loaded.feature_input_hook == "ln2.hook_normalized"

@@ -83,7 +83,6 @@ def test_what_we_write_computes_the_same_there(
 ) -> None:
     coder = random_coder(transcoder=False, **kind).with_metadata()
     save = FORMATS["dictionary-learning"].save
-    assert save is not None
     save([coder], tmp_path)
     theirs, config = load_dictionary(str(tmp_path), "cpu")
     assert type(theirs).__name__ == dict_class == config["trainer"]["dict_class"]

@@ -70,7 +70,6 @@ def test_a_skip_transcoder_of_sparsify_is_read_and_gets_thresholds(tmp_path: Pat
 def test_what_we_write_computes_the_same_in_sparsify(tmp_path: Path, kind: dict[str, Any]) -> None:
     coder = random_coder(**kind)
     save = FORMATS["sparsify"].save
-    assert save is not None
     save([coder], tmp_path)
     (theirs,) = sparsify.SparseCoder.load_many(str(tmp_path), local=True).values()
     x = inputs()
@@ -80,7 +79,6 @@ def test_what_we_write_computes_the_same_in_sparsify(tmp_path: Path, kind: dict[
 def test_what_sparsify_writes_again_is_what_we_wrote(tmp_path: Path) -> None:
     coder = random_coder("topk", **MLP)
     save = FORMATS["sparsify"].save
-    assert save is not None
     (tmp_path / "a").mkdir()
     save([coder], tmp_path / "a")
     theirs = sparsify.SparseCoder.load_from_disk(tmp_path / "a" / "layers.3.mlp")
