@@ -16,7 +16,7 @@ from saelens_matryoshka.formats.card import write_card
 from saelens_matryoshka.formats.coder import SparseCoder, build, from_saelens
 from saelens_matryoshka.formats.files import FormatError, new_folder, read_json, require_new
 from saelens_matryoshka.formats.layout import block_hook
-from saelens_matryoshka.formats.registry import FORMATS, Given, get_format, load
+from saelens_matryoshka.formats.registry import FORMATS, Given, Writer, get_format, load
 from saelens_matryoshka.formats.sources import Folder, Source, open_source
 from saelens_matryoshka.formats.thresholds import keep_topk
 from saelens_matryoshka.prefixes import truncate
@@ -75,14 +75,17 @@ def import_models(
         found = [inside]  # a name that the format understands, such as a layer's without its suffix
     if not found:
         raise FormatError(f"{src} holds nothing in the format {format!r}.{_others(source, inside)}")
-    coders: list[SparseCoder] = []
+
+    def import_one(name: str, folder: Path) -> SparseCoder:
+        coder = load(source, name, format, given)
+        coder = coder if change is None else change(coder)
+        build(coder).save_model(folder)
+        return coder.without_weights()
+
     with new_folder(out) as folder:
         # One at a time: a set of large models need not fit into memory.
-        for index, name in enumerate(found):
-            coder = load(source, name, format, given)
-            coder = coder if change is None else change(coder)
-            build(coder).save_model(folder if len(found) == 1 else folder / str(index))
-            coders.append(coder.without_weights())
+        places = [folder] if len(found) == 1 else [folder / str(index) for index in range(len(found))]
+        coders = [import_one(name, place) for name, place in zip(found, places, strict=True)]
         names = _names(coders)
         if len(found) > 1:
             for index, name in enumerate(names):
@@ -170,29 +173,30 @@ def export_models(
     # The hub's SAELens repositories keep every model in a folder of its own.
     several = len(stock) > 1 or (format == "saelens" and repo_id is not None)
     sets: dict[str, list[Model]] = {name: [] for name in names.values()}
+
+    def export_one(folder: Path) -> None:
+        whole = load(Folder(folder.parent), folder.name, "saelens")
+        whole = whole if change is None else change(whole)
+        evaluation = _evaluation(folder) if change is None and topk is None else None
+        for width, set_name in names.items():
+            coder = whole if width is None else from_saelens(truncate(build(whole), width))
+            coder = coder if topk is None else keep_topk(coder, topk)
+            (name,) = [folder.name] if len(stock) > 1 else _names([coder])
+            writers[width].add(coder, name)
+            rows = _rows_up_to(evaluation, coder.d_sae)
+            sets[set_name].append(Model(coder.without_weights(), name, rows))
+            if format == "saelens" and rows:
+                place = partial / set_name / name if several else partial / set_name
+                (place / EVALUATION).write_text(json.dumps(rows, indent=2))
+
     with new_folder(out) as partial:
-        writers = {}
-        for width, name in names.items():
-            (partial / name).mkdir(exist_ok=True)
-            writers[width] = make_writer(partial / name, several)
+        writers: dict[int | None, Writer] = {}
+        for width, set_name in names.items():
+            (partial / set_name).mkdir(exist_ok=True)
+            writers[width] = make_writer(partial / set_name, several)
         # One at a time: a set of large models need not fit into memory.
         for folder in stock:
-            whole = load(Folder(folder.parent), folder.name, "saelens")
-            evaluation = None
-            if change is not None:
-                whole = change(whole)
-            elif topk is None:
-                evaluation = _evaluation(folder)
-            for width, name in names.items():
-                coder = whole if width is None else from_saelens(truncate(build(whole), width))
-                coder = coder if topk is None else keep_topk(coder, topk)
-                rows = _rows_up_to(evaluation, coder.d_sae)
-                (model_name,) = _names([coder]) if len(stock) == 1 else (folder.name,)
-                writers[width].add(coder, model_name)
-                sets[name].append(Model(coder.without_weights(), model_name, rows))
-                if format == "saelens" and rows:
-                    where = partial / name / model_name if several else partial / name
-                    (where / EVALUATION).write_text(json.dumps(rows, indent=2))
+            export_one(folder)
         for writer in writers.values():
             writer.close()
         write_card(partial, format, list(sets.items()), repo_id)
