@@ -10,17 +10,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from sae_lens import ActivationsStore, LanguageModelSAERunnerConfig
 from sae_lens.config import HfDataset
 from sae_lens.util import get_special_token_ids
-from transformer_lens import HookedRootModule
 from typing_extensions import override
 
 from saelens_matryoshka.seams import token_sequences
 from saelens_matryoshka.sites import Site
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedRootModule
 
 
 class PairedActivationsStore(ActivationsStore):

@@ -260,7 +260,7 @@ class MatryoshkaTrainingTranscoder(MatryoshkaTraining):
                     "input_gain='norm_weight', but this transcoder was never told the norm's weight, so "
                     "it cannot be folded away: call set_input_gain(weight, bias) before saving."
                 )
-            state_dict.update(_fold_gain(state_dict, gain, offset))
+            state_dict.update(fold_gain(state_dict, gain, offset))
         super().process_state_dict_for_saving_inference(state_dict)
 
 
@@ -302,7 +302,7 @@ def _fold_scales(
     return folded
 
 
-def _fold_gain(
+def fold_gain(
     tensors: Mapping[str, torch.Tensor], gain: torch.Tensor, offset: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """The weights that do for x what `tensors` do for gain·x + offset."""

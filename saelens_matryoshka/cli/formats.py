@@ -1,0 +1,199 @@
+"""`saelens-matryoshka import` and `export`: other tools' files into stock SAELens folders, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from saelens_matryoshka.cli.inputs import load_language_model, load_text, pick_device
+from saelens_matryoshka.cli.output import quieten
+
+FROM = "saelens, sparsify, dictionary-learning, circuit-tracer, gemma-scope, gemma-scope-2, llamascopium or "
+FROM += "matryoshka-checkpoint"
+TO = "circuit-tracer, sparsify, dictionary-learning or saelens"
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help='Language model, as TransformerLens knows it, "tiny" for the embedded one.'),
+]
+DatasetOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Text to fit on: a dataset of the hub, a folder, or a .txt, .jsonl, .parquet or .csv file. "
+        "Default: what it was trained on, if its files say."
+    ),
+]
+CalibrateOption = Annotated[
+    bool, typer.Option("--calibrate-l0", help="Fit JumpReLU thresholds on text (needs --model).")
+]
+L0Option = Annotated[
+    float | None, typer.Option(help="Active latents per token to fit to. Default: the model's own k.")
+]
+TokensOption = Annotated[int, typer.Option(help="Tokens to fit thresholds on.")]
+FrameOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Move a transcoder of the MLP's input to the tensor before ('normalized') or after "
+        "('mlp_in') the norm's gain (needs --model)."
+    ),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the app."""
+    app.command("import")(import_)
+    app.command("export")(export)
+
+
+def import_(
+    src: Annotated[
+        str,
+        typer.Argument(
+            help="A file or folder, a hub repository 'user/name[/folder]', or a W&B artifact "
+            "'entity/project/artifact:version'."
+        ),
+    ],
+    from_: Annotated[str, typer.Option("--from", help=f"Its format: {FROM}.")],
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+    id: Annotated[str | None, typer.Option(help="Only this one, a path in SRC. Default: all.")] = None,
+    widths: Annotated[
+        str | None, typer.Option(help="Nested widths where the files do not say, e.g. 64,256,1024.")
+    ] = None,
+    hook_name: Annotated[
+        str | None, typer.Option(help="Hook it reads, where the files do not say; {layer} is its layer.")
+    ] = None,
+    hook_name_out: Annotated[
+        str | None, typer.Option(help="Hook a transcoder predicts, where the files do not say.")
+    ] = None,
+    model: ModelOption = None,
+    calibrate: CalibrateOption = False,
+    l0: L0Option = None,
+    tokens: TokensOption = 16_384,
+    dataset: DatasetOption = None,
+    frame: FrameOption = None,
+) -> None:
+    """Turn SAEs and transcoders of other tools into stock SAELens folders.
+
+      saelens-matryoshka import EleutherAI/skip-transcoder-Llama-3.2-1B-131k --id layers.3.mlp \\
+          --from sparsify --calibrate-l0 --frame normalized --model meta-llama/Llama-3.2-1B --out llama-3
+    """
+    console = Console()
+    quieten()
+    with console.status("loading"):
+        from saelens_matryoshka.formats.export import import_models
+        from saelens_matryoshka.formats.registry import Given
+
+        change = _change(model, frame=frame, calibrate=calibrate, l0=l0, tokens=tokens, dataset=dataset)
+        given = Given(
+            widths=_widths(widths),
+            hook_name=hook_name,
+            hook_name_out=hook_name_out,
+            model_name=model,
+        )
+        models = import_models(src, from_, out, item=id, given=given, change=change)
+    for found in models:
+        coder = found.coder
+        target = coder.metadata.get("hook_name_out")
+        arrow = f" → {target}" if target else ""
+        levels = f", widths {', '.join(map(str, coder.widths))}" if len(coder.widths) > 1 else ""
+        console.print(
+            f"{coder.metadata['hook_name']}{arrow}: {coder.d_sae:,} latents, {coder.activation}{levels}",
+            highlight=False,
+            markup=False,
+        )
+    where = str(out) if len(models) == 1 else f"{out}/{models[0].name}"
+    console.print(f'\nIn {out}. SAE.load_from_disk("{where}") loads it.', highlight=False, markup=False)
+
+
+def export(
+    path: Annotated[
+        Path, typer.Argument(help="Folder of a stock model, or of several (layer_0, layer_1, ...).")
+    ],
+    to: Annotated[str, typer.Option(help=f"The format to write: {TO}.")],
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+    width: Annotated[
+        list[int] | None,
+        typer.Option(help="Only this prefix; several times for several, each a set of its own."),
+    ] = None,
+    model: ModelOption = None,
+    calibrate: CalibrateOption = False,
+    l0: L0Option = None,
+    topk: Annotated[
+        int | None,
+        typer.Option(help="Drop the thresholds and keep the K largest of every token: another function."),
+    ] = None,
+    tokens: TokensOption = 16_384,
+    dataset: DatasetOption = None,
+    frame: FrameOption = None,
+    upload: Annotated[str | None, typer.Option(help="Then upload to this hub repository.")] = None,
+    private: Annotated[bool, typer.Option(help="If the repository is new, make it private.")] = False,
+) -> None:
+    """Write SAEs and transcoders for other tools, whole or a prefix, with a model card.
+
+    saelens-matryoshka export output/transcoders --to circuit-tracer --out graphs --upload me/graphs
+    """
+    console = Console()
+    quieten()
+    with console.status("exporting"):
+        from saelens_matryoshka.formats.export import export_models
+        from saelens_matryoshka.formats.export import upload as upload_folder
+
+        if topk is not None and calibrate:
+            raise ValueError("--topk drops the thresholds that --calibrate-l0 fits: give one of them.")
+        change = _change(model, frame=frame, calibrate=calibrate, l0=l0, tokens=tokens, dataset=dataset)
+        written = export_models(path, to, out, widths=width or (), change=change, topk=topk, repo_id=upload)
+    for folder in written:
+        console.print(f"{to}: {folder}", highlight=False, markup=False)
+    if upload:
+        with console.status(f"uploading to {upload}"):
+            url = upload_folder(out, upload, private=private)
+        console.print(url, highlight=False, markup=False)
+
+
+def _change(
+    model: str | None,
+    *,
+    frame: str | None,
+    calibrate: bool,
+    l0: float | None,
+    tokens: int,
+    dataset: str | None,
+) -> Callable[[Any], Any] | None:
+    """What the options ask to be done with each model on the way."""
+    if l0 is not None and not calibrate:
+        raise ValueError("--l0 says what --calibrate-l0 fits to: give both.")
+    if frame is None and not calibrate:
+        return None
+    if (frame or calibrate) and model is None:
+        raise ValueError(f"--{'frame' if frame else 'calibrate-l0'} needs the language model: --model NAME.")
+    from saelens_matryoshka.formats.frames import to_frame
+    from saelens_matryoshka.formats.thresholds import calibrate as fit
+    from saelens_matryoshka.formats.thresholds import stand_in
+
+    language_model = load_language_model(model, pick_device(None)) if model else None
+
+    def change(coder: Any) -> Any:
+        # a HookedTransformer has the normalised tensor to fit on, and not the one behind the gain
+        if frame == "normalized":
+            coder = to_frame(coder, frame, language_model)
+        if calibrate:
+            text, _ = load_text(stand_in(coder), dataset, "train", 0)
+            coder = fit(coder, language_model, text, l0, tokens)
+        if frame not in (None, "normalized"):
+            coder = to_frame(coder, frame, language_model)
+        return coder
+
+    return change
+
+
+def _widths(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.replace(" ", "").split(",")]
+    except ValueError:
+        raise ValueError(f"--widths {text!r} must be whole numbers, e.g. 64,256,1024.") from None

@@ -1,0 +1,58 @@
+"""`saelens-matryoshka hooks`: which tensor a transcoder was trained to read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from saelens_matryoshka.cli.inputs import is_tiny, load_language_model, load_text, pick_device
+from saelens_matryoshka.cli.output import quieten
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("hooks")(hooks)
+
+
+def hooks(
+    model: Annotated[str, typer.Argument(help='Language model, as TransformerLens knows it, or "tiny".')],
+    transcoder: Annotated[Path, typer.Option(help="Folder of a stock SAELens transcoder.")],
+    layer: Annotated[int | None, typer.Option(help="Whose MLP. Default: the transcoder's own.")] = None,
+    l0: Annotated[
+        float | None, typer.Option(help="Its L0 in training. Default: what its files say, if they do.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to measure on.")] = 4_096,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Text: a dataset of the hub, a folder, or a .txt, .jsonl, .parquet or .csv file. "
+            "Default: what it was trained on, if its files say."
+        ),
+    ] = None,
+) -> None:
+    """Measure a transcoder on each tensor that is called "the MLP's input", and say which it was trained on.
+
+    Exits with 2 if that is not the one it declares.
+
+    saelens-matryoshka hooks gemma-2-2b --layer 19 --transcoder downloads/layer_19
+    """
+    console = Console()
+    quieten()
+    with console.status("measuring"):
+        from saelens_matryoshka.formats import Folder
+        from saelens_matryoshka.formats.saelens import read
+        from saelens_matryoshka.frames import measure_frames
+
+        folder = transcoder.expanduser().resolve()
+        sae = read(Folder(folder.parent), folder.name)
+        if is_tiny(model) or sae.cfg.metadata.model_name is None:
+            sae.cfg.metadata.model_name = model
+        text, _ = load_text(sae, dataset, "train", 0)
+        report = measure_frames(sae, load_language_model(model, pick_device(None)), layer, text, tokens, l0)
+    console.print(report.table())
+    console.print(report.verdict, highlight=False, markup=False)
+    if not report.agrees:
+        raise typer.Exit(2)

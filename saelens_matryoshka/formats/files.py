@@ -1,0 +1,348 @@
+"""Reading files that others made, and writing folders that are whole or not there.
+
+A file is hostile until proven otherwise. Sizes and shapes come out of a file's header and are checked before
+its tensors are read into memory; pickles are read with `weights_only=True`, and only where what they declare
+is what the file holds; whatever is wrong is one `FormatError` that names the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import pickle
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Generator, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+
+MAX_CONFIG_BYTES = 4 << 20
+# A compressed .npz of weights is about as large as the weights; this leaves room for many zeros.
+MAX_COMPRESSION = 20
+
+_UNPICKLING_ERRORS = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+)
+Dims = dict[str, int]
+Shapes = Mapping[str, tuple[str | int, ...]]
+
+
+class FormatError(ValueError):
+    """A file that is not what its format says, or a model that a format cannot carry."""
+
+
+# ---- configs
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        FormatError: it is larger than any config, or not a JSON object.
+    """
+    try:
+        loaded = json.loads(_config_text(path))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path} is not valid JSON: {error}.") from None
+    return _mapping(loaded, path)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping of plain values.
+
+    Raises:
+        FormatError: it is larger than any config, or not a mapping of plain values.
+    """
+    try:
+        loaded = yaml.safe_load(_config_text(path))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise FormatError(f"{path} is not a plain YAML file: {' '.join(str(error).split())}.") from None
+    return _mapping(loaded, path)
+
+
+def _config_text(path: Path) -> str:
+    size = path.stat().st_size
+    if size > MAX_CONFIG_BYTES:
+        raise FormatError(f"{path} has {size:,} bytes, and a config has at most {MAX_CONFIG_BYTES:,}.")
+    return path.read_text(encoding="utf-8")
+
+
+def _mapping(loaded: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+        raise FormatError(f"{path} holds a {type(loaded).__name__}, where settings by name are expected.")
+    return loaded
+
+
+def field(config: Mapping[str, Any], name: str, kind: type | tuple[type, ...], path: Path) -> Any:
+    """The value of a config's field.
+
+    Raises:
+        FormatError: the field is missing or of another type.
+    """
+    value = config.get(name)
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        expected = " or ".join("nothing" if k is type(None) else k.__name__ for k in kinds)
+        raise FormatError(f"{path}: {name}={value!r}, where {expected} is expected.")
+    return value
+
+
+# ---- tensors
+
+
+def read_safetensors(path: Path, shapes: Shapes, optional: Iterable[str] = ()) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, once its header has been found to describe them.
+
+    Args:
+        path: The file.
+        shapes: Every tensor the file may hold, with its dimensions: numbers, or names that must stand for the
+            same number everywhere. `()` is a scalar.
+        optional: Which of them may be absent.
+
+    Raises:
+        FormatError: the file is truncated or no safetensors file, a tensor is missing, unknown, not of
+            floating point or of another shape, or a value is NaN or infinite.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            check_shapes({n: tuple(s.get_shape()) for n, s in slices.items()}, shapes, optional, path)
+            return _finite({name: file.get_tensor(name) for name in slices}, path)
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{path} is truncated or not a safetensors file: {error}.") from None
+
+
+def safetensors_names(path: Path) -> set[str]:
+    """Names of the tensors in a safetensors file.
+
+    Raises:
+        FormatError: the file is truncated or no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{path} is truncated or not a safetensors file: {error}.") from None
+
+
+def safetensors_note(path: Path, key: str) -> str | None:
+    """A text from the header of a safetensors file that has been read before."""
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get(key)
+
+
+def read_npz(path: Path, shapes: Shapes, optional: Iterable[str] = ()) -> dict[str, torch.Tensor]:
+    """The arrays of an .npz file. Arguments and errors as for `read_safetensors`."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found, total = {}, 0
+            for info in archive.infolist():
+                name = info.filename.removesuffix(".npy")
+                with archive.open(info) as file:
+                    version = np.lib.format.read_magic(file)
+                    read_header = {
+                        (1, 0): np.lib.format.read_array_header_1_0,
+                        (2, 0): np.lib.format.read_array_header_2_0,
+                    }[version]
+                    shape, _, dtype = read_header(file)
+                if dtype.kind != "f":
+                    raise FormatError(f"{path}: array {name!r} holds {dtype}, and weights are floats.")
+                found[name] = shape
+                total += math.prod(shape) * dtype.itemsize
+    except (zipfile.BadZipFile, OSError, ValueError, KeyError, EOFError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(f"{path} is truncated or not an .npz file: {error}.") from None
+    size = path.stat().st_size
+    if total > MAX_COMPRESSION * size:
+        raise FormatError(f"{path} has {size:,} bytes and declares {total:,}, as weights never would.")
+    check_shapes(found, shapes, optional, path)
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            loaded = {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in found}
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
+        raise FormatError(f"{path} is truncated or not an .npz file: {error}.") from None
+    return _finite(loaded, path)
+
+
+def read_pickle(
+    path: Path, shapes: Shapes, optional: Iterable[str] = (), integers: Iterable[str] = ()
+) -> dict[str, torch.Tensor]:
+    """The tensors of a `torch.save` file, without running anything it says.
+
+    Arguments and errors as for `read_safetensors`; a dictionary that holds the tensors under "state_dict",
+    "model_state_dict" or "sae" is unwrapped.
+
+    Args:
+        integers: Which of the tensors are integers.
+    """
+    tensors = _unpickle(path)
+    check_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, shapes, optional, path)
+    for name, tensor in tensors.items():
+        _check_storage(name, tensor, path)
+    kept = frozenset(integers)
+    floats = _finite({name: t for name, t in tensors.items() if name not in kept}, path)
+    return floats | {name: t.clone() for name, t in tensors.items() if name in kept}
+
+
+def pickle_names(path: Path) -> set[str]:
+    """Names of the tensors in a `torch.save` file."""
+    return set(_unpickle(path))
+
+
+def _unpickle(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError):
+        raise FormatError(
+            f"{path} is truncated, or not a file of torch.save (of version 1.6 or later)."
+        ) from None
+    declared = sum(entry.file_size for entry in entries)
+    if declared > path.stat().st_size or any(entry.compress_type for entry in entries):
+        raise FormatError(f"{path} is compressed, which torch.save never does; it is not read.")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FormatError(
+            f"{path} holds more than tensors, or is damaged, so it is not read: {reason} "
+            "If you trust its author, save its state_dict again with torch.save."
+        ) from None
+    for wrapper in ("state_dict", "model_state_dict", "sae"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
+            loaded = loaded[wrapper]
+    if not isinstance(loaded, dict) or not loaded:
+        raise FormatError(f"{path} holds a {type(loaded).__name__}, where tensors by name are expected.")
+    odd = [name for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
+    if odd:
+        raise FormatError(f"{path}: {odd[0]!r} is a {type(loaded[odd[0]]).__name__}, not a tensor.")
+    return dict(loaded)
+
+
+def _check_storage(name: str, tensor: torch.Tensor, path: Path) -> None:
+    # A few stored bytes can be declared to be a tensor of any size by strides of 0.
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        raise FormatError(f"{path}: tensor {name!r} is not a plain dense tensor.")
+    stored = tensor.untyped_storage().nbytes()
+    if tensor.numel() * tensor.element_size() > stored:
+        raise FormatError(
+            f"{path}: tensor {name!r} of shape {tuple(tensor.shape)} has only {stored:,} bytes behind it."
+        )
+
+
+def check_shapes(
+    found: Mapping[str, tuple[int, ...]], shapes: Shapes, optional: Iterable[str], path: Path
+) -> Dims:
+    """Compare the tensors that a file holds with those that its format has.
+
+    Returns:
+        What the names of dimensions stand for.
+
+    Raises:
+        FormatError: see `read_safetensors`.
+    """
+    missing = sorted(shapes.keys() - found.keys() - frozenset(optional))
+    if missing:
+        raise FormatError(
+            f"{path}: there is no tensor {missing[0]!r}; it holds {', '.join(sorted(found)[:12]) or 'none'}. "
+            "Is this the format it is said to be?"
+        )
+    unknown = sorted(found.keys() - shapes.keys())
+    if unknown:
+        raise FormatError(
+            f"{path}: tensor {unknown[0]!r} is not part of this format, which has {', '.join(shapes)}."
+        )
+    dims: Dims = {}
+    for name, expected in shapes.items():
+        if name not in found:
+            continue
+        shape = found[name]
+        fits = len(shape) == len(expected) and all(
+            size == (dims.setdefault(dim, size) if isinstance(dim, str) else dim) and size > 0
+            for size, dim in zip(shape, expected, strict=True)
+        )
+        if not fits:
+            wanted = ", ".join(f"{dim}={dims[dim]}" if dim in dims else str(dim) for dim in expected)
+            raise FormatError(f"{path}: tensor {name!r} has shape {list(shape)}, expected [{wanted}].")
+    return dims
+
+
+def _finite(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    """Copies in memory, all of floating point and finite."""
+    copies = {}
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise FormatError(f"{path}: tensor {name!r} holds {tensor.dtype}, and weights are floats.")
+        if tensor.element_size() < 2:
+            tensor = tensor.to(torch.float32)  # float8 has no arithmetic
+        if not bool(torch.isfinite(tensor).all()):
+            raise FormatError(f"{path}: tensor {name!r} has NaN or infinite values.")
+        copies[name] = tensor.clone(memory_format=torch.contiguous_format)
+    return copies
+
+
+# ---- writing
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Generator[Path, None, None]:
+    """A folder to write into, which becomes `out` if all goes well and disappears if not.
+
+    Raises:
+        FileExistsError: `out` is a file, or a folder that is not empty.
+    """
+    require_new(out)
+    out = Path(os.path.abspath(out))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    try:
+        yield partial
+        # mkdtemp's folder is for its owner alone
+        partial.chmod(0o777 & ~_umask())
+        require_new(out)
+        partial.replace(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def require_new(out: Path) -> None:
+    """Refuse to write over anything.
+
+    Raises:
+        FileExistsError: `out` is a file, or a folder that is not empty.
+    """
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise FileExistsError(f"--out {out} exists and is no folder: name another one.")
+    if out.is_dir() and any(out.iterdir()):
+        raise FileExistsError(f"--out {out} is not empty: name another folder, or move that one away.")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

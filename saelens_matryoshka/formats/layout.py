@@ -1,0 +1,66 @@
+"""What format modules share: finding the parts of a set, the layer in a hook's name, our note in a file."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+from saelens_matryoshka.formats.coder import SparseCoder, believe, note
+from saelens_matryoshka.formats.files import FormatError
+from saelens_matryoshka.formats.sources import Source
+
+NOTE = "saelens_matryoshka"
+"""Under this key our files in foreign formats carry the metadata those formats have no place for."""
+
+_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+
+
+def folders_with(source: Source, inside: str, files: Collection[str]) -> list[str]:
+    """The folders at or below `inside` that hold all of these files, by the numbers in their names."""
+    names = source.names(inside)
+    folders = {str(PurePosixPath(name).parent) for name in names}
+    present = set(names)
+    return sorted((f for f in folders if all(join(f, file) in present for file in files)), key=natural)
+
+
+def join(folder: str, name: str) -> str:
+    """A path in a source; the source's own folder is "" or "."."""
+    return str(PurePosixPath(folder) / name)
+
+
+def natural(name: str) -> list[Any]:
+    """Sort key under which layer_10 comes after layer_9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def block_hook(hook_name: str | None) -> tuple[int, str] | None:
+    """Layer and hook of "blocks.LAYER.HOOK", None for any other name."""
+    match = _BLOCK.fullmatch(hook_name or "")
+    return (int(match[1]), match[2]) if match else None
+
+
+def require_plain(coder: SparseCoder, name: str) -> None:
+    """Refuse what no format but SAELens's has.
+
+    Raises:
+        FormatError: the coder normalises every token's input.
+    """
+    if coder.layer_norm:
+        raise FormatError(f"{name} has nothing like normalize_activations='layer_norm', which this needs.")
+
+
+def note_text(coder: SparseCoder) -> dict[str, str]:
+    """Our note, for the header of a safetensors file."""
+    return {NOTE: json.dumps(note(coder))}
+
+
+def parse_note(text: str | None) -> dict[str, Any]:
+    """What to believe of a note, of which anyone may have written anything."""
+    try:
+        loaded = json.loads(text) if text else None
+    except (ValueError, RecursionError):
+        return {}
+    return believe(loaded if isinstance(loaded, Mapping) else None)
