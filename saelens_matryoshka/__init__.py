@@ -13,7 +13,7 @@ from saelens_matryoshka.architectures import (
     MatryoshkaTrainingTranscoderConfig,
     NonFiniteActivationsError,
 )
-from saelens_matryoshka.evaluation import EvalResult, evaluate
+from saelens_matryoshka.evaluation import Comparison, EvalResult, compare, evaluate
 from saelens_matryoshka.plugin import install as _install
 from saelens_matryoshka.prefixes import (
     decode_prefixes,
@@ -27,6 +27,7 @@ from saelens_matryoshka.widths import cumulative_widths
 __version__ = "0.1.0"
 
 __all__ = [
+    "Comparison",
     "EvalResult",
     "MatryoshkaTrainingSAE",
     "MatryoshkaTrainingSAEConfig",
@@ -36,6 +37,7 @@ __all__ = [
     "MatryoshkaTrainingTranscoderConfig",
     "NonFiniteActivationsError",
     "Site",
+    "compare",
     "cumulative_widths",
     "decode_prefixes",
     "evaluate",

@@ -32,8 +32,6 @@ class PairedActivationsStore(ActivationsStore):
 
     source: Site
     target_hook: str
-    held_out_tokens: torch.Tensor
-    """`[prompts, context_size]`, set aside for the evaluations during training; may be empty"""
 
     @override
     @torch.no_grad()
@@ -103,25 +101,7 @@ def paired_store(
     assert isinstance(store, PairedActivationsStore)
     store.source, store.target_hook = source, target_hook
     store.d_in = sae.d_in + sae.d_out  # the width of a row, which the stock methods reshape to
-    store.held_out_tokens = _hold_out(store, cfg)
     return store
-
-
-def _hold_out(store: ActivationsStore, cfg: LanguageModelSAERunnerConfig[Any]) -> torch.Tensor:
-    """Take the first prompts of the dataset out of the training data, if they will be evaluated on."""
-    if not cfg.logger.log_to_wandb or cfg.n_eval_batches == 0:
-        return torch.empty((0, cfg.context_size), dtype=torch.long)
-    batch_size = cfg.eval_batch_size_prompts or cfg.store_batch_size_prompts
-    try:
-        batches = [
-            store.get_batch_tokens(batch_size, raise_at_epoch_end=True) for _ in range(cfg.n_eval_batches)
-        ]
-    except StopIteration:
-        raise ValueError(
-            f"n_eval_batches={cfg.n_eval_batches} sets {cfg.n_eval_batches * batch_size} prompts aside for "
-            f"evaluation, more than dataset_path={cfg.dataset_path!r} has. Lower n_eval_batches."
-        ) from None
-    return torch.cat(batches)
 
 
 def _special_tokens(model: Any, exclude: bool | list[int], device: torch.device) -> torch.Tensor | None:

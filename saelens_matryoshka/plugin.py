@@ -2,9 +2,9 @@
 
 - `ActivationsStore.from_config`: the runner builds its store here; a transcoder's config gets a paired
   store, and every config of ours is checked against the model and the data first.
-- `SAETrainer.fit`: here trainer, SAE, store and evaluator have all been built. A transcoder gets an
-  evaluator that knows two hooks and learns the norm's weight it has to fold; all of ours get a fused Adam
-  and a progress bar that shows what matters.
+- `SAETrainer.fit`: here trainer, SAE, store and evaluator have all been built. Ours get an evaluator that
+  knows prefixes, two hooks and held-out prompts, a fused Adam and a progress bar that shows what matters; a
+  transcoder learns the norm's weight it has to fold.
 
 Both dispatch on the type of the config or the SAE, so nothing changes for SAELens's own architectures.
 """

@@ -125,9 +125,12 @@ def decode_prefixes(sae: SAE[Any], feature_acts: torch.Tensor) -> torch.Tensor:
     """
     if feature_acts.is_sparse:
         feature_acts = feature_acts.to_dense()
+    widths = matryoshka_widths(sae)
+    if len(widths) == 1:
+        return sae.decode(feature_acts)[None]
     if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
         feature_acts = feature_acts / sae.W_dec.norm(dim=-1)
-    outputs = nested_decode(feature_acts, sae.W_dec, sae.b_dec, matryoshka_widths(sae))
+    outputs = nested_decode(feature_acts, sae.W_dec, sae.b_dec, widths)
     if "target_scale" in dict(sae.named_buffers()):
         outputs = outputs / sae.get_buffer("target_scale").to(outputs.dtype)
     outputs = sae.run_time_activation_norm_fn_out(outputs)

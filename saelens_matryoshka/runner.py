@@ -26,7 +26,7 @@ from transformer_lens.hook_points import HookPoint
 
 from saelens_matryoshka.adam import fuse_adam
 from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig
-from saelens_matryoshka.evaluation.training_evaluator import TranscoderEvaluator
+from saelens_matryoshka.evaluation.training_evaluator import HeldOutEvaluator, hold_out_prompts
 from saelens_matryoshka.pairs import (
     PairedActivationsStore,
     paired_store,
@@ -91,6 +91,7 @@ def build_store(
     except StopIteration:
         raise ValueError(f"dataset_path={cfg.dataset_path!r}: the dataset is empty.") from None
     require_enough_text(store, cfg)
+    hold_out_prompts(store, cfg)
     return store
 
 
@@ -201,10 +202,9 @@ def prepare_trainer(trainer: SAETrainer[Any, Any]) -> None:
         return
     store = stock.activations_store
     trainer.sae.cfg.metadata.input_frame = norm_frame(store.model, store.hook_name)
-    if isinstance(store, PairedActivationsStore):
-        if store.source.gain is not None:
-            trainer.sae.set_input_gain(store.source.gain, store.source.offset)
-        trainer.evaluator = TranscoderEvaluator.from_stock(stock, store)
+    if isinstance(store, PairedActivationsStore) and store.source.gain is not None:
+        trainer.sae.set_input_gain(store.source.gain, store.source.offset)
+    trainer.evaluator = HeldOutEvaluator.in_place_of(stock)
 
 
 @torch.no_grad()

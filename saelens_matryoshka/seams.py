@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import itertools
 from argparse import ArgumentError
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -63,6 +64,33 @@ def token_sequences(store: ActivationsStore) -> Generator[torch.Tensor, None, No
         yield from store._iterate_tokenized_sequences()
     finally:
         store.n_dataset_processed = position
+
+
+def split_off_prompts(store: ActivationsStore, n_prompts: int, *, leaving: int) -> torch.Tensor | None:
+    """Take the documents of the first prompts out of a store's dataset, in every epoch.
+
+    Args:
+        store: A store that has not been read from.
+        n_prompts: How many prompts to take.
+        leaving: How many prompts must be left.
+
+    Returns:
+        `[n_prompts, context_size]` on the CPU; None, and the store as it was, if there are too few.
+    """
+    assert store.dataset is not None
+    start, n_documents = store.n_dataset_processed, 0
+    taken: list[torch.Tensor] = []
+    with contextlib.closing(token_sequences(store)) as sequences:
+        for tokens in itertools.islice(sequences, n_prompts):
+            taken.append(tokens.cpu())
+            # a document is counted when the next one is asked for
+            n_documents = store.n_dataset_processed - start + 1
+        n_left = sum(1 for _ in itertools.islice(sequences, leaving))
+    if n_left < leaving:
+        return None
+    store.dataset = store.dataset.skip(n_documents)  # type: ignore[union-attr]  (a split, never a dict)
+    store.iterable_sequences = store._iterate_tokenized_sequences()
+    return torch.stack(taken)
 
 
 def token_device(model: Any) -> torch.device:

@@ -79,3 +79,10 @@ def test_seam_store_iterates_over_its_sequences() -> None:
 
 def test_seam_store_knows_the_device_of_the_tokens() -> None:
     assert list(inspect.signature(activations_store._get_input_token_device).parameters) == ["model"]
+
+
+def test_seam_store_starts_every_epoch_from_its_dataset() -> None:
+    """If this fails, prompts held out for evaluation may come back in the next epoch."""
+    assert "self.dataset" in inspect.getsource(ActivationsStore._iterate_raw_dataset)
+    epoch = "self.iterable_sequences = self._iterate_tokenized_sequences()"
+    assert epoch in inspect.getsource(ActivationsStore.get_batch_tokens)

@@ -10,7 +10,8 @@ training object and of the saved stock model alike) keeps the activations above 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -195,6 +196,16 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
         )
         self.topk_threshold.fill_(threshold)
         self._threshold_is_stale = False
+
+    @contextmanager
+    def keeping_threshold(self) -> Iterator[None]:
+        """Within, the threshold may be calibrated for inference; afterwards it is what it was in training."""
+        threshold, stale = self.topk_threshold.clone(), self._threshold_is_stale
+        try:
+            yield
+        finally:
+            self.topk_threshold.copy_(threshold)
+            self._threshold_is_stale = stale
 
     def _leave_training_space(self) -> None:
         """Before the weights are folded: the recent rows would not fit them any more."""

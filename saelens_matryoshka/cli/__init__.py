@@ -7,7 +7,8 @@ import sys
 import typer
 from rich.console import Console
 
-from saelens_matryoshka.cli import demo, train
+from saelens_matryoshka.cli import demo, evaluate, train
+from saelens_matryoshka.cli.output import plain
 
 app = typer.Typer(
     name="saelens-matryoshka",
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 demo.register(app)
 train.register(app)
+evaluate.register(app)
 
 
 @app.callback()
@@ -31,10 +33,5 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {_plain(error)}", highlight=False)
+        Console(stderr=True).print(f"[bold red]error:[/] {plain(error)}", highlight=False)
         sys.exit(1)
-
-
-def _plain(error: BaseException) -> str:
-    text = str(error) or type(error).__name__
-    return text.replace("[", r"\[")

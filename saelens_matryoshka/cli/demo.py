@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import time
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+
+from saelens_matryoshka.cli.inputs import TINY, load_language_model, pick_device
+from saelens_matryoshka.cli.output import quieten, write_atomically
 
 _TINY = "the embedded tiny model"
 _CONTEXT_SIZE = 256
@@ -53,7 +54,7 @@ def demo(
       saelens-matryoshka demo --model gpt2 --layer 8
     """
     console = Console()
-    _quieten()
+    quieten()
     with console.status("loading"):
         import torch
         from sae_lens import SAE, LanguageModelSAETrainingRunner
@@ -61,8 +62,8 @@ def demo(
         import saelens_matryoshka as sm
         from saelens_matryoshka.runner import require_own_output_path
 
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        language_model = _load_model(model, device)
+        device = pick_device(device)
+        language_model = load_language_model(model or TINY, device)
         layer = language_model.cfg.n_layers // 2 if layer is None else layer
         assert layer is not None
         cfg = _runner_config(language_model, model, layer, d_sae, k, tokens, lr, out, dataset, device, seed)
@@ -83,7 +84,7 @@ def demo(
     with console.status("evaluating every prefix on held-out text"):
         sae = SAE.load_from_disk(cfg.output_path, device=device)
         result = sm.evaluate(sae, language_model, held_out, n_tokens=50_000, n_ce_tokens=10_000)
-        (Path(cfg.output_path) / "evaluation.json").write_text(result.to_json())
+        write_atomically(Path(cfg.output_path) / "evaluation.json", result.to_json() + "\n")
     console.print(result.table())
     console.print(
         f"Trained in {trained - started:.0f} s, evaluated in {time.monotonic() - trained:.0f} s.\n\n"
@@ -150,17 +151,6 @@ def _runner_config(
     )
 
 
-def _load_model(name: str | None, device: str) -> Any:
-    if name is None:
-        from saelens_matryoshka.tiny import load_hooked_transformer
-
-        model = load_hooked_transformer()
-        return model if device == "cpu" else model.to(device)
-    from sae_lens.load_model import load_model
-
-    return load_model("HookedTransformer", name, device)
-
-
 def _text(dataset: str | None) -> tuple[Any, Any]:
     """Text to train on and held-out text."""
     if dataset is None:
@@ -171,16 +161,3 @@ def _text(dataset: str | None) -> tuple[Any, Any]:
 
     stream = load_dataset(dataset, split="train", streaming=True)
     return stream.skip(500), stream.take(500)
-
-
-def _quieten() -> None:
-    """Hide notices that tell the user of the demo nothing."""
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    for message in (
-        "Dataset is not tokenized",
-        "The training dataset contains fewer samples",
-        "All samples in the training dataset have been exhausted",
-        r"\nThis SAE has non-empty model_from_pretrained_kwargs",
-    ):
-        warnings.filterwarnings("ignore", message)
-    logging.getLogger("sae_lens").setLevel(logging.ERROR)

@@ -1,6 +1,7 @@
 """Metrics of every prefix, on held-out tokens."""
 
+from saelens_matryoshka.evaluation.comparison import Comparison, compare
 from saelens_matryoshka.evaluation.evaluator import evaluate
 from saelens_matryoshka.evaluation.result import EvalResult, PrefixMetrics
 
-__all__ = ["EvalResult", "PrefixMetrics", "evaluate"]
+__all__ = ["Comparison", "EvalResult", "PrefixMetrics", "compare", "evaluate"]

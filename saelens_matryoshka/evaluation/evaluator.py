@@ -11,19 +11,27 @@ Nothing is trained or moved: a training object is converted to the inference mod
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from sae_lens import SAE, ActivationsStore
+from sae_lens import SAE
 from sae_lens.config import HfDataset
-from sae_lens.util import get_special_token_ids
 
-from saelens_matryoshka.evaluation.metrics import FiringCounts, NextTokenSums, ReconstructionSums
+from saelens_matryoshka.evaluation.metrics import (
+    FiringCounts,
+    NextTokenSums,
+    ReconstructionSums,
+    decoder_redundancy,
+)
 from saelens_matryoshka.evaluation.result import EvalResult, PrefixMetrics
+from saelens_matryoshka.evaluation.tokens import special_token_ids, token_batches
 from saelens_matryoshka.prefixes import inference_model, matryoshka_widths, predict_prefixes
-from saelens_matryoshka.seams import token_device
 from saelens_matryoshka.sites import check_hook, norm_frame
+
+# Values of feature activations, and of logits, that are held at a time.
+_ACTIVATION_VALUES = 1 << 26
+_LOGIT_VALUES = 1 << 29
 
 
 @torch.no_grad()
@@ -37,21 +45,23 @@ def evaluate(
     context_size: int | None = None,
     batch_size_prompts: int = 8,
     exclude_special_tokens: bool | list[int] = True,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> EvalResult:
     """Metrics of every prefix.
 
     Args:
         sae: SAE or transcoder, ours or stock; `metadata.hook_name` (and `hook_name_out`) say what it reads
-            and predicts.
+            and predicts. A model without recorded widths has one prefix, itself.
         model: HookedTransformer, TransformerBridge or HookedProxyLM.
         dataset: Held-out text: a dataset, a path `datasets.load_dataset` takes, or tokens
             `[prompts, context_size]`.
-        n_tokens: Tokens for FVU, L0 and dead latents.
+        n_tokens: Tokens for all metrics but cross-entropy and KL.
         n_ce_tokens: Tokens for cross-entropy and KL; 0 leaves them out.
         context_size: Tokens per prompt. None: what the SAE was trained with.
         batch_size_prompts: Prompts per forward pass.
         exclude_special_tokens: Leave BOS, EOS, padding and the like (or the given ids) out of all
             metrics; at their positions the target is not replaced.
+        model_kwargs: Passed on when the language model is called.
 
     Returns:
         The metrics, with what they were measured on.
@@ -60,43 +70,39 @@ def evaluate(
         ValueError: the model has no such hook, its norms are folded otherwise than those of the model the
             SAE was trained on, or the dataset has no tokens.
     """
+    _require_counts(n_tokens=n_tokens, batch_size_prompts=batch_size_prompts)
     sae = inference_model(sae)
-    metadata = sae.cfg.metadata
-    source_hook, target_hook = metadata.hook_name, metadata.hook_name_out or metadata.hook_name
-    check_hook(model, source_hook, "hook_name")
-    check_hook(model, target_hook, "hook_name_out")
-    frame = norm_frame(model, source_hook)
-    if metadata.input_frame not in (None, frame):
-        raise ValueError(
-            f"input_frame: this model was trained on {source_hook!r} in the frame "
-            f"{metadata.input_frame!r}, but in this language model it is {frame!r}. Load the language "
-            "model with its norms folded (fold_ln) as in training."
-        )
-    run = _Evaluation(sae, model, source_hook, target_hook)
-    run.excluded = _excluded_ids(model, exclude_special_tokens)
-    batches = list(_token_batches(sae, model, dataset, n_tokens, context_size, batch_size_prompts))
-    was_training = model.training
+    run = _Evaluation(sae, model, dict(model_kwargs or {}))
+    run.excluded = special_token_ids(model, exclude_special_tokens)
+    batches = list(token_batches(sae, model, dataset, n_tokens, context_size, batch_size_prompts))
+    was_training, had_reshaping = model.training, sae.hook_z_reshaping_mode
     model.eval()
+    sae.turn_off_forward_pass_hook_z_reshaping()  # heads are flattened here
     try:
         for tokens in batches:
             run.add_reconstruction(tokens)
-        n_seen = 0
+        n_left = n_ce_tokens
         for tokens in batches:
-            if n_seen >= n_ce_tokens:
+            if n_left <= 0:
                 break
-            run.add_next_token(tokens)
-            n_seen += tokens.numel()
+            part = tokens[: -(-n_left // tokens.shape[1])]
+            run.add_next_token(part)
+            n_left -= part.numel()
     finally:
         model.train(was_training)
-    return run.result(frame)
+        if had_reshaping:
+            sae.turn_on_forward_pass_hook_z_reshaping()
+    return run.result()
 
 
 class _Evaluation:
     """The sums of one evaluation, and how a batch of tokens is added to them."""
 
-    def __init__(self, sae: SAE[Any], model: Any, source_hook: str, target_hook: str) -> None:
-        self.sae, self.model = sae, model
-        self.source_hook, self.target_hook = source_hook, target_hook
+    def __init__(self, sae: SAE[Any], model: Any, model_kwargs: dict[str, Any]) -> None:
+        self.sae, self.model, self.model_kwargs = sae, model, model_kwargs
+        self.source_hook, self.target_hook, self.frame = hooks_and_frame(sae, model)
+        self.source_head: int | None = sae.cfg.metadata.hook_head_index
+        self.target_head = self.source_head if self.target_hook == self.source_hook else None
         self.widths = matryoshka_widths(sae)
         self.excluded: torch.Tensor | None = None
         device = torch.device(sae.device)
@@ -109,21 +115,32 @@ class _Evaluation:
     def add_reconstruction(self, tokens: torch.Tensor) -> None:
         keep = self._evaluated(tokens)
         source, target = self._activations(tokens)
-        source, target = source[keep], target[keep]
-        acts = self.sae.encode(source)
-        self.firing.add(acts)
-        self.reconstruction.add(target, predict_prefixes(self.sae, source, acts))
+        rows = max(1, _ACTIVATION_VALUES // self.sae.cfg.d_sae)
+        for x, y in zip(source[keep].split(rows), target[keep].split(rows), strict=True):
+            acts = self.sae.encode(x)
+            self.firing.add(acts)
+            self.reconstruction.add(y, predict_prefixes(self.sae, x, acts))
 
     def add_next_token(self, tokens: torch.Tensor) -> None:
+        d_vocab = self._logits(tokens[:1, :1]).shape[-1]
+        prompts = max(1, _LOGIT_VALUES // (tokens.shape[1] * d_vocab))
+        for part in tokens.split(prompts):
+            self._add_next_token(part)
+
+    def _add_next_token(self, tokens: torch.Tensor) -> None:
         keep = self._evaluated(tokens)
         source, target = self._activations(tokens)
-        predictions = predict_prefixes(self.sae, source, self.sae.encode(source))
+        rows = max(1, _ACTIVATION_VALUES // self.sae.cfg.d_sae)
+        predictions = torch.cat(
+            [predict_prefixes(self.sae, x, self.sae.encode(x)) for x in source.flatten(0, 1).split(rows)],
+            dim=1,
+        ).unflatten(1, tokens.shape)
         mean = self.reconstruction.mean().expand_as(target)
-        clean = self.model(tokens, return_type="logits")
+        clean = self._logits(tokens)
         # predictions of a token that counts
         counted = torch.zeros_like(keep)
         counted[:, :-1] = keep[:, 1:].to(counted.device)
-        labels = tokens.roll(-1, dims=1)[counted]
+        labels = tokens.roll(-1, dims=1)[counted.to(tokens.device)]
         clean = clean[counted.to(clean.device)]
         self.clean.add(clean, clean, labels)
         for sums, replacement in (
@@ -131,28 +148,32 @@ class _Evaluation:
             (self.mean, mean),
             *zip(self.prefixes, predictions, strict=True),
         ):
-            logits = self.model.run_with_hooks(
-                tokens,
-                return_type="logits",
-                fwd_hooks=[(self.target_hook, _replace(replacement, keep))],
-            )
+            hook_fn = _replace(replacement, keep, self.target_head)
+            logits = self._logits(tokens, (self.target_hook, hook_fn))
             sums.add(logits[counted.to(logits.device)], clean, labels)
 
-    def result(self, frame: str) -> EvalResult:
+    def result(self) -> EvalResult:
         with_ce = self.clean.n_tokens > 0
         clean = self.clean.mean_ce() if with_ce else None
         zero = self.zero.mean_ce() if with_ce else None
         mean = self.mean.mean_ce() if with_ce else None
         rows: list[PrefixMetrics] = []
         fvu = self.reconstruction.fvu().tolist()
+        cosine = self.reconstruction.mean_cosine().tolist()
+        explained_variance = self.reconstruction.explained_variance()
+        redundancy = decoder_redundancy(self.sae.W_dec, self.widths)
         for level, (width, sums) in enumerate(zip(self.widths, self.prefixes, strict=True)):
             ce = sums.mean_ce() if with_ce else None
             rows.append(
                 PrefixMetrics(
                     width=width,
                     fvu=fvu[level],
+                    explained_variance=explained_variance[level],
+                    cosine=cosine[level],
                     l0=self.firing.l0(width),
                     n_dead=self.firing.n_dead(width),
+                    density=self.firing.density_histogram(width),
+                    decoder_redundancy=redundancy[level],
                     ce=ce,
                     ce_recovered=_recovered(ce, clean, zero),
                     ce_recovered_mean=_recovered(ce, clean, mean),
@@ -165,7 +186,8 @@ class _Evaluation:
             n_ce_tokens=self.clean.n_tokens,
             hook_name=self.source_hook,
             hook_name_out=self.target_hook,
-            input_frame=frame,
+            input_frame=self.frame,
+            train_l0=_trained_k(self.sae),
             ce_clean=clean,
             ce_zero=zero,
             ce_mean=mean,
@@ -179,20 +201,60 @@ class _Evaluation:
             keep &= ~torch.isin(tokens, self.excluded.to(tokens.device))
         return keep.to(self.sae.device)
 
+    def _logits(self, tokens: torch.Tensor, *hooks: tuple[str, Callable[..., Any]]) -> torch.Tensor:
+        return self.model.run_with_hooks(
+            tokens, return_type="logits", fwd_hooks=list(hooks), **self.model_kwargs
+        )
+
     def _activations(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Source and target `[prompts, context_size, d]`, heads flattened, on the SAE's device."""
         seen: dict[str, torch.Tensor] = {}
         # By the name asked for: a TransformerBridge's names may be aliases of the hook's own.
         names = dict.fromkeys([self.source_hook, self.target_hook])
-        self.model.run_with_hooks(
-            tokens, fwd_hooks=[(name, functools.partial(_read, seen, name)) for name in names]
-        )
+        self._logits(tokens, *((name, functools.partial(_read, seen, name)) for name in names))
         source, target = seen[self.source_hook], seen[self.target_hook]
-        if (head := self.sae.cfg.metadata.hook_head_index) is not None:
-            source = source[:, :, head]
-            target = target[:, :, head] if self.target_hook == self.source_hook else target
+        if self.source_head is not None:
+            source = source[:, :, self.source_head]
+        if self.target_head is not None:
+            target = target[:, :, self.target_head]
         place = {"device": self.sae.device, "dtype": self.sae.dtype}
         return source.flatten(2).to(**place), target.flatten(2).to(**place)
+
+
+def hooks_and_frame(sae: SAE[Any], model: Any) -> tuple[str, str, str]:
+    """Source hook, target hook, and the frame of the source in this language model."""
+    metadata = sae.cfg.metadata
+    if not metadata.hook_name:
+        raise ValueError(
+            "hook_name: this model's metadata do not say which hook it reads. Set sae.cfg.metadata.hook_name "
+            "(and hook_name_out for a transcoder)."
+        )
+    source_hook, target_hook = metadata.hook_name, metadata.hook_name_out or metadata.hook_name
+    check_hook(model, source_hook, "hook_name")
+    check_hook(model, target_hook, "hook_name_out")
+    frame = norm_frame(model, source_hook)
+    if metadata.input_frame not in (None, frame):
+        raise ValueError(
+            f"input_frame: this model was trained on {source_hook!r} in the frame "
+            f"{metadata.input_frame!r}, but in this language model it is {frame!r}. Load the language "
+            "model with its norms folded (fold_ln) as in training."
+        )
+    return source_hook, target_hook, frame
+
+
+def _trained_k(sae: SAE[Any]) -> float | None:
+    """The k of the whole dictionary in training, if `sae` is the whole dictionary."""
+    details = sae.cfg.metadata.training_architecture_details or {}
+    widths = details.get("matryoshka_widths")
+    if "k" not in details or (widths and sum(widths) != sae.cfg.d_sae and widths[-1] != sae.cfg.d_sae):
+        return None
+    return float(details["k"])
+
+
+def _require_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
 
 
 def _read(
@@ -204,11 +266,16 @@ def _read(
     seen[name] = activation
 
 
-def _replace(replacement: torch.Tensor, keep: torch.Tensor) -> Callable[..., torch.Tensor]:
+def _replace(replacement: torch.Tensor, keep: torch.Tensor, head: int | None) -> Callable[..., torch.Tensor]:
+    """A hook that puts `[prompts, context_size, d]` in place of the activation, or of one head of it."""
+
     def hook_fn(activation: torch.Tensor, hook: Any) -> torch.Tensor:  # noqa: ARG001
-        flat = activation.flatten(2)
-        mask = keep[..., None].to(flat.device)
-        return torch.where(mask, replacement.to(flat), flat).view_as(activation)
+        part = activation if head is None else activation[:, :, head]
+        mask = keep.view(*keep.shape, *[1] * (part.dim() - 2)).to(part.device)
+        replaced = torch.where(mask, replacement.to(part).view_as(part), part)
+        if head is None:
+            return replaced
+        return activation.index_copy(2, torch.tensor([head], device=part.device), replaced[:, :, None])
 
     return hook_fn
 
@@ -217,67 +284,3 @@ def _recovered(ce: float | None, clean: float | None, ablated: float | None) -> 
     if ce is None or clean is None or ablated is None or ablated == clean:
         return None
     return (ablated - ce) / (ablated - clean)
-
-
-def _excluded_ids(model: Any, exclude: bool | list[int]) -> torch.Tensor | None:
-    if exclude is True:
-        tokenizer = getattr(model, "tokenizer", None)
-        exclude = get_special_token_ids(tokenizer) if tokenizer is not None else []
-    return torch.tensor(exclude, dtype=torch.long) if exclude else None
-
-
-def _token_batches(
-    sae: SAE[Any],
-    model: Any,
-    dataset: HfDataset | str | torch.Tensor,
-    n_tokens: int,
-    context_size: int | None,
-    batch_size: int,
-) -> Iterator[torch.Tensor]:
-    """Batches `[prompts, context_size]` on the model's device, together about `n_tokens` tokens."""
-    device = token_device(model)
-    if isinstance(dataset, torch.Tensor):
-        n_prompts = -(-n_tokens // dataset.shape[1])
-        prompts = iter(dataset[:n_prompts])
-    else:
-        store = _token_store(sae, model, dataset, context_size)
-        n_prompts = -(-n_tokens // store.context_size)
-        prompts = _prompts(store, n_prompts)
-    batch: list[torch.Tensor] = []
-    n_batches = 0
-    for prompt in prompts:
-        batch.append(prompt)
-        if len(batch) == batch_size:
-            yield torch.stack(batch).to(device)
-            batch, n_batches = [], n_batches + 1
-    if batch:
-        yield torch.stack(batch).to(device)
-        n_batches += 1
-    if n_batches == 0:
-        raise ValueError("dataset: it holds no full prompt, so there is nothing to evaluate on.")
-
-
-def _prompts(store: ActivationsStore, n_prompts: int) -> Iterator[torch.Tensor]:
-    for _ in range(n_prompts):
-        try:
-            yield store.get_batch_tokens(1, raise_at_epoch_end=True)[0]
-        except StopIteration:
-            return
-
-
-def _token_store(
-    sae: SAE[Any], model: Any, dataset: HfDataset | str, context_size: int | None
-) -> ActivationsStore:
-    separator = sae.cfg.metadata.get("sequence_separator_token", "bos")
-    try:
-        return ActivationsStore.from_sae(
-            model,
-            sae,
-            dataset,
-            context_size=context_size,
-            sequence_separator_token=separator,
-            disable_concat_sequences=bool(sae.cfg.metadata.disable_concat_sequences),
-            total_tokens=0,
-        )
-    except StopIteration:
-        raise ValueError("dataset: it is empty, so there is nothing to evaluate on.") from None

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
+from sae_lens.evals import ExplainedVarianceCalculator
+
+# Edges of the density histogram, in log10 of the share of tokens a latent fires on.
+DENSITY_EDGES = tuple(exponent / 2 for exponent in range(-14, 1))
+# Cosine above which two decoder rows count as the same direction.
+REDUNDANT_COSINE = 0.9
+# Values computed at a time where a whole matrix would not fit.
+_CHUNK_VALUES = 1 << 25
 
 
 class ReconstructionSums:
-    """Fraction of variance unexplained of every prefix.
+    """How near every prefix's prediction comes to the target.
 
     FVU = Σ‖y - ŷ‖² / Σ‖y - ȳ‖² with ȳ the per-dimension mean over the evaluated tokens: predicting the
-    mean scores exactly 1.
+    mean scores exactly 1. Explained variance is SAELens's own calculation of 1 - FVU.
     """
 
     def __init__(self, n_levels: int, d_out: int, device: torch.device) -> None:
         self.n_tokens = 0
         self.squared_error = torch.zeros(n_levels, dtype=torch.float64, device=device)
+        self.cosine = torch.zeros(n_levels, dtype=torch.float64, device=device)
         self.sum = torch.zeros(d_out, dtype=torch.float64, device=device)
         self.sum_of_squares = torch.zeros((), dtype=torch.float64, device=device)
+        self._explained = [ExplainedVarianceCalculator() for _ in range(n_levels)]
 
     def add(self, target: torch.Tensor, predictions: torch.Tensor) -> None:
         """Add targets `[n, d_out]` and the prefixes' predictions `[n_levels, n, d_out]`."""
@@ -26,7 +38,10 @@ class ReconstructionSums:
         self.sum += wide.sum(dim=0)
         self.sum_of_squares += wide.pow(2).sum()
         for level, prediction in enumerate(predictions):
-            self.squared_error[level] += (prediction.double() - wide).pow(2).sum()
+            predicted = prediction.double()
+            self.squared_error[level] += (predicted - wide).pow(2).sum()
+            self.cosine[level] += F.cosine_similarity(predicted, wide, dim=-1).sum()
+            self._explained[level].add_batch(prediction, target)
 
     def mean(self) -> torch.Tensor:
         """Mean target `[d_out]`."""
@@ -37,6 +52,14 @@ class ReconstructionSums:
         variance = self.sum_of_squares - self.sum.pow(2).sum() / self.n_tokens
         return self.squared_error / variance
 
+    def mean_cosine(self) -> torch.Tensor:
+        """Mean over tokens of the cosine between target and prediction, `[n_levels]`."""
+        return self.cosine / self.n_tokens
+
+    def explained_variance(self) -> list[float]:
+        """SAELens's `ExplainedVarianceCalculator` of every prefix."""
+        return [calculator.compute() for calculator in self._explained]
+
 
 class FiringCounts:
     """How often each latent fires: L0, density and dead latents of every prefix."""
@@ -46,9 +69,9 @@ class FiringCounts:
         self.fired = torch.zeros(d_sae, dtype=torch.long, device=device)
 
     def add(self, feature_acts: torch.Tensor) -> None:
-        """Add activations `[n, d_sae]`."""
+        """Add activations `[n, d_sae]`; negative ones, which some architectures have, are active too."""
         self.n_tokens += len(feature_acts)
-        self.fired += (feature_acts > 0).sum(dim=0)
+        self.fired += (feature_acts != 0).sum(dim=0)
 
     def l0(self, width: int) -> float:
         """Mean number of active latents among the first `width`."""
@@ -57,6 +80,18 @@ class FiringCounts:
     def n_dead(self, width: int) -> int:
         """Latents among the first `width` that never fired."""
         return int((self.fired[:width] == 0).sum())
+
+    def density_histogram(self, width: int) -> list[int]:
+        """How many of the first `width` latents fire on which share of the tokens.
+
+        Returns:
+            One count per interval between `DENSITY_EDGES` (log10 of the share). Dead latents are in none
+            of them; a share below the lowest edge counts in the lowest interval.
+        """
+        fired = self.fired[:width][self.fired[:width] > 0].cpu()
+        share = (fired.double() / self.n_tokens).log10().clamp(min=DENSITY_EDGES[0])
+        edges = torch.tensor(DENSITY_EDGES, dtype=torch.float64)
+        return torch.histogram(share, edges).hist.long().tolist()
 
 
 class NextTokenSums:
@@ -76,12 +111,17 @@ class NextTokenSums:
             labels: `[n]`, the tokens that came next.
         """
         self.n_tokens += len(labels)
+        rows_at_a_time = max(1, _CHUNK_VALUES // logits.shape[-1])
         for rows, clean_rows, label in zip(
-            logits.split(512), clean.split(512), labels.split(512), strict=True
+            logits.split(rows_at_a_time),
+            clean.split(rows_at_a_time),
+            labels.split(rows_at_a_time),
+            strict=True,
         ):
             log_p, log_q = clean_rows.float().log_softmax(-1), rows.float().log_softmax(-1)
-            self.ce += F.nll_loss(log_q, label, reduction="sum").item()
-            self.kl += F.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
+            self.ce += F.nll_loss(log_q, label.to(log_q.device), reduction="none").double().sum().item()
+            per_row = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1)
+            self.kl += per_row.double().sum().item()
 
     def mean_ce(self) -> float:
         """Nats per token."""
@@ -90,3 +130,30 @@ class NextTokenSums:
     def mean_kl(self) -> float:
         """KL(clean ‖ with the replacement), nats per token."""
         return self.kl / self.n_tokens
+
+
+@torch.no_grad()
+def decoder_redundancy(W_dec: torch.Tensor, widths: Sequence[int]) -> list[float]:
+    """Share of each prefix's latents whose nearest other decoder row in the prefix is nearly parallel.
+
+    Args:
+        W_dec: `[d_sae, d_out]`.
+        widths: Cumulative widths of the prefixes.
+
+    Returns:
+        Per prefix, the share of latents with a cosine above `REDUNDANT_COSINE` to another.
+    """
+    rows = F.normalize(W_dec.to(torch.promote_types(W_dec.dtype, torch.float32)), dim=-1)
+    d_sae = len(rows)
+    found = torch.zeros(len(widths), dtype=torch.long, device=rows.device)
+    chunk = max(1, _CHUNK_VALUES // d_sae)
+    for start in range(0, d_sae, chunk):
+        cosines = rows[start : start + chunk] @ rows.T
+        n = len(cosines)
+        cosines[torch.arange(n), torch.arange(start, start + n)] = -1.0
+        for level, width in enumerate(widths):
+            inside = min(max(width - start, 0), n)
+            if inside:
+                nearest = cosines[:inside, :width].amax(dim=-1)
+                found[level] += (nearest > REDUNDANT_COSINE).sum()
+    return [count / width for count, width in zip(found.tolist(), widths, strict=True)]

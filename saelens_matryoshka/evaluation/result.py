@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from rich import box
 from rich.table import Table
+
+from saelens_matryoshka.evaluation.metrics import DENSITY_EDGES
 
 
 @dataclass(frozen=True)
@@ -18,10 +21,18 @@ class PrefixMetrics:
     """latents in the prefix"""
     fvu: float
     """Σ‖y - ŷ‖² / Σ‖y - ȳ‖²; 0 is perfect, predicting the mean scores 1"""
+    explained_variance: float
+    """SAELens's calculation of 1 - FVU"""
+    cosine: float
+    """mean over tokens of the cosine between target and prediction"""
     l0: float
     """active latents per token"""
     n_dead: int
     """latents that never fired on these tokens"""
+    density: list[int]
+    """live latents by the log10 of the share of tokens they fire on, per interval of `density_edges`"""
+    decoder_redundancy: float
+    """share of latents with another decoder row of the prefix at a cosine above 0.9"""
     ce: float | None
     """cross-entropy of the language model with the prefix's output in place of the target, nats"""
     ce_recovered: float | None
@@ -53,12 +64,16 @@ class EvalResult:
     """hook it predicts, and replaces"""
     input_frame: str
     """frame of the source, see `saelens_matryoshka.sites.norm_frame`"""
+    train_l0: float | None = None
+    """k the model was trained with, where its metadata say so; compare with the last prefix's l0"""
     ce_clean: float | None = None
     """cross-entropy of the language model untouched, nats"""
     ce_zero: float | None = None
     """with the target replaced by zeros"""
     ce_mean: float | None = None
     """with the target replaced by its mean over the evaluated tokens"""
+    density_edges: list[float] = field(default_factory=lambda: list(DENSITY_EDGES))
+    """log10 of the shares of tokens between which `density` counts"""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, with the derived dead_fraction."""
@@ -72,37 +87,54 @@ class EvalResult:
         return json.dumps(self.to_dict(), indent=2)
 
     def table(self) -> Table:
-        """One row per prefix, for rich."""
-        table = Table(title=f"{self.hook_name} → {self.hook_name_out}")
-        for heading in ("width", "FVU", "L0", "dead"):
-            table.add_column(heading, justify="right")
+        """One row per prefix, for rich; fits 80 columns."""
         with_ce = self.ce_clean is not None
-        if with_ce:
-            for heading in ("CE", "CE recovered\n(zero abl.)", "CE recovered\n(mean abl.)", "KL"):
-                table.add_column(heading, justify="right")
+        table = metrics_table(f"{self.hook_name} → {self.hook_name_out}", with_ce=with_ce)
         for prefix in self.prefixes:
-            row = [
-                f"{prefix.width:,}",
-                f"{prefix.fvu:.3f}",
-                f"{prefix.l0:.1f}",
-                f"{prefix.dead_fraction:.1%}",
-            ]
-            if with_ce:
-                row += [
-                    _number(prefix.ce),
-                    _percent(prefix.ce_recovered),
-                    _percent(prefix.ce_recovered_mean),
-                    _number(prefix.kl),
-                ]
-            table.add_row(*row)
+            table.add_row(*metrics_row(prefix, with_ce=with_ce))
         caption = f"{self.n_tokens:,} held-out tokens"
         if with_ce:
             caption += (
                 f"; CE clean {self.ce_clean:.3f}, zero-ablated {self.ce_zero:.3f}, "
                 f"mean-ablated {self.ce_mean:.3f} nats on {self.n_ce_tokens:,} of them"
             )
+        if self.train_l0:
+            l0 = self.prefixes[-1].l0
+            caption += (
+                f"; L0 {l0:.1f} is {l0 / self.train_l0 - 1:+.1%} against k = {self.train_l0:g} in training"
+            )
         table.caption = caption
         return table
+
+
+def metrics_table(title: str, *, with_ce: bool) -> Table:
+    """An empty table with the columns of `metrics_row`."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, caption_justify="left")
+    headings = ["width", "FVU", "cosine", "L0", "dead"]
+    if with_ce:
+        headings += ["CE", "CE rec.\nzero", "CE rec.\nmean", "KL"]
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def metrics_row(prefix: PrefixMetrics, *, with_ce: bool) -> list[str]:
+    """The cells of one prefix."""
+    row = [
+        f"{prefix.width:,}",
+        f"{prefix.fvu:.3f}",
+        f"{prefix.cosine:.3f}",
+        f"{prefix.l0:.1f}",
+        f"{prefix.dead_fraction:.1%}",
+    ]
+    if with_ce:
+        row += [
+            _number(prefix.ce),
+            _percent(prefix.ce_recovered),
+            _percent(prefix.ce_recovered_mean),
+            _number(prefix.kl),
+        ]
+    return row
 
 
 def _number(value: float | None) -> str:

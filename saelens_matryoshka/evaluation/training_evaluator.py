@@ -1,7 +1,8 @@
-"""The evaluation that SAELens's trainer runs now and then while a transcoder trains.
+"""The evaluation that SAELens's trainer runs now and then while one of our architectures trains.
 
-SAELens's own replaces the hook it reads, which for a transcoder is the wrong one, and takes its tokens
-from the training data. This one replaces `hook_name_out`, on tokens set aside before training.
+SAELens's own starts the training data over, and replaces the hook the model reads, which for a transcoder is
+the wrong one. This one replaces the hook that is predicted, on prompts set aside before training, for every
+prefix, and leaves everything as it was: a run with evaluations ends with the weights of a run without.
 """
 
 from __future__ import annotations
@@ -9,20 +10,49 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from sae_lens import SAE, ActivationsStore, LanguageModelSAERunnerConfig
 from sae_lens.llm_sae_training_runner import LLMSaeEvaluator
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.prefetch import PrefetchingIterator
 
-from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoder
+from saelens_matryoshka.architectures.training import MatryoshkaTraining
 from saelens_matryoshka.evaluation.evaluator import evaluate
-from saelens_matryoshka.pairs import PairedActivationsStore
+from saelens_matryoshka.evaluation.result import EvalResult
 from saelens_matryoshka.prefixes import inference_model
+from saelens_matryoshka.seams import split_off_prompts
+
+_held_out: WeakKeyDictionary[ActivationsStore, torch.Tensor] = WeakKeyDictionary()
+
+
+def hold_out_prompts(store: ActivationsStore, cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Take the first documents of the dataset out of the training data, for `HeldOutEvaluator`.
+
+    They give `n_eval_batches` batches of `eval_batch_size_prompts` (else `store_batch_size_prompts`) prompts,
+    whether or not this run logs to W&B, so that logging does not change what is trained on. Activations
+    cached on disk have been made from all documents: nothing is set aside then.
+
+    Raises:
+        ValueError: the run would be evaluated, and the dataset is too small for both.
+    """
+    if store.dataset is None or cfg.use_cached_activations or cfg.n_eval_batches <= 0:
+        return
+    wanted = cfg.n_eval_batches * (cfg.eval_batch_size_prompts or cfg.store_batch_size_prompts)
+    prompts = split_off_prompts(store, wanted, leaving=store.store_batch_size_prompts)
+    if prompts is not None:
+        _held_out[store] = prompts
+    elif cfg.logger.log_to_wandb:
+        raise ValueError(
+            f"n_eval_batches={cfg.n_eval_batches} sets {wanted} prompts aside for evaluation, and "
+            f"dataset_path={cfg.dataset_path!r} has too little text for these and training. Lower "
+            "n_eval_batches, or use more text."
+        )
 
 
 @dataclass
-class TranscoderEvaluator:
+class HeldOutEvaluator:
     """Called by the trainer as `evaluator(sae, data_provider, activation_scaler)`."""
 
     model: Any
@@ -30,30 +60,32 @@ class TranscoderEvaluator:
     """`[prompts, context_size]`, never trained on"""
     batch_size_prompts: int
     exclude_special_tokens: list[int] | bool
+    model_kwargs: dict[str, Any]
 
     @classmethod
-    def from_stock(cls, stock: LLMSaeEvaluator[Any], store: PairedActivationsStore) -> TranscoderEvaluator:
-        """The same evaluation settings, for a transcoder."""
-        batch_size = stock.eval_batch_size_prompts or store.store_batch_size_prompts
+    def in_place_of(cls, stock: LLMSaeEvaluator[Any]) -> HeldOutEvaluator | None:
+        """The same evaluation settings on the prompts held out of the store; None if there are none."""
+        store = stock.activations_store
+        tokens = _held_out.get(store)
+        if tokens is None:
+            return None
         excluded = store.exclude_special_tokens
         return cls(
             model=stock.model,
-            tokens=store.held_out_tokens,
-            batch_size_prompts=batch_size,
+            tokens=tokens,
+            batch_size_prompts=stock.eval_batch_size_prompts or store.store_batch_size_prompts,
             exclude_special_tokens=False if excluded is None else excluded.tolist(),
+            model_kwargs=stock.model_kwargs,
         )
 
     def __call__(
         self,
-        sae: MatryoshkaTrainingTranscoder,
+        sae: MatryoshkaTraining,
         data_provider: Any,
         activation_scaler: ActivationScaler,
     ) -> dict[str, Any]:
-        if len(self.tokens) == 0:
-            return {}
-        model = inference_model(sae)
-        if activation_scaler.scaling_factor is not None:
-            model.fold_activation_norm_scaling_factor(activation_scaler.scaling_factor)
+        with sae.keeping_threshold():
+            model = _unscaled(inference_model(sae), activation_scaler)
         # The prefetcher's thread runs the same language model, whose hooks we are about to change.
         prefetching = isinstance(data_provider, PrefetchingIterator)
         with data_provider.paused() if prefetching else nullcontext():
@@ -65,9 +97,42 @@ class TranscoderEvaluator:
                 n_ce_tokens=self.tokens.numel(),
                 batch_size_prompts=self.batch_size_prompts,
                 exclude_special_tokens=self.exclude_special_tokens,
+                model_kwargs=self.model_kwargs,
             )
-        metrics: dict[str, Any] = {"held_out/ce_clean": result.ce_clean}
-        for prefix in result.prefixes:
-            for name in ("fvu", "l0", "dead_fraction", "ce_recovered", "kl"):
-                metrics[f"held_out/{name}_w{prefix.width}"] = getattr(prefix, name)
-        return metrics
+        return logged_metrics(result)
+
+
+def logged_metrics(result: EvalResult) -> dict[str, Any]:
+    """What is logged: the whole dictionary under SAELens's names, every prefix under `held_out/`."""
+    full = result.prefixes[-1]
+    metrics: dict[str, Any] = {
+        "model_performance_preservation": {
+            "ce_loss_score": full.ce_recovered,
+            "ce_loss_with_ablation": result.ce_zero,
+            "ce_loss_with_sae": full.ce,
+            "ce_loss_without_sae": result.ce_clean,
+        },
+        "reconstruction_quality": {
+            "explained_variance": full.explained_variance,
+            "cossim": full.cosine,
+        },
+        "sparsity": {"l0": full.l0},
+        "held_out/ce_clean": result.ce_clean,
+    }
+    for prefix in result.prefixes:
+        for name in ("fvu", "l0", "dead_fraction", "ce_recovered", "kl"):
+            metrics[f"held_out/{name}_w{prefix.width}"] = getattr(prefix, name)
+    return metrics
+
+
+def _unscaled(model: SAE[Any], scaler: ActivationScaler) -> SAE[Any]:
+    """Fold the trainer's scaling of the activations into an inference model, as the end of training does."""
+    if scaler.scaling_factor is not None:
+        model.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+    if (whitening := scaler.whitening) is not None:
+        model.fold_activation_whitening(
+            mean=whitening.mean,
+            whitening_matrix=whitening.matrix,
+            unwhitening_matrix=whitening.inverse_matrix,
+        )
+    return model

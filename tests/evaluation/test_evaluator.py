@@ -8,11 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sae_lens import (
+    JumpReLUSAE,
+    JumpReLUSAEConfig,
     JumpReLUSkipTranscoder,
     JumpReLUSkipTranscoderConfig,
     JumpReLUTranscoder,
     JumpReLUTranscoderConfig,
 )
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEMetadata
 from transformer_lens import HookedTransformer
 
@@ -93,7 +96,11 @@ def test_metrics_equal_a_direct_computation(
             prefix = sm.truncate(transcoder, width)
             output, acts = prefix(x), prefix.encode(x[keep])
         fvu = (output[keep] - y[keep]).double().pow(2).sum() / variance
+        cosine = F.cosine_similarity(output[keep], y[keep], dim=-1).mean()
         assert row.width == width
+        assert row.cosine == pytest.approx(cosine.item(), rel=1e-4)
+        assert row.explained_variance == pytest.approx(1 - row.fvu, rel=1e-4)
+        assert sum(row.density) == width - row.n_dead
         assert row.fvu == pytest.approx(fvu.item(), rel=1e-4)
         assert row.l0 == pytest.approx((acts > 0).sum(-1).float().mean().item(), rel=1e-4)
         assert row.n_dead == int((acts > 0).sum(0).eq(0).sum())
@@ -127,6 +134,86 @@ def test_an_sae_is_evaluated_against_what_it_reads(
     result = sm.evaluate(sae, tiny_model, tokens, n_tokens=300, n_ce_tokens=100)
     assert result.hook_name_out == "blocks.1.hook_resid_post"
     assert [row.width for row in result.prefixes] == [16, 64]
+
+
+def test_what_is_held_at_a_time_does_not_change_the_metrics(
+    tiny_model: HookedTransformer, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transcoder = _stock_transcoder(skip=True)
+    whole = sm.evaluate(transcoder, tiny_model, tokens, n_tokens=500, n_ce_tokens=300)
+    monkeypatch.setattr("saelens_matryoshka.evaluation.evaluator._ACTIVATION_VALUES", 64 * 7)
+    monkeypatch.setattr("saelens_matryoshka.evaluation.evaluator._LOGIT_VALUES", 1)
+    parts = sm.evaluate(transcoder, tiny_model, tokens, n_tokens=500, n_ce_tokens=300, batch_size_prompts=5)
+    assert (parts.n_tokens, parts.n_ce_tokens) == (whole.n_tokens, whole.n_ce_tokens)
+    for row, other in zip(whole.prefixes, parts.prefixes, strict=True):
+        assert (other.l0, other.n_dead) == (row.l0, row.n_dead)
+        for name in ("fvu", "cosine", "ce", "kl"):
+            assert getattr(other, name) == pytest.approx(getattr(row, name), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "architecture", ["standard", "gated", "jumprelu", "topk", "batchtopk", "matryoshka_batchtopk"]
+)
+def test_every_stock_architecture_is_evaluated(
+    architecture: str, tiny_model: HookedTransformer, tokens: torch.Tensor
+) -> None:
+    sae_class, cfg_class = SAE_TRAINING_CLASS_REGISTRY[architecture]
+    extra: dict[str, Any] = {"k": 8} if "topk" in architecture else {}
+    if architecture == "matryoshka_batchtopk":
+        extra["matryoshka_widths"] = [16, 64]
+    sae = sae_class(cfg_class(d_in=128, d_sae=64, **extra))
+    sae.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
+    result = sm.evaluate(sae, tiny_model, tokens, n_tokens=300, n_ce_tokens=100)
+    assert [row.width for row in result.prefixes] == extra.get("matryoshka_widths", [64])
+    _, cache = tiny_model.run_with_cache(tokens[:10])
+    x = cache["blocks.1.hook_resid_post"][~torch.isin(tokens[:10], torch.tensor([0, 1, 2]))]
+    with torch.no_grad():
+        output = sm.inference_model(sae)(x)
+    fvu = (output - x).pow(2).sum() / (x - x.mean(dim=0)).pow(2).sum()
+    assert result.prefixes[-1].fvu == pytest.approx(fvu.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("normalize", ["layer_norm", "constant_norm_rescale"])
+def test_activations_normalised_at_run_time(
+    normalize: Any, tiny_model: HookedTransformer, tokens: torch.Tensor
+) -> None:
+    torch.manual_seed(0)
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=128, d_sae=64, normalize_activations=normalize))
+    sae.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
+    sae.W_enc.data.normal_()
+    sae.W_dec.data.normal_(std=0.1)
+    result = sm.evaluate(sae, tiny_model, tokens, n_tokens=320, n_ce_tokens=0)
+    _, cache = tiny_model.run_with_cache(tokens[:10])
+    x = cache["blocks.1.hook_resid_post"][~torch.isin(tokens[:10], torch.tensor([0, 1, 2]))]
+    with torch.no_grad():
+        output = sae(x)
+    fvu = (output - x).pow(2).sum() / (x - x.mean(dim=0)).pow(2).sum()
+    assert result.prefixes[-1].fvu == pytest.approx(fvu.item(), rel=1e-3)
+
+
+def test_heads_are_read_together_or_one_by_one(tiny_model: HookedTransformer, tokens: torch.Tensor) -> None:
+    name = "blocks.1.attn.hook_z"
+    _, cache = tiny_model.run_with_cache(tokens[:4])
+    z = cache[name]
+    n_heads, d_head = z.shape[2:]
+
+    def identity(d: int, **metadata: Any) -> Any:
+        eye = torch.eye(d)
+        cfg = JumpReLUSAEConfig(d_in=d, d_sae=2 * d, reshape_activations="none" if metadata else "hook_z")
+        cfg.metadata = SAEMetadata(hook_name=name, **metadata)
+        sae = JumpReLUSAE(cfg)
+        sae.W_enc.data, sae.W_dec.data = torch.cat([eye, -eye], dim=1), torch.cat([eye, -eye])
+        sae.threshold.data.zero_()
+        return sae
+
+    whole = identity(n_heads * d_head)
+    result = sm.evaluate(whole, tiny_model, tokens[:4], n_ce_tokens=100)
+    assert result.prefixes[0].fvu == pytest.approx(0, abs=1e-6)
+    assert result.prefixes[0].ce_recovered == pytest.approx(1, abs=1e-3)
+    assert whole(z).shape == z.shape  # it reshapes by itself again
+    one = sm.evaluate(identity(d_head, hook_head_index=1), tiny_model, tokens[:4], n_ce_tokens=100)
+    assert one.prefixes[0].ce_recovered == pytest.approx(1, abs=1e-3)
+    assert abs(one.ce_zero - one.ce_clean) < abs(result.ce_zero - result.ce_clean)
 
 
 @pytest.mark.parametrize("kind", ["bridge", "huggingface"])
@@ -174,6 +261,10 @@ def test_missing_hook_and_empty_dataset_are_told(tiny_model: HookedTransformer, 
         sm.evaluate(_stock_transcoder(hook_name_out="blocks.2.mlp_out"), tiny_model, tokens)
     with pytest.raises(ValueError, match="dataset"):
         sm.evaluate(_stock_transcoder(), tiny_model, tokens[:0])
+    with pytest.raises(ValueError, match="n_tokens=0 must be at least 1"):
+        sm.evaluate(_stock_transcoder(), tiny_model, tokens, n_tokens=0)
+    with pytest.raises(ValueError, match="hook_name: this model's metadata do not say"):
+        sm.evaluate(_stock_transcoder(hook_name=None), tiny_model, tokens)
     empty = datasets.Dataset.from_dict({"text": []})
     with pytest.raises(ValueError, match="empty"):
         sm.evaluate(_stock_transcoder(), tiny_model, empty)

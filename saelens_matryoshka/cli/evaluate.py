@@ -1,0 +1,145 @@
+"""`saelens-matryoshka eval` and `compare`: the metrics of every prefix, on held-out text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from saelens_matryoshka.cli.inputs import (
+    load_language_model_for,
+    load_sae,
+    load_saes,
+    load_text,
+    pick_device,
+)
+from saelens_matryoshka.cli.output import quieten, write_result
+
+Model = Annotated[
+    str | None,
+    typer.Option(help='Language model, "tiny" for the embedded one. Default: the one it was trained on.'),
+]
+Dataset = Annotated[
+    str | None,
+    typer.Option(
+        help="Held-out text: a dataset of the hub, a folder, or a .txt, .jsonl, .parquet or .csv file."
+    ),
+]
+Split = Annotated[str, typer.Option(help="Split of the dataset.")]
+Skip = Annotated[int, typer.Option(min=0, help="Documents to leave out at its start.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Tokens for all metrics but cross-entropy and KL.")]
+CeTokens = Annotated[int, typer.Option(min=0, help="Tokens for cross-entropy and KL; 0 leaves them out.")]
+ContextSize = Annotated[
+    int | None, typer.Option(min=2, help="Tokens per prompt. Default: that of the training.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Prompts per forward pass.")]
+SpecialTokens = Annotated[bool, typer.Option("--special-tokens", help="Count BOS, EOS and padding too.")]
+Device = Annotated[str | None, typer.Option(help="Default: cuda if there is one.")]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", help='Write the numbers to this file; "-" prints them instead of the table.'),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the app."""
+    app.command("eval")(evaluate)
+    app.command("compare")(compare)
+
+
+def evaluate(
+    path: Annotated[str, typer.Argument(help="A folder saved by SAELens, or RELEASE:SAE_ID.")],
+    model: Model = None,
+    dataset: Dataset = None,
+    split: Split = "train",
+    skip: Skip = 0,
+    tokens: Tokens = 100_000,
+    ce_tokens: CeTokens = 20_000,
+    context_size: ContextSize = None,
+    batch_size_prompts: BatchSize = 8,
+    special_tokens: SpecialTokens = False,
+    device: Device = None,
+    json: Json = None,
+) -> None:
+    """Evaluate every prefix of an SAE or transcoder: FVU, L0, dead latents, CE recovered, KL.
+
+    saelens-matryoshka eval output/demo-tiny-layer-2
+    saelens-matryoshka eval gpt2-small-res-jb:blocks.8.hook_resid_pre --dataset NeelNanda/pile-10k
+    """
+    console = Console(stderr=True)
+    quieten()
+    device = pick_device(device)
+    with console.status("loading"):
+        import saelens_matryoshka as sm
+
+        sae = load_sae(path, device)
+        text, described = load_text(sae, dataset, split, skip)
+        language_model = load_language_model_for(sae, model, device)
+    with console.status("evaluating every prefix"):
+        result = sm.evaluate(
+            sae,
+            language_model,
+            text,
+            n_tokens=tokens,
+            n_ce_tokens=ce_tokens,
+            context_size=context_size,
+            batch_size_prompts=batch_size_prompts,
+            exclude_special_tokens=not special_tokens,
+        )
+    write_result(result.table(), result.to_json(), described, json)
+
+
+def compare(
+    paths: Annotated[list[str], typer.Argument(help="Folders saved by SAELens, or RELEASE:SAE_ID.")],
+    model: Model = None,
+    dataset: Dataset = None,
+    split: Split = "train",
+    skip: Skip = 0,
+    tokens: Tokens = 100_000,
+    ce_tokens: CeTokens = 20_000,
+    context_size: ContextSize = None,
+    batch_size_prompts: BatchSize = 8,
+    special_tokens: SpecialTokens = False,
+    device: Device = None,
+    json: Json = None,
+) -> None:
+    """Compare SAEs or transcoders of one target on the same tokens, each in its own frame.
+
+    What they read may differ; what they predict may not.
+
+      saelens-matryoshka compare output/a output/b
+    """
+    console = Console(stderr=True)
+    quieten()
+    device = pick_device(device)
+    with console.status("loading"):
+        import saelens_matryoshka as sm
+
+        saes = load_saes(paths, device)
+        first = next(iter(saes.values()))
+        _require_one_language_model(saes, model)
+        text, described = load_text(first, dataset, split, skip)
+        language_model = load_language_model_for(first, model, device)
+    with console.status("evaluating every prefix of each"):
+        result = sm.compare(
+            saes,
+            language_model,
+            text,
+            n_tokens=tokens,
+            n_ce_tokens=ce_tokens,
+            context_size=context_size,
+            batch_size_prompts=batch_size_prompts,
+            exclude_special_tokens=not special_tokens,
+        )
+    write_result(result.tables(), result.to_json(), described, json)
+
+
+def _require_one_language_model(saes: dict[str, Any], model: str | None) -> None:
+    if model is not None:
+        return
+    names = {name: sae.cfg.metadata.model_name for name, sae in saes.items()}
+    if len(set(names.values())) > 1:
+        said = "; ".join(f"{name} reads {of!r}" for name, of in names.items())
+        raise ValueError(f"model_name differs ({said}). If they are the same model, name it with --model.")

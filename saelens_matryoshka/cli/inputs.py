@@ -1,0 +1,171 @@
+"""What the commands take: language models, SAEs and text, by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+
+TINY = "tiny"
+_TINY_NAMES = (TINY, "saelens_matryoshka.tiny")
+_FILE_FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def pick_device(device: str | None) -> str:
+    """The device asked for, else cuda if there is one."""
+    if device is not None:
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def is_tiny(model_name: str | None) -> bool:
+    """Whether the name is that of the embedded model."""
+    return model_name in _TINY_NAMES
+
+
+def load_language_model(
+    name: str,
+    device: str,
+    *,
+    model_class_name: str = "HookedTransformer",
+    from_pretrained_kwargs: dict[str, Any] | None = None,
+) -> Any:
+    """The embedded model for "tiny", else what SAELens loads under that name."""
+    if is_tiny(name):
+        from saelens_matryoshka.tiny import load_hooked_transformer
+
+        model = load_hooked_transformer()
+        return model if device == "cpu" else model.to(device)
+    from sae_lens.load_model import load_model
+
+    try:
+        return load_model(model_class_name, name, device, from_pretrained_kwargs)
+    except ValueError as error:
+        if "not found" not in str(error):
+            raise
+        # TransformerLens says so with the names of all the models it knows
+        raise ValueError(f"model {name!r} is not one that TransformerLens knows.{_similar(name)}") from None
+
+
+def _similar(name: str) -> str:
+    from difflib import get_close_matches
+
+    from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
+
+    close = get_close_matches(name, OFFICIAL_MODEL_NAMES, n=3)
+    return f" Similar: {', '.join(close)}." if close else ""
+
+
+def load_language_model_for(sae: SAE[Any], name: str | None, device: str) -> Any:
+    """The language model an SAE was trained on, loaded as then; `name` takes its place.
+
+    Raises:
+        ValueError: no name is given and the SAE's metadata have none.
+    """
+    metadata = sae.cfg.metadata
+    name = name or metadata.model_name
+    if not name:
+        raise ValueError("--model is needed: this model's metadata do not say which language model it reads.")
+    return load_language_model(
+        name,
+        device,
+        model_class_name=metadata.model_class_name or "HookedTransformer",
+        from_pretrained_kwargs=metadata.model_from_pretrained_kwargs,
+    )
+
+
+def load_sae(where: str, device: str) -> SAE[Any]:
+    """An SAE or transcoder from a folder, or RELEASE:SAE_ID from the hub as SAELens knows it.
+
+    Raises:
+        ValueError: there is no such folder, or it holds no model.
+    """
+    from sae_lens import SAE
+
+    folder = Path(where)
+    if folder.is_dir():
+        if not (folder / "cfg.json").is_file():
+            raise ValueError(f"{where!r} holds no SAE: a folder saved by SAELens has a cfg.json in it.")
+        return _load_folder(folder, device)
+    release, colon, sae_id = where.partition(":")
+    if not colon or not sae_id or folder.exists():
+        raise ValueError(
+            f"{where!r} is no folder. Give a folder saved by SAELens, or RELEASE:SAE_ID for one of its "
+            "releases or a repository of the hub."
+        )
+    return SAE.from_pretrained(release, sae_id, device=device)
+
+
+def _load_folder(folder: Path, device: str) -> SAE[Any]:
+    import json
+
+    from sae_lens import SAE, TrainingSAE
+    from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+
+    import saelens_matryoshka as sm
+
+    architecture = json.loads((folder / "cfg.json").read_text()).get("architecture")
+    if architecture in SAE_TRAINING_CLASS_REGISTRY and architecture not in SAE_CLASS_REGISTRY:
+        return sm.inference_model(TrainingSAE.load_from_disk(folder, device=device))  # a checkpoint
+    return SAE.load_from_disk(folder, device=device)
+
+
+def load_saes(places: list[str], device: str) -> dict[str, SAE[Any]]:
+    """Several, each under the shortest name that tells it from the others."""
+    names = [Path(place.rstrip("/")).name for place in places]
+    if len(set(names)) < len(names):
+        names = places
+    if len(set(names)) < len(names):
+        raise ValueError(f"The same model is given twice: {', '.join(places)}.")
+    return {name: load_sae(place, device) for name, place in zip(names, places, strict=True)}
+
+
+def load_text(sae: SAE[Any], dataset: str | None, split: str, skip: int) -> tuple[Any, str]:
+    """Text to evaluate on, streamed, and in words what it is.
+
+    Args:
+        sae: An SAE; without `dataset`, the data it was trained on, or for the embedded model its held-out
+            files.
+        dataset: A dataset of the hub, a folder, or a .txt, .jsonl, .parquet or .csv file.
+        split: Its split.
+        skip: Documents to leave out at its start.
+    """
+    metadata = sae.cfg.metadata
+    if dataset is None and is_tiny(metadata.model_name):
+        from saelens_matryoshka.tiny import text
+
+        return _after(text.dataset("held_out"), skip), "held-out standard library files"
+    name = dataset or metadata.dataset_path
+    if not name:
+        raise ValueError("--dataset is needed: this model's metadata do not say what it was trained on.")
+    described = f"{name}, split {split}" + (f", from document {skip:,} on" if skip else "")
+    if dataset is None:
+        described += " (its training data: give --dataset or --skip for text it has not seen)"
+    return _after(_stream(name, split), skip), described
+
+
+def _after(documents: Any, skip: int) -> Any:
+    if hasattr(documents, "__len__") and skip >= len(documents):
+        raise ValueError(f"--skip {skip} leaves nothing of a text of {len(documents)} documents.")
+    return documents.skip(skip) if skip else documents
+
+
+def _stream(name: str, split: str) -> Any:
+    from datasets import load_dataset, load_from_disk
+
+    path = Path(name)
+    if path.suffix in _FILE_FORMATS:
+        if not path.is_file():
+            raise ValueError(f"--dataset {name!r}: there is no such file.")
+        return load_dataset(
+            _FILE_FORMATS[path.suffix], data_files={split: str(path)}, split=split, streaming=True
+        )
+    if (path / "dataset_info.json").is_file():
+        return load_from_disk(str(path))
+    if (path / "dataset_dict.json").is_file():
+        return load_from_disk(str(path))[split]
+    return load_dataset(name, split=split, streaming=True)

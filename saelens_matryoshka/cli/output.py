@@ -1,0 +1,57 @@
+"""What the commands print and write."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, RenderableType
+
+
+def write_result(shown: RenderableType, numbers: str, described: str, json: Path | None) -> None:
+    """Print a result, with the text it was measured on, and write its numbers if asked to."""
+    if json is not None and str(json) == "-":
+        print(numbers)
+        return
+    console = Console(highlight=False)
+    console.print(shown)
+    console.print(f"text: {described}", markup=False)
+    if json is not None:
+        write_atomically(json, numbers + "\n")
+        console.print(f"written: {json}", markup=False)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def quieten() -> None:
+    """Hide notices that tell the user of a command nothing."""
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    for message in (
+        "Dataset is not tokenized",
+        "The training dataset contains fewer samples",
+        "All samples in the training dataset have been exhausted",
+        r"\nThis SAE has non-empty model_from_pretrained_kwargs",
+    ):
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("sae_lens").setLevel(logging.ERROR)
+
+
+def plain(error: BaseException) -> Any:
+    """An error's message, safe to print in rich markup."""
+    text = str(error) or type(error).__name__
+    return text.replace("[", r"\[")

@@ -1,0 +1,102 @@
+"""Several SAEs or transcoders of one target, measured on the same tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Group
+from rich.markup import escape
+from sae_lens import SAE
+from sae_lens.config import HfDataset
+
+from saelens_matryoshka.evaluation.evaluator import evaluate, hooks_and_frame
+from saelens_matryoshka.evaluation.result import EvalResult, metrics_row, metrics_table
+from saelens_matryoshka.evaluation.tokens import token_batches
+from saelens_matryoshka.prefixes import inference_model
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Evaluations of several models on the same tokens."""
+
+    results: dict[str, EvalResult]
+    """by the models' names"""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return {name: result.to_dict() for name, result in self.results.items()}
+
+    def to_json(self) -> str:
+        """`to_dict` as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def tables(self) -> Group:
+        """A table per model, one row per prefix, for rich; fits 80 columns."""
+        first = next(iter(self.results.values()))
+        parts: list[Any] = [f"Predictions of [bold]{first.hook_name_out}[/]\n"]
+        for name, result in self.results.items():
+            table = metrics_table("", with_ce=result.ce_clean is not None)
+            for prefix in result.prefixes:
+                table.add_row(*metrics_row(prefix, with_ce=result.ce_clean is not None))
+            parts += [f"[bold]{escape(name)}[/] reads {result.hook_name} ({result.input_frame})", table]
+            if result.prefixes[-1].fvu > 1:
+                parts.append("[yellow]worse than predicting the mean: probably made for another frame[/]\n")
+        parts.append(f"{first.n_tokens:,} tokens for all; CE and KL on {first.n_ce_tokens:,} of them")
+        return Group(*parts)
+
+
+def compare(
+    saes: Mapping[str, SAE[Any]],
+    model: Any,
+    dataset: HfDataset | str | torch.Tensor,
+    *,
+    n_tokens: int = 100_000,
+    context_size: int | None = None,
+    batch_size_prompts: int = 8,
+    **settings: Any,
+) -> Comparison:
+    """Evaluate several SAEs or transcoders, each in its own frame, on the same tokens.
+
+    Args:
+        saes: By name. All predict the same hook; what they read may differ.
+        model: The language model of all of them.
+        dataset: As for `evaluate`; tokenised the way the first model's training data were.
+        n_tokens: Tokens for all metrics but cross-entropy and KL.
+        context_size: Tokens per prompt. None: the shortest that any of them was trained with.
+        batch_size_prompts: Prompts per forward pass.
+        settings: Passed on to `evaluate`.
+
+    Raises:
+        ValueError: they predict different hooks, so that their numbers do not compare, or one of them does
+            not fit the language model or its frame.
+    """
+    if not saes:
+        raise ValueError("saes is empty: give at least one model to compare.")
+    models = {name: inference_model(sae) for name, sae in saes.items()}
+    targets = {name: hooks_and_frame(sae, model)[1] for name, sae in models.items()}
+    if len(set(targets.values())) > 1:
+        said = "; ".join(f"{name} predicts {target!r}" for name, target in targets.items())
+        raise ValueError(
+            f"hook_name_out differs ({said}): errors in different targets do not compare. Compare models of "
+            "one target."
+        )
+    slices = {name: tuple(sae.cfg.metadata.seqpos_slice or (None,)) for name, sae in models.items()}
+    if len(set(slices.values())) > 1:
+        raise ValueError(f"seqpos_slice differs ({slices}), so they would be measured on different tokens.")
+    first = next(iter(models.values()))
+    sizes = [sae.cfg.metadata.context_size for sae in models.values() if sae.cfg.metadata.context_size]
+    context_size = context_size or min(sizes, default=None)
+    batches = token_batches(first, model, dataset, n_tokens, context_size, batch_size_prompts)
+    tokens = torch.cat(list(batches))
+    return Comparison(
+        {
+            name: evaluate(
+                sae, model, tokens, n_tokens=n_tokens, batch_size_prompts=batch_size_prompts, **settings
+            )
+            for name, sae in models.items()
+        }
+    )
