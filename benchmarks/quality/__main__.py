@@ -40,6 +40,7 @@ from benchmarks.quality.training import train
 from saelens_matryoshka import tiny
 from saelens_matryoshka.prefixes import inference_model
 
+_BESIDE = ("rivals", "stock", "per-token")
 _SHARES = (16, 4, 2, 1)  # the widths, as shares of d_sae
 
 
@@ -54,22 +55,21 @@ class Benchmark:
         self.tried: list[dict[str, Any]] = []
 
     def run(self) -> None:
-        """Train and measure everything; `rows` grows."""
+        """Train and measure all contestants that SAELens trains; `rows` grows."""
         for seed in self.args.seeds:
             for task in self.args.tasks:
                 self._run_task(task, seed)
-        if self.args.peers:
-            self._run_peers()
 
     def _run_task(self, task: Task, seed: int) -> None:
         hooks = self.activations.hooks
         ours = contestants.nested(task, self.sizes, hooks)
         nested = self._compete(ours, seed)
-        if task == "sae":
+        if task == "sae" and "stock" in self.args.beside:
             self._compete(contestants.stock(self.sizes, hooks), seed)
-        else:
+        if task != "sae" and "per-token" in self.args.beside:
             self._compete(contestants.per_token(task, self.sizes, hooks), seed)
-        for prefix in self.judge.validate(nested).prefixes:
+        prefixes = self.judge.validate(nested).prefixes if "rivals" in self.args.beside else []
+        for prefix in prefixes:
             self._compete(contestants.rival(task, self.sizes, hooks, prefix.width, prefix.l0), seed)
 
     def _compete(self, contestant: Contestant, seed: int) -> SAE[Any]:
@@ -87,7 +87,8 @@ class Benchmark:
         )
         return inference_model(sae)
 
-    def _run_peers(self) -> None:
+    def run_peers(self) -> None:
+        """The same for the other tools."""
         folder = self.args.out / "peers"
         n_steps = len(self.activations) // self.args.batch
         jobs = list(peers.jobs(self.args.tasks, self.sizes, n_steps, self.args.batch, self.args.seeds))
@@ -152,6 +153,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dataset", help="text for --model, as datasets.load_dataset takes it")
     parser.add_argument("--layer", type=int, help="default: the middle one")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument(
+        "--beside",
+        nargs="*",
+        choices=_BESIDE,
+        default=list(_BESIDE),
+        help="what SAELens trains beside ours: the fair rival of every prefix, stock matryoshka_batchtopk,\n"
+        "per-token TopK; default: all",
+    )
     parser.add_argument("--d-sae", type=int, default=1024)
     parser.add_argument("--k", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=800 * 1024, help="training tokens")
@@ -212,11 +221,14 @@ def main() -> None:
     widths = tuple(sorted({max(1, args.d_sae // share) for share in _SHARES}))
     benchmark = Benchmark(model, activations, Sizes(model.cfg.d_model, args.k, widths), args)
     benchmark.run()
+    _write(benchmark, args, layer, started)
+    if args.peers:
+        benchmark.run_peers()
+        _write(benchmark, args, layer, started)
+
+
+def _write(benchmark: Benchmark, args: argparse.Namespace, layer: int, started: float) -> None:
     minutes = (time.monotonic() - started) / 60
-    _write(benchmark, args, layer, minutes)
-
-
-def _write(benchmark: Benchmark, args: argparse.Namespace, layer: int, minutes: float) -> None:
     gathered = report.lines(benchmark.rows)
     for table in report.tables(gathered):
         benchmark.console.print(table)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from sae_lens import MatryoshkaBatchTopKTrainingSAEConfig, TrainingSAEConfig
@@ -16,15 +16,11 @@ from benchmarks.quality.activations import Hooks
 Task = Literal["sae", "transcoder", "skip_transcoder"]
 TASKS: tuple[Task, ...] = ("sae", "transcoder", "skip_transcoder")
 
-OURS: dict[Task, dict[str, Any]] = {
-    "sae": {"threshold_calibration": "l0"},
-    "transcoder": {},
-    "skip_transcoder": {},
-}
-"""Fields of our configs beyond the sizes."""
+OURS: dict[str, Any] = {"threshold_calibration": "l0", "rescale_acts_by_decoder_norm": False}
+"""Fields of our configs beyond the sizes, also of the fair rivals and the per-token TopK."""
 
-LR: dict[Task, float] = {"sae": 3e-3, "transcoder": 3e-3, "skip_transcoder": 3e-3}
-"""Peak learning rate of every contestant that SAELens trains."""
+LR = 6e-3
+"""Peak learning rate of every contestant that SAELens trains, for the embedded model's short run"""
 
 _CONFIGS: dict[Task, Any] = {
     "sae": sm.MatryoshkaTrainingSAEConfig,
@@ -58,7 +54,6 @@ class Contestant:
     lr: float
     rival_of: str | None = None
     """name of the nested contestant one of whose prefixes this one is the fair rival of"""
-    settings: dict[str, Any] = field(default_factory=dict)
 
     def at(self, lr: float) -> Contestant:
         """The same at another learning rate."""
@@ -68,13 +63,13 @@ class Contestant:
 def nested(task: Task, sizes: Sizes, hooks: Hooks) -> Contestant:
     """Ours."""
     name = f"matryoshka_{task}"
-    return Contestant(name, task, _ours(task, hooks, sizes.d, sizes.k, sizes.widths), LR[task])
+    return Contestant(name, task, _ours(task, hooks, sizes.d, sizes.k, sizes.widths), LR)
 
 
 def rival(task: Task, sizes: Sizes, hooks: Hooks, width: int, l0: float) -> Contestant:
     """A plain BatchTopK of a prefix's width at the prefix's L0, otherwise with our settings."""
     config = _ours(task, hooks, sizes.d, l0, (width,))
-    return Contestant("BatchTopK of this width", task, config, LR[task], rival_of=f"matryoshka_{task}")
+    return Contestant("BatchTopK of this width", task, config, LR, rival_of=f"matryoshka_{task}")
 
 
 def stock(sizes: Sizes, hooks: Hooks) -> Contestant:
@@ -82,15 +77,13 @@ def stock(sizes: Sizes, hooks: Hooks) -> Contestant:
     config = MatryoshkaBatchTopKTrainingSAEConfig(
         d_in=sizes.d, d_sae=sizes.d_sae, k=sizes.k, matryoshka_widths=list(sizes.widths)
     )
-    return Contestant("stock matryoshka_batchtopk", "sae", _located(config, "sae", hooks), LR["sae"])
+    return Contestant("stock matryoshka_batchtopk", "sae", _located(config, "sae", hooks), LR)
 
 
 def per_token(task: Task, sizes: Sizes, hooks: Hooks) -> Contestant:
     """A plain dictionary that keeps the k largest latents of each token."""
-    config = _ours(
-        task, hooks, sizes.d, sizes.k, (sizes.d_sae,), selection="token", threshold_calibration="l0"
-    )
-    return Contestant("per-token TopK", task, config, LR[task])
+    config = _ours(task, hooks, sizes.d, sizes.k, (sizes.d_sae,), selection="token")
+    return Contestant("per-token TopK", task, config, LR)
 
 
 def _ours(
@@ -100,7 +93,7 @@ def _ours(
     if task != "sae":
         fields["hook_name_out"] = hooks.target.hook_name
         fields["input_gain"] = "none" if hooks.source.gain is None else "norm_weight"
-    return _located(_CONFIGS[task](**{**fields, **OURS[task], **overrides}), task, hooks)
+    return _located(_CONFIGS[task](**{**fields, **OURS, **overrides}), task, hooks)
 
 
 def _located(config: TrainingSAEConfig, task: Task, hooks: Hooks) -> TrainingSAEConfig:

@@ -9,12 +9,12 @@ same code as everything else.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -62,39 +62,30 @@ def jobs(tasks: list[Task], sizes: Sizes, n_steps: int, batch_size: int, seeds: 
     Each tool runs at its defaults, and "tuned": the best of the learning rates tried, for sparsify also of
     two optimizers, since its own learning rate is meant for runs of many more steps.
     """
-    warmup = n_steps // 20
-    signum = 5e-3 / (sizes.d_sae / 2**14) ** 0.5  # sparsify's default
-    adam = 2e-4 / (sizes.d_sae / 2**14) ** 0.5  # both tools' default with Adam
-    sparsify_grid: list[dict[str, Any]] = [
-        *({"lr": signum * factor} for factor in (1 / 8, 1 / 4, 1 / 2)),
-        *({"optimizer": "adam", "lr": adam * factor, "lr_warmup_steps": warmup} for factor in (2, 4, 8)),
-    ]
-    learning_grid: list[dict[str, Any]] = [{"lr": adam * factor} for factor in (2, 4, 8)]
+    signum = 5e-3 / (sizes.d_sae / 2**14) ** 0.5  # sparsify's default learning rate
+    adam = 2e-4 / (sizes.d_sae / 2**14) ** 0.5  # that of both tools with Adam
+    warmup = {"lr_warmup_steps": n_steps // 20}
+    sparsify_grid: list[dict[str, Any]] = [{"lr": signum / 4}, {"lr": signum / 2}]
+    sparsify_grid += [{"optimizer": "adam", "lr": adam * factor, **warmup} for factor in (4, 8, 16)]
+    dictionary_learning_grid: list[dict[str, Any]] = [{"lr": adam * factor} for factor in (2, 4, 8)]
 
     def one(peer: str, label: str, task: Task, seed: int, settings: dict[str, Any], nested: bool) -> Job:
-        kind = (
-            "defaults"
-            if not settings
-            else "-".join(
-                f"{value:.4g}" if isinstance(value, float) else str(value) for value in settings.values()
-            )
+        chosen = "-".join(
+            f"{value:.3g}" if isinstance(value, float) else str(value) for value in settings.values()
         )
-        name = f"{task}-{'matryoshka' if nested else 'plain'}-{kind}-seed{seed}"
+        name = f"{task}-{'matryoshka' if nested else 'plain'}-{chosen or 'defaults'}-seed{seed}"
         widths = list(sizes.widths) if nested else [sizes.d_sae]
+        label += ", tuned" if settings else ", defaults"
         return Job(peer, name, label, task, seed, int(sizes.k), widths, nested, batch_size, settings)
 
-    for seed in seeds:
-        for task in tasks:
-            if task == "sae":
-                for nested, kind in ((True, "Matryoshka BatchTopK"), (False, "BatchTopK")):
-                    label = f"dictionary_learning {kind}"
-                    yield one("dictionary_learning", f"{label}, defaults", task, seed, {}, nested)
-                    for settings in learning_grid:
-                        yield one("dictionary_learning", f"{label}, tuned", task, seed, settings, nested)
-            else:
-                yield one("sparsify", "sparsify TopK, defaults", task, seed, {}, False)
-                for settings in sparsify_grid:
-                    yield one("sparsify", "sparsify TopK, tuned", task, seed, settings, False)
+    for seed, task in itertools.product(seeds, tasks):
+        if task != "sae":
+            for settings in ({}, *sparsify_grid):
+                yield one("sparsify", "sparsify TopK", task, seed, settings, nested=False)
+            continue
+        for kind, nested in (("Matryoshka BatchTopK", True), ("BatchTopK", False)):
+            for settings in ({}, *dictionary_learning_grid):
+                yield one("dictionary_learning", f"dictionary_learning {kind}", task, seed, settings, nested)
 
 
 def train(activations: Activations, all_jobs: list[Job], folder: Path) -> None:
@@ -175,7 +166,7 @@ def dictionary_learning_sae(weights: dict[str, torch.Tensor]) -> JumpReLUSAE:
         threshold=weights["threshold"].expand(d_sae),
     )
     if nested:
-        sae.cfg.metadata.matryoshka_widths = list(accumulate(weights["group_sizes"].tolist()))
+        sae.cfg.metadata.matryoshka_widths = list(itertools.accumulate(weights["group_sizes"].tolist()))
     return sae
 
 
