@@ -26,7 +26,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from sae_lens import SAE
 from sae_lens.load_model import load_model
@@ -147,7 +146,7 @@ def _shown(settings: dict[str, Any]) -> str:
     )
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", help="a model TransformerLens knows; default: the embedded tiny one")
     parser.add_argument("--dataset", help="text for --model, as datasets.load_dataset takes it")
@@ -179,7 +178,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--peers", action="store_true", help="also sparsify and dictionary_learning, by nox")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("results/quality"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if (args.model is None) != (args.dataset is None):
         parser.error("--model and --dataset go together: held-out text must suit the model.")
     if args.batch % 32:
@@ -200,9 +199,9 @@ def _model_and_text(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     return load_model("HookedTransformer", args.model, args.device), text.skip(500), text.take(500)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    args = _arguments()
+    args = _arguments(argv)
     warnings.filterwarnings("ignore")
     logging.getLogger("sae_lens").setLevel(logging.ERROR)
     started = time.monotonic()
@@ -253,5 +252,4 @@ def _write(benchmark: Benchmark, args: argparse.Namespace, layer: int, started: 
 
 
 if __name__ == "__main__":
-    torch.set_float32_matmul_precision("highest")
     main()

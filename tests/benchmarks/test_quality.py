@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import saelens_matryoshka as sm
 from benchmarks.quality import contestants, peers, report
+from benchmarks.quality.__main__ import main
 from benchmarks.quality.activations import Activations, Hooks, collect
 from benchmarks.quality.contestants import Sizes
 from benchmarks.quality.measure import Row
@@ -86,6 +88,16 @@ def test_what_is_measured_reads_the_raw_hook_as_training_read_the_cached_rows(ta
     same = torch.isclose(measured(raw), trained(rows), rtol=1e-3, atol=1e-3).all(dim=-1)
     assert same.float().mean() > 0.98  # rounding moves a few activations across the threshold
     assert sm.matryoshka_widths(measured) == [16, 64]
+
+
+def test_training_leaves_the_contestant_as_it_was(activations):
+    contestant = contestants.nested("transcoder", SIZES, activations.hooks)
+    contestant.config.normalize_activations = "expected_average_only_in"
+    before = contestant.config.to_dict()
+    first = train(contestant, activations, batch_size=128, seed=0)
+    assert contestant.config.to_dict() == before
+    again = train(contestant, activations, batch_size=128, seed=0)
+    torch.testing.assert_close(first.W_dec, again.W_dec)
 
 
 def test_a_rival_differs_from_ours_in_widths_and_k_alone(activations):
@@ -222,3 +234,28 @@ def test_the_plot_is_written(tmp_path):
     rows = [_row("matryoshka_transcoder", width, fvu) for width, fvu in itertools.product((16, 64), (0.5,))]
     report.plot(report.lines(rows), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- the whole
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_row_per_prefix_and_rival(tmp_path):
+    pytest.importorskip("matplotlib")
+    sizes = {"d-sae": 64, "k": 4, "batch": 64, "tokens": 1280, "held-out-tokens": 256}
+    sizes |= {"validation-tokens": 256, "ce-tokens": 256}
+    flags = [str(part) for name, value in sizes.items() for part in (f"--{name}", value)]
+    main([*flags, "--tasks", "transcoder", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "quality.json").read_text())
+    rows = {(row["contestant"], row["width"]) for row in result["rows"]}
+    widths = (4, 16, 32, 64)
+    expected = itertools.product(("matryoshka_transcoder", "BatchTopK of this width"), widths)
+    assert rows == {*expected, ("per-token TopK", 64)}
+    assert len([aim for aim in result["aims"] if "rival" in aim["what"]]) == len(widths)
+    assert (tmp_path / "quality.md").read_text().count("| matryoshka_transcoder |") == len(widths)
+
+
+def test_a_model_without_its_text_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["--model", "gpt2"])
+    assert "--model and --dataset go together" in capsys.readouterr().err
