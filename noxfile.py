@@ -4,7 +4,11 @@ One session per tool: it installs the tool beside this package and runs the test
 test-interop` runs them all; `nox -s NAME` one of them; `nox -l` lists them.
 """
 
+import os
+
 import nox
+
+os.environ.pop("PYTHONPATH", None)  # what lies there would count as installed
 
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True

@@ -70,10 +70,8 @@ def jobs(tasks: list[Task], sizes: Sizes, n_steps: int, batch_size: int, seeds: 
     dictionary_learning_grid: list[dict[str, Any]] = [{"lr": adam * factor} for factor in (2, 4, 8)]
 
     def one(peer: str, label: str, task: Task, seed: int, settings: dict[str, Any], nested: bool) -> Job:
-        chosen = "-".join(
-            f"{value:.3g}" if isinstance(value, float) else str(value) for value in settings.values()
-        )
-        name = f"{task}-{'matryoshka' if nested else 'plain'}-{chosen or 'defaults'}-seed{seed}"
+        chosen = f"{settings.get('optimizer', 'lr')}-{settings['lr']:.3g}" if settings else "defaults"
+        name = f"{task}-{'matryoshka' if nested else 'plain'}-{chosen}-seed{seed}"
         widths = list(sizes.widths) if nested else [sizes.d_sae]
         label += ", tuned" if settings else ", defaults"
         return Job(peer, name, label, task, seed, int(sizes.k), widths, nested, batch_size, settings)
