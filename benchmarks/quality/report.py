@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 
 from benchmarks.quality.measure import Row
@@ -38,7 +40,7 @@ class Spread:
         """The mean, and with several seeds the standard deviation."""
         shown = template.format(self.mean)
         if len(self.values) > 1:
-            shown += " ± " + template.format(statistics.stdev(self.values))
+            shown += "±" + template.format(statistics.stdev(self.values))
         return shown
 
 
@@ -124,46 +126,50 @@ def _ratio(line: Line, other: Line) -> Spread | None:
 
 # ---- tables
 
+_HEADINGS = ("width", "L0", "FVU", "/ rival", "dead", "CE rec.\n(zero)", "CE rec.\n(mean)")
+
 
 def _cells(line: Line) -> list[str]:
-    def cell(spread: Spread | None, template: str) -> str:
-        return "" if spread is None else spread.show(template)
+    def mean(number: Callable[[Row], float | None], template: str) -> str:
+        spread = line.spread(number)
+        return "" if spread is None else template.format(spread.mean)
 
+    fvu = line.spread(lambda row: row.fvu)
     return [
-        line.contestant,
         f"{line.width:,}",
-        cell(line.spread(lambda row: row.l0), "{:.1f}"),
-        cell(line.spread(lambda row: row.fvu), "{:.4f}"),
-        cell(line.vs_rival, "{:.3f}"),
-        cell(line.spread(lambda row: row.dead), "{:.1%}"),
-        cell(line.spread(lambda row: row.ce_recovered), "{:.1%}"),
-        cell(line.spread(lambda row: row.ce_recovered_mean), "{:.1%}"),
-        " | ".join(dict.fromkeys(row.settings for row in line.rows)),
+        mean(lambda row: row.l0, "{:.1f}"),
+        "" if fvu is None else fvu.show("{:.4f}"),
+        "" if line.vs_rival is None else line.vs_rival.show("{:.3f}"),
+        mean(lambda row: row.dead, "{:.1%}"),
+        mean(lambda row: row.ce_recovered, "{:.1%}"),
+        mean(lambda row: row.ce_recovered_mean, "{:.1%}"),
     ]
 
 
-_HEADINGS = ("contestant", "width", "L0", "FVU", "/ rival", "dead", "CE rec. zero", "CE rec. mean", "chosen")
+def _chosen(line: Line) -> str:
+    """What was chosen for it, of every seed if they differ."""
+    return "; ".join(dict.fromkeys(row.settings for row in line.rows))
 
 
 def tables(gathered: list[Line]) -> list[Table]:
     """One table per task, and one of the aims, for rich."""
     made: list[Table] = []
     for task in dict.fromkeys(line.task for line in gathered):
-        table = Table(title=_TASKS[task])
+        table = Table(title=_TASKS[task], box=box.SIMPLE_HEAD, padding=0)
+        table.add_column("contestant", overflow="fold")
         for heading in _HEADINGS:
-            table.add_column(heading, justify="left" if heading in ("contestant", "chosen") else "right")
-        previous = None
-        for line in gathered:
-            if line.task != task:
-                continue
-            if previous not in (None, line.contestant):
-                table.add_section()
-            previous = line.contestant
-            table.add_row(*_cells(line))
+            table.add_column(heading, justify="right", no_wrap=True)
+        for _, members in itertools.groupby(
+            (line for line in gathered if line.task == task), key=lambda line: line.contestant
+        ):
+            block = list(members)
+            name = f"{block[0].contestant}\n[dim]{_chosen(block[0])}"
+            cells = ["\n".join(column) for column in zip(*map(_cells, block), strict=True)]
+            table.add_row(name, *cells, end_section=True)
         made.append(table)
-    summary = Table(title="aims")
-    for heading in ("task", "what", "value", "at most", "met"):
-        summary.add_column(heading, justify="left" if heading in ("task", "what") else "right")
+    summary = Table("task", "what", title="aims", box=box.SIMPLE_HEAD, padding=0)
+    for heading in ("value", "at most", "met"):
+        summary.add_column(heading, justify="right", no_wrap=True)
     for aim in aims(gathered):
         summary.add_row(*_aim_cells(aim))
     return [*made, summary]
@@ -178,21 +184,19 @@ def _aim_cells(aim: Aim) -> list[str]:
 def markdown(gathered: list[Line]) -> str:
     """The same tables as Markdown."""
     parts: list[str] = []
+    headings = ["contestant", *(heading.replace("\n", " ") for heading in _HEADINGS), "chosen"]
     for task in dict.fromkeys(line.task for line in gathered):
-        body = [_cells(line) for line in gathered if line.task == task]
-        parts.append(f"### {_TASKS[task]}\n\n" + _markdown_table(_HEADINGS, body, n_left=1))
+        body = [[line.contestant, *_cells(line), _chosen(line)] for line in gathered if line.task == task]
+        parts.append(f"### {_TASKS[task]}\n\n" + _markdown_table(headings, body, n_left=1))
     body = [_aim_cells(aim) for aim in aims(gathered)]
-    parts.append(
-        "### Aims\n\n" + _markdown_table(("task", "what", "value", "at most", "met"), body, n_left=2)
-    )
+    headings = ["task", "what", "value", "at most", "met"]
+    parts.append("### Aims\n\n" + _markdown_table(headings, body, n_left=2))
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(headings: Iterable[str], body: list[list[str]], n_left: int) -> str:
-    headings = list(headings)
+def _markdown_table(headings: list[str], body: list[list[str]], n_left: int) -> str:
     rule = ["---" if i < n_left else "---:" for i in range(len(headings))]
-    rows = [[cell.replace("|", "/") for cell in row] for row in body]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [headings, rule, *rows])
+    return "\n".join("| " + " | ".join(row) + " |" for row in [headings, rule, *body])
 
 
 # ---- plot
@@ -241,6 +245,7 @@ def plot(gathered: list[Line], path: Path) -> None:
             ax.set_xlabel(x_label)
             ax.set_ylabel(y_label)
             ax.set_xscale("log", base=2)
+            ax.xaxis.set_major_formatter("{x:g}")
             ax.grid(alpha=0.3)
             if row == 0:
                 ax.set_title(_TASKS[task])
