@@ -91,6 +91,7 @@ class Benchmark:
         folder = self.args.out / "peers"
         n_steps = len(self.activations) // self.args.batch
         jobs = list(peers.jobs(self.args.tasks, self.sizes, n_steps, self.args.batch, self.args.seeds))
+        self.console.print(f"training {len(jobs)} dictionaries of other tools, by nox; logs in {folder}")
         peers.train(self.activations, jobs, folder)
         groups: dict[tuple[str, Task, int], list[peers.Job]] = defaultdict(list)
         for job in jobs:

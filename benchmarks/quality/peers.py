@@ -90,7 +90,7 @@ def train(activations: Activations, all_jobs: list[Job], folder: Path) -> None:
     """Have the tools train their jobs, in environments made by nox, and leave the results in `folder`.
 
     Raises:
-        subprocess.CalledProcessError: an environment could not be made, or a script failed.
+        RuntimeError: an environment could not be made, or a script failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     activations.save(folder / "activations.safetensors")
@@ -103,7 +103,12 @@ def train(activations: Activations, all_jobs: list[Job], folder: Path) -> None:
         own = [job.to_dict() for job in all_jobs if job.peer == peer]
         (folder / f"{peer}.json").write_text(json.dumps(own, indent=2))
         session = [sys.executable, "-m", "nox", "--session", f"quality_{peer}", "--", str(folder.resolve())]
-        subprocess.run(session, check=True)
+        log = folder / f"{peer}.log"
+        with log.open("w") as output:
+            failed = subprocess.run(session, stdout=output, stderr=subprocess.STDOUT).returncode
+        if failed:
+            end = log.read_text()[-2000:]
+            raise RuntimeError(f"nox session quality_{peer} failed. The end of its output, {log}:\n{end}")
     (folder / "activations.safetensors").unlink()
 
 

@@ -188,6 +188,13 @@ def test_every_peer_job_has_a_folder_of_its_own_and_the_common_sizes():
     assert all(job.settings == {} for job in defaults)
 
 
+def test_a_failing_session_says_so_with_the_end_of_its_log(activations, tmp_path, monkeypatch):
+    monkeypatch.setattr(peers.sys, "executable", "false")
+    (job, *_) = peers.jobs(["transcoder"], SIZES, 40, 32, [0])
+    with pytest.raises(RuntimeError, match=r"quality_sparsify failed.*sparsify\.log"):
+        peers.train(activations, [job], tmp_path)
+
+
 # ---- the report
 
 
