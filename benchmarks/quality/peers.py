@@ -66,8 +66,8 @@ def jobs(tasks: list[Task], sizes: Sizes, n_steps: int, batch_size: int, seeds: 
     adam = 2e-4 / (sizes.d_sae / 2**14) ** 0.5  # that of both tools with Adam
     warmup = {"lr_warmup_steps": n_steps // 20}
     sparsify_grid: list[dict[str, Any]] = [{"lr": signum / 4}, {"lr": signum / 2}]
-    sparsify_grid += [{"optimizer": "adam", "lr": adam * factor, **warmup} for factor in (4, 8, 16)]
-    dictionary_learning_grid: list[dict[str, Any]] = [{"lr": adam * factor} for factor in (2, 4, 8)]
+    sparsify_grid += [{"optimizer": "adam", "lr": adam * factor, **warmup} for factor in (8, 16, 32)]
+    dictionary_learning_grid: list[dict[str, Any]] = [{"lr": adam * factor} for factor in (4, 8, 16)]
 
     def one(peer: str, label: str, task: Task, seed: int, settings: dict[str, Any], nested: bool) -> Job:
         chosen = f"{settings.get('optimizer', 'lr')}-{settings['lr']:.3g}" if settings else "defaults"

@@ -38,10 +38,12 @@ def train(job: dict[str, Any], rows: torch.Tensor, check: torch.Tensor, folder: 
         "seed": job["seed"],
         "device": "cpu",
         # Its defaults are for long runs: 1000 steps until the learning rate is full and until the
-        # threshold, without which the inference model keeps everything, starts to be followed.
+        # threshold, without which the inference model keeps everything, starts to be followed, and then
+        # an average over 1000 steps, which would end a short run with an L0 far from k.
         "warmup_steps": n_steps // 20,
         "decay_start": n_steps - n_steps // 4,
         "threshold_start_step": n_steps // 20,
+        "threshold_beta": 1 - 20 / n_steps,
         **job["settings"],
     }
     if job["matryoshka"]:
