@@ -12,6 +12,7 @@ from saelens_matryoshka.architectures import (
     MatryoshkaTrainingTranscoder,
     MatryoshkaTrainingTranscoderConfig,
     NonFiniteActivationsError,
+    recommended_runner_fields,
 )
 from saelens_matryoshka.evaluation import EvalResult, evaluate
 from saelens_matryoshka.plugin import install as _install
@@ -42,6 +43,7 @@ __all__ = [
     "find_site",
     "inference_model",
     "matryoshka_widths",
+    "recommended_runner_fields",
     "truncate",
 ]
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from abc import ABC
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from sae_lens import MatryoshkaBatchTopKTrainingSAEConfig
-from typing_extensions import override
+from typing_extensions import Self, override
 
+from saelens_matryoshka.architectures.recipe import DECODER_INIT_NORM, recommended_widths
 from saelens_matryoshka.ops import NestedObjective
 from saelens_matryoshka.widths import cumulative_widths
 
@@ -78,6 +79,25 @@ class MatryoshkaTrainingConfig(MatryoshkaBatchTopKTrainingSAEConfig, ABC):
                 "'expected_average_only_in'."
             )
         super().__post_init__()
+
+    @classmethod
+    def recommended(cls, *, d_in: int, d_sae: int, k: float, **overrides: Any) -> Self:
+        """The settings that measure best; see `recommended_runner_fields` for the runner's.
+
+        Args:
+            d_in: Width of the encoder's input.
+            d_sae: Number of latents.
+            k: Latents kept per row, on average.
+            **overrides: Any other field. Without `matryoshka_widths`, the levels are 1/16, 1/4, 1/2 and
+                all of the latents.
+        """
+        recommended = {
+            "matryoshka_widths": recommended_widths(d_sae),
+            "decoder_init_norm": DECODER_INIT_NORM,
+            "rescale_acts_by_decoder_norm": False,
+            "threshold_calibration": "l0",
+        }
+        return cls(**{"d_in": d_in, "d_sae": d_sae, "k": k, **recommended, **overrides})
 
     @override
     def add_training_info_to_metadata(self) -> None:
