@@ -109,7 +109,6 @@ def sae_contestants() -> list[Contestant]:
         Contestant("stock batchtopk", batchtopk),
         Contestant("stock matryoshka_batchtopk", stock),
         Contestant("matryoshka_sae, plain", plain),
-        Contestant("stock batchtopk, our runner fields", batchtopk, _recommended_runner),
         Contestant("stock matryoshka_batchtopk, our runner fields", stock, _recommended_runner),
         Contestant("matryoshka_sae, recommended", recommended, _recommended_runner),
     ]
@@ -119,10 +118,10 @@ def transcoder_contestants() -> list[Contestant]:
     """Transcoders have no stock twin: ours with an SAE's defaults, as recommended, and on one level."""
     target = {"hook_name_out": "target"}
     stock = MatryoshkaBatchTopKTrainingSAEConfig(d_in=1, d_sae=1, matryoshka_widths=[1])
-    changed = ("rescale_acts_by_decoder_norm", "decoder_init_norm", "aux_loss_coefficient")
+    names = ("rescale_acts_by_decoder_norm", "decoder_init_norm")
 
     def as_sae(sizes: Sizes) -> Any:
-        defaults = {name: getattr(stock, name) for name in (*changed, "use_matryoshka_aux_loss")}
+        defaults = {name: getattr(stock, name) for name in names}
         return sm.MatryoshkaTrainingTranscoderConfig(**sizes.nested_fields(), **target, **defaults)
 
     def recommended(sizes: Sizes) -> Any:
@@ -247,7 +246,7 @@ def _summary(rows: list[dict[str, Any]], is_sae: bool) -> tuple[list[str], list[
 
         of = [row for row in rows if (row["contestant"], row["tuned"]) == name]
         cells = [
-            name[0] + (", tuned" if name[1] else ""),
+            _label(*name),
             f"{of[0]['lr']:g}, {of[0]['decoder_init_norm']:g}",
             column("f1"),
             column("mcc"),
@@ -275,7 +274,7 @@ def _landing(rows: list[dict[str, Any]], widths: list[int]) -> tuple[list[str], 
                 landing = [""] * (len(widths) - 1) + landing
             table.append(
                 [
-                    key[0] + (", tuned" if key[1] else ""),
+                    _label(*key),
                     name,
                     *(str(sum(group[f] for group in of)) for f in ("n_features", "n_found", "n_recovered")),
                     f"{statistics.mean(group['mean_f1'] for group in of):.3f}",
@@ -293,12 +292,18 @@ def _spread(values: list[Any], digits: int = 3) -> str:
     return mean if low == high else f"{mean} [{low}, {high}]"
 
 
+def _label(name: str, tuned: bool) -> str:
+    return name + (", tuned" if tuned else "")
+
+
 def _rich(title: str, headings: list[str], cells: list[list[str]]) -> Table:
-    table = Table(title=title)
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("contestant", "group") else "right")
+    """For the terminal, where the contestants' names are too long for a column: a letter for each."""
+    letters = {name: chr(ord("A") + i) for i, name in enumerate(dict.fromkeys(row[0] for row in cells))}
+    table = Table(title=title, caption="\n".join(f"{letter}: {name}" for name, letter in letters.items()))
+    for heading in ["", *headings[1:]]:
+        table.add_column(heading, justify="left" if heading in ("", "group") else "right")
     for row in cells:
-        table.add_row(*row)
+        table.add_row(letters[row[0]], *row[1:])
     return table
 
 
@@ -318,7 +323,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1024, help="of 1024 samples")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tuning-seed", type=int, default=100)
-    parser.add_argument("--lr", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3, 8e-3])
+    parser.add_argument("--lr", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3])
     parser.add_argument("--norm", type=float, nargs="+", default=[0.1, 1.0], help="decoder_init_norm")
     parser.add_argument("--only", nargs="+", help="contestants whose name contains one of these")
     parser.add_argument("--quick", action="store_true", help="60 steps, one seed, a grid of two points")
