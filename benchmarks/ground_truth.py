@@ -13,6 +13,8 @@ is k.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import itertools
 import json
 import logging
@@ -175,7 +177,8 @@ def train(contestant: Contestant, sizes: Sizes, world: World, seed: int) -> Any:
     trainer = SAETrainer(
         SAETrainerConfig(**{**settings, **runner}), sae, iter(world.train.split(sizes.batch))
     )
-    return trainer.fit()
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar cannot be turned off
+        return trainer.fit()
 
 
 @torch.no_grad()
@@ -320,7 +323,7 @@ def main() -> None:
     parser.add_argument("--d-sae", type=int, default=384)
     parser.add_argument("--k", type=float, help="default: 6 for SAEs, 8 for transcoders")
     parser.add_argument("--widths", type=int, nargs="+", help="default: 1/16, 1/4, 1/2 and all of d_sae")
-    parser.add_argument("--steps", type=int, default=1024, help="of 1024 samples")
+    parser.add_argument("--steps", type=int, default=768, help="of 1024 samples")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tuning-seed", type=int, default=100)
     parser.add_argument("--lr", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3])

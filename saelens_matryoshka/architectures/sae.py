@@ -18,7 +18,8 @@ class MatryoshkaTrainingSAEConfig(MatryoshkaTrainingConfig):
     """Configuration of a Matryoshka SAE.
 
     With its defaults it is the same function as SAELens's `matryoshka_batchtopk`: the same seed and data
-    give the same losses; `recommended` finds more of the truth. All fields are those of `MatryoshkaTrainingConfig`.
+    give the same losses. `recommended` gives better settings. All fields are those of
+    `MatryoshkaTrainingConfig`.
     """
 
     @override
