@@ -334,7 +334,7 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="where to write the tables")
     args = parser.parse_args()
     if args.quick:
-        args.steps, args.seeds, args.lr, args.norm = 60, [0], [2e-3, 8e-3], [1.0]
+        args.steps, args.seeds, args.lr, args.norm = min(args.steps, 60), [0], [2e-3, 8e-3], [1.0]
     if args.tuning_seed in args.seeds:
         parser.error(f"--tuning-seed {args.tuning_seed} is one of --seeds: tune on another.")
     warnings.filterwarnings("ignore")
