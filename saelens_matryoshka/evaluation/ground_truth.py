@@ -187,17 +187,19 @@ def silence_of_parents(
         alone: Of the latents and the features when none of their children fires.
         children: The children of each parent.
     """
-    silent = dict.fromkeys(("with_child", "alone"), 0.0)
-    fired = dict.fromkeys(silent, 0.0)
-    for parent, its_children in children.items():
-        if not matching.found[parent]:
-            continue
-        latent = matching.latent[parent]
-        for name, sums, columns in (("with_child", cofiring, list(its_children)), ("alone", alone, [parent])):
-            total = sums.features[columns].sum().item()
-            fired[name] += total
-            silent[name] += total - sums.together[latent, columns].sum().item()
-    return _Silence(*(silent[name] / fired[name] if fired[name] else None for name in silent))
+    found = [parent for parent in children if matching.found[parent]]
+
+    def silent_share(sums: CoFiring, features_of: Mapping[int, Sequence[int]]) -> float | None:
+        fired = silent = 0.0
+        for parent in found:
+            features = list(features_of[parent])
+            total = sums.features[features].sum().item()
+            fired += total
+            silent += total - sums.together[matching.latent[parent], features].sum().item()
+        return silent / fired if fired else None
+
+    itself = {parent: [parent] for parent in found}
+    return _Silence(silent_share(cofiring, children), silent_share(alone, itself))
 
 
 @torch.no_grad()
