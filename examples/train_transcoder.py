@@ -10,26 +10,25 @@ from sae_lens import SAE, LanguageModelSAERunnerConfig, LanguageModelSAETraining
 import saelens_matryoshka as sm
 from saelens_matryoshka import tiny
 
+sae_cfg = sm.MatryoshkaTrainingTranscoderConfig(
+    d_in=128,
+    d_sae=1024,
+    k=16,
+    matryoshka_widths=[64, 256, 512, 1024],
+    hook_name_out="blocks.2.hook_mlp_out",
+    input_gain="norm_weight",  # the MLP's true input: the normalised residual times the norm's weight
+)
+size = {"training_tokens": 200_000, "train_batch_size_tokens": 1024}
 cfg = LanguageModelSAERunnerConfig(
-    sae=sm.MatryoshkaTrainingTranscoderConfig(
-        d_in=128,
-        d_sae=1024,
-        k=16,
-        matryoshka_widths=[64, 256, 512, 1024],
-        hook_name_out="blocks.2.hook_mlp_out",
-        input_gain="norm_weight",  # the MLP's true input: the normalised residual times the norm's weight
-    ),
+    sae=sae_cfg,
     hook_name="blocks.2.ln2.hook_normalized",
     model_name="tiny",
     dataset_path="the Python standard library",
     context_size=256,
-    training_tokens=200_000,
-    train_batch_size_tokens=1024,
+    **size,
+    **sm.recommended_runner_fields(sae_cfg, **size),
     store_batch_size_prompts=8,
     n_batches_in_buffer=32,
-    lr=3e-3,
-    lr_decay_steps=50,
-    dead_feature_window=50,
     exclude_special_tokens=True,
     logger=LoggingConfig(log_to_wandb=False),
     checkpoint_path=None,

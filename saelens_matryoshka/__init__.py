@@ -13,6 +13,7 @@ from saelens_matryoshka.architectures import (
     MatryoshkaTrainingTranscoder,
     MatryoshkaTrainingTranscoderConfig,
     NonFiniteActivationsError,
+    recommended_runner_fields,
 )
 from saelens_matryoshka.evaluation import Comparison, EvalResult, compare, evaluate
 from saelens_matryoshka.plugin import install as _install
@@ -45,6 +46,7 @@ __all__ = [
     "find_site",
     "inference_model",
     "matryoshka_widths",
+    "recommended_runner_fields",
     "saebench",
     "truncate",
 ]

@@ -1,5 +1,6 @@
 """What SAELens registers: the training classes and their configs."""
 
+from saelens_matryoshka.architectures.recipe import recommended_runner_fields
 from saelens_matryoshka.architectures.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
 from saelens_matryoshka.architectures.training import MatryoshkaTraining, NonFiniteActivationsError
 from saelens_matryoshka.architectures.transcoder import (
@@ -18,4 +19,5 @@ __all__ = [
     "MatryoshkaTrainingTranscoder",
     "MatryoshkaTrainingTranscoderConfig",
     "NonFiniteActivationsError",
+    "recommended_runner_fields",
 ]

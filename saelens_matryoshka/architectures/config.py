@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from abc import ABC
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from sae_lens import MatryoshkaBatchTopKTrainingSAEConfig
-from typing_extensions import override
+from typing_extensions import Self, override
 
+from saelens_matryoshka.architectures.recipe import recommended_widths
 from saelens_matryoshka.ops import NestedObjective
 from saelens_matryoshka.widths import cumulative_widths
 
@@ -28,6 +29,9 @@ class MatryoshkaTrainingConfig(MatryoshkaBatchTopKTrainingSAEConfig, ABC):
         selection (str): "batch" keeps the k·B largest activations of a batch of B rows (BatchTopK),
             "token" the k largest of each row (TopK).
         l1_coefficient (float): Weight of the L1 norm of the activations, each times its decoder norm.
+        aux_k (int | None): Dead latents that learn the residual of one row. None: d_out/2, as SAELens.
+            So many share the residual that each learns a small part, too small to be selected when it
+            has to compete again; few of them learn parts as large as those of the living.
         threshold_calibration (str): Where the threshold of the saved JumpReLU model comes from. "ema":
             moving average of each batch's smallest kept activation, as SAELens does. "l0": tracked so
             that the mean number of activations above it is k; needed with selection="token".
@@ -51,6 +55,7 @@ class MatryoshkaTrainingConfig(MatryoshkaBatchTopKTrainingSAEConfig, ABC):
     level_weights: list[float] | None = None
     selection: Literal["batch", "token"] = "batch"
     l1_coefficient: float = 0.0
+    aux_k: int | None = None
     threshold_calibration: Literal["ema", "l0"] = "ema"
 
     @override
@@ -67,6 +72,8 @@ class MatryoshkaTrainingConfig(MatryoshkaBatchTopKTrainingSAEConfig, ABC):
                 "threshold_calibration='ema' follows the smallest kept activation of a batch, which with "
                 "selection='token' is not a threshold: set threshold_calibration='l0'."
             )
+        if self.aux_k is not None:
+            require_positive_int("aux_k", self.aux_k)
         for name in ("aux_loss_coefficient", "l1_coefficient"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
@@ -78,6 +85,25 @@ class MatryoshkaTrainingConfig(MatryoshkaBatchTopKTrainingSAEConfig, ABC):
                 "'expected_average_only_in'."
             )
         super().__post_init__()
+
+    @classmethod
+    def recommended(cls, *, d_in: int, d_sae: int, k: float, **overrides: Any) -> Self:
+        """The settings that measure best; see `recommended_runner_fields` for the runner's.
+
+        Args:
+            d_in: Width of the encoder's input.
+            d_sae: Number of latents.
+            k: Latents kept per row, on average.
+            **overrides: Any other field. Without `matryoshka_widths`, the levels are 1/16, 1/4, 1/2 and
+                all of the latents.
+        """
+        settings = {"matryoshka_widths": recommended_widths(d_sae), **cls._recommended_fields(k)}
+        return cls(**{"d_in": d_in, "d_sae": d_sae, "k": k, **settings, **overrides})
+
+    @classmethod
+    def _recommended_fields(cls, k: float) -> dict[str, Any]:  # noqa: ARG003
+        """What `recommended` sets that is not a default."""
+        return {}
 
     @override
     def add_training_info_to_metadata(self) -> None:
@@ -100,6 +126,7 @@ class MatryoshkaTrainingConfig(MatryoshkaBatchTopKTrainingSAEConfig, ABC):
             rescale_by_decoder_norm=self.rescale_acts_by_decoder_norm,
             aux_coefficient=self.aux_loss_coefficient,
             aux_per_level=self.use_matryoshka_aux_loss,
+            aux_k=self.aux_k,
             l1_coefficient=self.l1_coefficient,
         )
 

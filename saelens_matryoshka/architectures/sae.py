@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from typing_extensions import override
@@ -16,13 +18,23 @@ class MatryoshkaTrainingSAEConfig(MatryoshkaTrainingConfig):
     """Configuration of a Matryoshka SAE.
 
     With its defaults it is the same function as SAELens's `matryoshka_batchtopk`: the same seed and data
-    give the same losses. All fields are those of `MatryoshkaTrainingConfig`.
+    give the same losses. `recommended` gives better settings. All fields are those of
+    `MatryoshkaTrainingConfig`.
     """
 
     @override
     @classmethod
     def architecture(cls) -> str:
         return "matryoshka_sae"
+
+    @override
+    @classmethod
+    def _recommended_fields(cls, k: float) -> dict[str, Any]:
+        return {
+            "decoder_init_norm": 0.3,
+            "aux_k": max(1, math.ceil(k / 4)),
+            "threshold_calibration": "l0",
+        }
 
 
 class MatryoshkaTrainingSAE(MatryoshkaTraining):

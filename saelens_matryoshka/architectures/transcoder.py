@@ -45,6 +45,8 @@ class MatryoshkaTrainingTranscoderConfig(MatryoshkaTrainingConfig):
             `hook_normalized`: times the norm's weight, plus its bias if it has one. The gain is folded
             away on saving, so the saved transcoder reads `hook_normalized`. "none": the hook as it is.
         threshold_calibration (str): As in MatryoshkaTrainingConfig, "l0" by default here.
+        rescale_acts_by_decoder_norm (bool): As in MatryoshkaTrainingConfig, False by default here.
+        decoder_init_norm (float | None): As in MatryoshkaTrainingConfig, 0.3 by default here.
         apply_b_dec_to_input (bool): Always False: b_dec lives in the target's space.
 
     All other fields are those of `MatryoshkaTrainingConfig`.
@@ -52,6 +54,8 @@ class MatryoshkaTrainingTranscoderConfig(MatryoshkaTrainingConfig):
 
     apply_b_dec_to_input: bool = False
     threshold_calibration: Literal["ema", "l0"] = "l0"
+    rescale_acts_by_decoder_norm: bool = False
+    decoder_init_norm: float | None = 0.3
     hook_name_out: str = ""
     d_out: int | None = None
     input_gain: Literal["none", "norm_weight"] = "none"

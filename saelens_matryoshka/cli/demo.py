@@ -30,9 +30,7 @@ def demo(
     d_sae: Annotated[int | None, typer.Option(help="Latents. Default: 8 per input dimension.")] = None,
     k: Annotated[float, typer.Option(help="Active latents per token.")] = 16,
     tokens: Annotated[int, typer.Option(help="Training tokens.")] = 400_000,
-    lr: Annotated[
-        float | None, typer.Option(help="Default: 3e-3 for the tiny model, 4e-4 for others.")
-    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Default: the recommended one.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Where to save. Default: output/demo-MODEL-layer-LAYER.")
     ] = None,
@@ -117,31 +115,28 @@ def _runner_config(
     target = sm.find_site(language_model, layer, "mlp_out")
     d_in = language_model.cfg.d_model
     n_latents: int = 8 * d_in if d_sae is None else d_sae
-    n_steps = max(tokens // 1024, 1)
+    sae = sm.MatryoshkaTrainingTranscoderConfig.recommended(
+        d_in=d_in,
+        d_sae=n_latents,
+        k=k,
+        hook_name_out=target.hook_name,
+        input_gain="none" if source.gain is None else "norm_weight",
+    )
+    size = {"training_tokens": tokens, "train_batch_size_tokens": 1024}
+    recommended = sm.recommended_runner_fields(sae, **size)
     name = (model or "tiny").replace("/", "-")
     return LanguageModelSAERunnerConfig(
-        sae=sm.MatryoshkaTrainingTranscoderConfig(
-            d_in=d_in,
-            d_sae=n_latents,
-            k=k,
-            matryoshka_widths=sorted({max(1, n_latents // part) for part in (16, 4, 2, 1)}),
-            hook_name_out=target.hook_name,
-            input_gain="none" if source.gain is None else "norm_weight",
-        ),
+        sae=sae,
         model_name=model or "saelens_matryoshka.tiny",
         hook_name=source.hook_name,
         dataset_path=dataset or "the Python standard library",
         is_dataset_tokenized=False,
         context_size=min(_CONTEXT_SIZE, language_model.cfg.n_ctx),
         exclude_special_tokens=True,
-        training_tokens=tokens,
-        train_batch_size_tokens=1024,
+        **size,
         store_batch_size_prompts=8,
         n_batches_in_buffer=32,
-        lr=lr or (3e-3 if model is None else 4e-4),
-        lr_warm_up_steps=n_steps // 20,
-        lr_decay_steps=n_steps // 4,
-        dead_feature_window=max(n_steps // 4, 1),
+        **{**recommended, "lr": lr or recommended["lr"]},
         device=device,
         seed=seed,
         logger=LoggingConfig(log_to_wandb=False),

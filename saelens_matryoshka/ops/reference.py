@@ -119,10 +119,10 @@ def dead_latent_loss(
     objective: NestedObjective,
     dead: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The auxiliary loss: the top d_out/2 dead latents of each row predict what the living leave over.
+    """The auxiliary loss: the top dead latents of each row predict what the living leave over.
 
-    The loss is scaled down when fewer than d_out/2 latents are dead. With `aux_per_level`, each level's
-    dead latents predict the residual of their own level, each with a budget of d_out/2.
+    As many of them as `aux_k` says, d_out/2 by default; the loss is scaled down when fewer are dead. With
+    `aux_per_level`, each level's dead latents predict the residual of their own level, each with that budget.
 
     Args:
         weights: The parameters.
@@ -146,7 +146,7 @@ def dead_latent_loss(
         columns = start + dead[start:stop].nonzero().squeeze(1)
         if len(columns) == 0:
             continue
-        budget = max(residual.shape[-1] // 2, 1)
+        budget = objective.aux_budget(residual.shape[-1])
         pre = hidden_pre[:, columns]
         ranking = pre.detach() if norms is None else (pre * norms[columns]).detach()
         chosen = ranking.topk(min(budget, len(columns)), dim=-1).indices

@@ -348,7 +348,7 @@ def _aux_forward(
     loss, groups = W_dec.new_zeros(()), []
     if dead_columns is None or dead_pre is None or len(dead_columns) == 0:
         return _Aux(loss, groups)
-    budget = max(W_dec.shape[1] // 2, 1)
+    budget = objective.aux_budget(W_dec.shape[1])
     if objective.aux_per_level:
         bounds = torch.searchsorted(
             dead_columns, torch.tensor([0, *objective.widths], device=dead_columns.device)

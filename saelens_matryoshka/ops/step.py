@@ -43,8 +43,14 @@ class NestedObjective:
     """weight of the loss by which dead latents learn the residual"""
     aux_per_level: bool = False
     """dead latents learn the residual of their own level instead of the whole dictionary's"""
+    aux_k: int | None = None
+    """dead latents that learn the residual of a row; None: d_out/2"""
     l1_coefficient: float = 0.0
     """weight of the L1 norm of the activations, each times its decoder norm"""
+
+    def aux_budget(self, d_out: int) -> int:
+        """Dead latents that learn the residual of a row."""
+        return max(d_out // 2, 1) if self.aux_k is None else self.aux_k
 
 
 class NestedStep(NamedTuple):

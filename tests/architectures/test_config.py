@@ -38,6 +38,7 @@ TRANSCODER: dict[str, Any] = {**SAE, "hook_name_out": "blocks.0.hook_mlp_out"}
         ({"level_weights": [1.0]}, ["level_weights=[1.0]", "2 levels"]),
         ({"level_weights": [1.0, -1.0]}, ["level_weights=[1.0, -1.0]"]),
         ({"level_weights": [0.0, 0.0]}, ["level_weights=[0.0, 0.0]", "not all 0"]),
+        ({"aux_k": 0}, ["aux_k=0", "positive integer"]),
         ({"l1_coefficient": -1.0}, ["l1_coefficient=-1.0"]),
         ({"aux_loss_coefficient": float("inf")}, ["aux_loss_coefficient=inf"]),
         ({"normalize_activations": "layer_norm"}, ["normalize_activations='layer_norm'"]),
@@ -173,3 +174,57 @@ def test_command_line_refuses_bad_widths() -> None:
 def test_command_line_keeps_saelens_architectures() -> None:
     config = parse_runner_config(["--architecture", "standard", "--d_in", "32", "--d_sae", "64"])
     assert config.sae.architecture() == "standard"
+
+
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [
+        (sm.MatryoshkaTrainingSAEConfig, {}),
+        (sm.MatryoshkaTrainingTranscoderConfig, {"hook_name_out": "blocks.0.hook_mlp_out"}),
+        (sm.MatryoshkaTrainingSkipTranscoderConfig, {"hook_name_out": "blocks.0.hook_mlp_out"}),
+    ],
+)
+def test_recommended_settings_need_sizes_only_and_give_way_to_the_users(
+    config: Any, fields: dict[str, Any]
+) -> None:
+    made = config.recommended(d_in=8, d_sae=64, k=4, **fields)
+    assert type(made) is config
+    assert made.matryoshka_widths == [4, 16, 32, 64]
+    assert made.threshold_calibration == "l0"
+    changed = config.recommended(
+        d_in=8, d_sae=64, k=4, matryoshka_widths=[64], decoder_init_norm=0.5, **fields
+    )
+    assert (changed.matryoshka_widths, changed.decoder_init_norm) == ([64], 0.5)
+
+
+@pytest.mark.parametrize("d_sae", [1, 2, 3, 17])
+def test_recommended_widths_are_valid_for_any_number_of_latents(d_sae: int) -> None:
+    made = sm.MatryoshkaTrainingSAEConfig.recommended(d_in=8, d_sae=d_sae, k=1)
+    assert made.matryoshka_widths[-1] == d_sae
+
+
+def test_a_transcoders_defaults_are_the_recommended_settings() -> None:
+    recommended = sm.MatryoshkaTrainingTranscoderConfig.recommended(**TRANSCODER)
+    assert recommended.to_dict() == sm.MatryoshkaTrainingTranscoderConfig(**TRANSCODER).to_dict()
+
+
+def test_recommended_runner_fields_are_fields_of_the_runners_config() -> None:
+    sae = sm.MatryoshkaTrainingSAEConfig.recommended(d_in=128, d_sae=64, k=4)
+    size = {"training_tokens": 1_000_000, "train_batch_size_tokens": 500}
+    fields = sm.recommended_runner_fields(sae, **size)
+    runner = runner_config(sae, **size, **fields)
+    assert {name: getattr(runner, name) for name in fields} == fields
+    assert fields["lr_warm_up_steps"] + fields["lr_decay_steps"] < 2000
+    assert fields["dead_feature_window"] == 40
+
+
+def test_recommended_learning_rate_falls_with_the_root_of_the_inputs_width() -> None:
+    rates = [
+        sm.recommended_runner_fields(
+            sm.MatryoshkaTrainingSAEConfig.recommended(d_in=d_in, d_sae=64, k=4),
+            training_tokens=1000,
+            train_batch_size_tokens=10,
+        )["lr"]
+        for d_in in (100, 10_000)
+    ]
+    assert rates[0] == pytest.approx(10 * rates[1])

@@ -97,3 +97,22 @@ def test_aux_loss_moves_dead_latents_only(per_level: bool) -> None:
     assert moved.any()
     assert not moved[~dead].any()
     assert step.aux_loss > 0
+
+
+def test_aux_k_dead_latents_learn_the_residual_of_a_row() -> None:
+    weights = _weights(4, 12, 6)
+    with torch.no_grad():
+        weights.b_enc.sub_(100.0)
+        weights.b_enc[[2, 5, 8]] = torch.tensor([-3.0, -1.0, -2.0]).double()  # the larger, the rather chosen
+        weights.W_enc.zero_()
+        weights.W_dec.div_(weights.W_dec.norm(dim=-1, keepdim=True))
+    x, y = torch.randn(8, 4).double(), torch.randn(8, 6).double()
+    dead = torch.zeros(12, dtype=torch.bool)
+    dead[[2, 5, 8]] = True
+    moved = {}
+    for aux_k in (1, 2, None):
+        weights.W_dec.grad = None
+        objective = NestedObjective((12,), (1.0,), k=1, aux_coefficient=1.0, aux_k=aux_k)
+        reference_step(weights, x, y, objective, dead=dead).loss.backward()
+        moved[aux_k] = (weights.W_dec.grad.abs().sum(dim=1) > 0).nonzero().squeeze(1).tolist()
+    assert moved == {1: [5], 2: [5, 8], None: [2, 5, 8]}  # d_out / 2 = 3

@@ -56,6 +56,7 @@ def _random_case(seed: int) -> tuple:
         rescale_by_decoder_norm=rng.random() < 0.5,
         aux_coefficient=rng.choice([0.0, 1.0, 0.3]),
         aux_per_level=rng.random() < 0.5,
+        aux_k=rng.choice([None, 1, 3]),
         l1_coefficient=rng.choice([0.0, 0.1]),
     )
     last = rng.choice([None, 0.0, 0.5, 1e3])
