@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from saelens_matryoshka.atomic import write_atomically
 from saelens_matryoshka.cli.inputs import TINY, load_language_model, pick_device
-from saelens_matryoshka.cli.output import quieten, write_atomically
+from saelens_matryoshka.cli.output import quieten
 
 _TINY = "the embedded tiny model"
 _CONTEXT_SIZE = 256

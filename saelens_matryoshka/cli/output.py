@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
+
+from saelens_matryoshka.atomic import write_atomically
 
 
 def write_result(shown: RenderableType, numbers: str, described: str, json: Path | None) -> None:
@@ -23,19 +23,6 @@ def write_result(shown: RenderableType, numbers: str, described: str, json: Path
     if json is not None:
         write_atomically(json, numbers + "\n")
         console.print(f"written: {json}", markup=False)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def quieten() -> None:

@@ -13,7 +13,6 @@ the latent fires. How often it is right is the score.
 
 from __future__ import annotations
 
-import hashlib
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from saelens_matryoshka.prefixes import inference_model, matryoshka_widths
 from saelens_matryoshka.saebench.descriptions import Description, Descriptions
 from saelens_matryoshka.saebench.endpoint import ChatModel, Endpoint, Estimate
 from saelens_matryoshka.saebench.examples import Examples, activations, examples_of
+from saelens_matryoshka.saebench.fingerprint import hash_of_tensors
 from saelens_matryoshka.saebench.requirements import require_sae_bench
 from saelens_matryoshka.sites import check_hook
 
@@ -99,8 +99,8 @@ def describe(
         out,
         {
             "chat_model": endpoint.model,
-            "model": _hash(sae.state_dict()),
-            "tokens": hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest(),
+            "model": hash_of_tensors(sae.state_dict()),
+            "tokens": hash_of_tensors({"tokens": tokens}),
             "seed": seed,
             "settings": dict(settings or {}),
         },
@@ -309,11 +309,3 @@ def _seeded(seed: int) -> Iterator[None]:
             yield
         finally:
             random.setstate(state)
-
-
-def _hash(state: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(name.encode())
-        digest.update(state[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

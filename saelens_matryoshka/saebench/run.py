@@ -15,12 +15,13 @@ from datasets import Dataset, DatasetDict
 from sae_lens import SAE
 from transformer_lens import HookedTransformer
 
+from saelens_matryoshka.atomic import write_atomically
 from saelens_matryoshka.prefixes import inference_model, matryoshka_widths
 from saelens_matryoshka.saebench import evals as _evals
 from saelens_matryoshka.saebench.data import LabelledText, running_text
 from saelens_matryoshka.saebench.requirements import require_sae_bench
 from saelens_matryoshka.saebench.result import PrefixEval, SAEBenchResult
-from saelens_matryoshka.saebench.single import Bench, write
+from saelens_matryoshka.saebench.single import Bench
 from saelens_matryoshka.saebench.views import is_transcoder, layer_of
 from saelens_matryoshka.sites import check_hook, norm_frame
 
@@ -158,7 +159,7 @@ def _run_all(
         folder=bench.out,
         evals=results,
     )
-    write(bench.out / "results.json", result.to_json())
+    write_atomically(bench.out / "results.json", result.to_json())
     if failures:
         raise SAEBenchError(
             "SAEBench gave fewer results than prefixes went in (what it gave is saved):\n  "

@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 import time
 import warnings
@@ -24,13 +23,14 @@ from typing import Any, Literal
 
 import torch
 from sae_lens import SAE
-from torch import nn
 from transformer_lens import HookedTransformer
 
+from saelens_matryoshka.atomic import write_atomically
 from saelens_matryoshka.prefixes import inference_model, truncate
 from saelens_matryoshka.saebench import evals as _evals
 from saelens_matryoshka.saebench import patches
 from saelens_matryoshka.saebench.data import LabelledText
+from saelens_matryoshka.saebench.fingerprint import hash_of, hash_of_tensors
 from saelens_matryoshka.saebench.requirements import VERSION
 from saelens_matryoshka.saebench.result import PrefixEval
 from saelens_matryoshka.saebench.views import (
@@ -68,7 +68,7 @@ class Bench:
 
     @cached_property
     def _model_fingerprint(self) -> str:
-        return _hash_of_tensors(self.model.state_dict())
+        return hash_of_tensors(self.model.state_dict())
 
     @cached_property
     def _labelled_fingerprint(self) -> str | None:
@@ -77,7 +77,7 @@ class Bench:
     def _language_model_fingerprint(self, item: _evals.Eval, options: Mapping[str, Any]) -> str:
         """Hash of all that what is computed without latents depends on."""
         metadata = self.sae.cfg.metadata
-        return _hash_of(
+        return hash_of(
             {
                 "eval": item.name,
                 "model": self._model_fingerprint,
@@ -91,7 +91,7 @@ class Bench:
 
     def _fingerprint(self, item: _evals.Eval, width: int, options: Mapping[str, Any]) -> str:
         metadata = self.sae.cfg.metadata
-        return _hash_of(
+        return hash_of(
             {
                 "eval": item.name,
                 "width": width,
@@ -107,7 +107,7 @@ class Bench:
 
     @cached_property
     def _sae_fingerprint(self) -> str:
-        return _hash_of([self.sae.cfg.architecture(), _hash_of_tensors(self.sae.state_dict())])
+        return hash_of([self.sae.cfg.architecture(), hash_of_tensors(self.sae.state_dict())])
 
     # ---- results on disk
 
@@ -161,7 +161,7 @@ class Bench:
             "sae_bench": VERSION,
             "fingerprint": self._fingerprint(item, width, options),
         }
-        write(self._file(item, width, ".json"), json.dumps(record, indent=2))
+        write_atomically(self._file(item, width, ".json"), json.dumps(record, indent=2))
         return result
 
     def _bench(
@@ -327,13 +327,6 @@ def _reason(error: Exception, log: Path) -> str:
     return reason
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def _finite(metrics: Mapping[str, Any]) -> dict[str, float | None]:
     """Numbers only; None for what is not one."""
     numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
@@ -347,16 +340,3 @@ def _with_contents(options: Mapping[str, Any]) -> dict[str, Any]:
     if path.exists():
         settings["dataset"] = hashlib.sha256(path.read_bytes()).hexdigest()
     return settings
-
-
-def _hash_of(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _hash_of_tensors(tensors: Mapping[str, torch.Tensor | nn.Parameter]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().contiguous().cpu()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
