@@ -1,6 +1,7 @@
 """The dictionaries that are compared: what each is, and the settings it is trained with.
 
-`OURS` is the one place for the settings of this package's architectures.
+Ours, the fair rivals of its prefixes and the per-token TopK have the settings this package recommends. All that
+SAELens trains, its own Matryoshka SAE too, has the runner fields recommended with them.
 """
 
 from __future__ import annotations
@@ -15,12 +16,6 @@ from benchmarks.quality.activations import Hooks
 
 Task = Literal["sae", "transcoder", "skip_transcoder"]
 TASKS: tuple[Task, ...] = ("sae", "transcoder", "skip_transcoder")
-
-OURS: dict[str, Any] = {"threshold_calibration": "l0", "rescale_acts_by_decoder_norm": False}
-"""Fields of our configs beyond the sizes, also of the fair rivals and the per-token TopK."""
-
-LR = 6e-3
-"""Peak learning rate of every contestant that SAELens trains, for the embedded model's short run"""
 
 _CONFIGS: dict[Task, Any] = {
     "sae": sm.MatryoshkaTrainingSAEConfig,
@@ -63,13 +58,13 @@ class Contestant:
 def nested(task: Task, sizes: Sizes, hooks: Hooks) -> Contestant:
     """Ours."""
     name = f"matryoshka_{task}"
-    return Contestant(name, task, _ours(task, hooks, sizes.d, sizes.k, sizes.widths), LR)
+    return _contestant(name, task, _ours(task, hooks, sizes.d, sizes.k, sizes.widths))
 
 
 def rival(task: Task, sizes: Sizes, hooks: Hooks, width: int, l0: float) -> Contestant:
     """A plain BatchTopK of a prefix's width at the prefix's L0, otherwise with our settings."""
     config = _ours(task, hooks, sizes.d, l0, (width,))
-    return Contestant("BatchTopK of this width", task, config, LR, rival_of=f"matryoshka_{task}")
+    return _contestant("BatchTopK of this width", task, config, rival_of=f"matryoshka_{task}")
 
 
 def stock(sizes: Sizes, hooks: Hooks) -> Contestant:
@@ -77,13 +72,19 @@ def stock(sizes: Sizes, hooks: Hooks) -> Contestant:
     config = MatryoshkaBatchTopKTrainingSAEConfig(
         d_in=sizes.d, d_sae=sizes.d_sae, k=sizes.k, matryoshka_widths=list(sizes.widths)
     )
-    return Contestant("stock matryoshka_batchtopk", "sae", _located(config, "sae", hooks), LR)
+    return _contestant("stock matryoshka_batchtopk", "sae", _located(config, "sae", hooks))
 
 
 def per_token(task: Task, sizes: Sizes, hooks: Hooks) -> Contestant:
     """A plain dictionary that keeps the k largest latents of each token."""
     config = _ours(task, hooks, sizes.d, sizes.k, (sizes.d_sae,), selection="token")
-    return Contestant("per-token TopK", task, config, LR)
+    return _contestant("per-token TopK", task, config)
+
+
+def _contestant(name: str, task: Task, config: TrainingSAEConfig, rival_of: str | None = None) -> Contestant:
+    """With the learning rate recommended for its width, which does not depend on the length of the run."""
+    fields = sm.recommended_runner_fields(config, training_tokens=1, train_batch_size_tokens=1)
+    return Contestant(name, task, config, fields["lr"], rival_of)
 
 
 def _ours(
@@ -93,7 +94,7 @@ def _ours(
     if task != "sae":
         fields["hook_name_out"] = hooks.target.hook_name
         fields["input_gain"] = "none" if hooks.source.gain is None else "norm_weight"
-    return _located(_CONFIGS[task](**{**fields, **OURS, **overrides}), task, hooks)
+    return _located(_CONFIGS[task].recommended(**fields, **overrides), task, hooks)
 
 
 def _located(config: TrainingSAEConfig, task: Task, hooks: Hooks) -> TrainingSAEConfig:

@@ -11,15 +11,9 @@ from sae_lens import LoggingConfig, SAETrainer, TrainingSAE
 from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
 
+import saelens_matryoshka as sm
 from benchmarks.quality.activations import Activations
 from benchmarks.quality.contestants import Contestant
-
-WARM_UP = 0.05
-"""Share of the steps over which the learning rate rises"""
-DECAY = 0.25
-"""Share of the steps, at the end, over which it falls to 0"""
-DEAD_WINDOW = 0.1
-"""Share of the steps after which a latent that has not fired counts as dead, for the auxiliary loss"""
 
 
 def train(
@@ -42,6 +36,9 @@ def train(
         batches = itertools.chain(
             itertools.islice(activations.batches(contestant.task, batch_size), n_for_norm), batches
         )
+    fields = sm.recommended_runner_fields(
+        config, training_tokens=n_steps * batch_size, train_batch_size_tokens=batch_size
+    )
     trainer = SAETrainer(
         SAETrainerConfig(
             n_checkpoints=0,
@@ -50,16 +47,12 @@ def train(
             total_training_samples=n_steps * batch_size,
             device=device,
             autocast=False,
-            lr=contestant.lr,
+            **{**fields, "lr": contestant.lr},
             lr_end=contestant.lr,
             lr_scheduler_name="constant",
-            lr_warm_up_steps=int(WARM_UP * n_steps),
-            lr_decay_steps=int(DECAY * n_steps),
-            adam_beta1=0.9,
             adam_beta2=0.999,
             n_restart_cycles=1,
             train_batch_size_samples=batch_size,
-            dead_feature_window=max(int(DEAD_WINDOW * n_steps), 1),
             feature_sampling_window=n_steps + 1,
             logger=LoggingConfig(log_to_wandb=False),
             n_batches_for_norm_estimate=n_for_norm,
