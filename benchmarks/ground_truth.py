@@ -321,7 +321,9 @@ def main() -> None:
     parser.add_argument("--task", choices=("sae", "transcoder"), default="sae")
     parser.add_argument("--d", type=int, default=96)
     parser.add_argument("--d-sae", type=int, default=384)
-    parser.add_argument("--k", type=float, help="default: 6 for SAEs, 8 for transcoders")
+    parser.add_argument(
+        "--k", type=float, help="default: 6 for SAEs (7.5 features fire), 4 for transcoders (3.9)"
+    )
     parser.add_argument("--widths", type=int, nargs="+", help="default: 1/16, 1/4, 1/2 and all of d_sae")
     parser.add_argument("--steps", type=int, default=768, help="of 1024 samples")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -343,7 +345,7 @@ def main() -> None:
     sizes = Sizes(
         args.d,
         args.d_sae,
-        args.k or (6 if is_sae else 8),
+        args.k or (6 if is_sae else 4),
         args.widths or [args.d_sae // part for part in (16, 4, 2, 1)],
         args.steps,
     )

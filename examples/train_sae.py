@@ -11,7 +11,7 @@ import saelens_matryoshka as sm
 from saelens_matryoshka import tiny
 
 sae_cfg = sm.MatryoshkaTrainingSAEConfig.recommended(d_in=128, d_sae=1024, k=16)
-size = {"training_tokens": 200_000, "train_batch_size_tokens": 1024}
+size = dict(training_tokens=200_000, train_batch_size_tokens=1024)
 cfg = LanguageModelSAERunnerConfig(
     sae=sae_cfg,
     hook_name="blocks.2.hook_resid_post",

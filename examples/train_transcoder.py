@@ -18,7 +18,7 @@ sae_cfg = sm.MatryoshkaTrainingTranscoderConfig(
     hook_name_out="blocks.2.hook_mlp_out",
     input_gain="norm_weight",  # the MLP's true input: the normalised residual times the norm's weight
 )
-size = {"training_tokens": 200_000, "train_batch_size_tokens": 1024}
+size = dict(training_tokens=200_000, train_batch_size_tokens=1024)
 cfg = LanguageModelSAERunnerConfig(
     sae=sae_cfg,
     hook_name="blocks.2.ln2.hook_normalized",
