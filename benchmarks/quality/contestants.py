@@ -1,7 +1,7 @@
 """The dictionaries that are compared: what each is, and the settings it is trained with.
 
-Ours, the fair rivals of its prefixes and the per-token TopK have the settings this package recommends. All that
-SAELens trains, its own Matryoshka SAE too, has the runner fields recommended with them.
+Ours, the fair rivals of its prefixes and the per-token TopK have the settings this package recommends. All
+that SAELens trains, its own Matryoshka SAE too, has the runner fields recommended with them.
 """
 
 from __future__ import annotations
