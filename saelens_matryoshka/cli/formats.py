@@ -53,7 +53,7 @@ def import_(
     src: Annotated[
         str,
         typer.Argument(
-            help="A file or folder, a hub repository 'user/name[/folder]', or a W&B artifact "
+            help="A file or folder, a hub repository 'user/name' or 'user/name/folder', or a W&B artifact "
             "'entity/project/artifact:version'."
         ),
     ],

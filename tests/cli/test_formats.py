@@ -157,6 +157,11 @@ def test_odd_widths_are_refused(topk: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", ["import", "export", "hooks"])
+def test_the_help_of_every_command_is_printed(command: str) -> None:
+    assert "saelens-matryoshka " + command in _text(_run(command, "--help"))
+
+
 def test_hooks_says_which_tensor_it_was_trained_on(topk: Path) -> None:
     """Random features predict nothing, and that is said."""
     result = _run("hooks", "tiny", "--layer", 1, "--transcoder", topk / "layer_1", "--tokens", 500)
