@@ -101,17 +101,3 @@ def test_probe_finds_widths_and_order() -> None:
     assert probe == (2, 1, False, False)
     assert probe_hooks(FakeModel(), "hook_target", "hook_source").target_is_first
     assert probe_hooks(FakeModel(), "hook_source", "hook_source").same_tensor
-
-
-def test_tokens_set_aside_for_evaluation_are_not_trained_on() -> None:
-    from sae_lens import LoggingConfig
-
-    store = _store(
-        FakeModel(),
-        logger=LoggingConfig(log_to_wandb=True),
-        n_eval_batches=3,
-        n_batches_in_buffer=2,
-    )
-    assert store.held_out_tokens.shape == (12, 16)
-    following = store.get_batch_tokens(188)
-    assert not (following[:, None] == store.held_out_tokens[None]).all(dim=-1).any()
