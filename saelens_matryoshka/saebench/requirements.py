@@ -30,6 +30,7 @@ _MODULES = (
     "sklearn",
     "tabulate",
     "zstandard",
+    "openai",
 )
 
 
