@@ -89,8 +89,8 @@ def describe(
 
         sae = load_sae(path, device)
         folder = results_folder(path, out, "descriptions")
-        text, _ = load_text(sae, dataset, split, skip)
         language_model = load_language_model_for(sae, model, device)
+        text, _ = load_text(sae, dataset, split, skip, model=model)
         status.update("collecting examples")
 
         def approve(needed: Estimate) -> bool:

@@ -75,8 +75,8 @@ def evaluate(
         import saelens_matryoshka as sm
 
         sae = load_sae(path, device)
-        text, described = load_text(sae, dataset, split, skip)
         language_model = load_language_model_for(sae, model, device)
+        text, described = load_text(sae, dataset, split, skip, model=model)
     with console.status("evaluating every prefix"):
         result = sm.evaluate(
             sae,
@@ -120,8 +120,8 @@ def compare(
         saes = load_saes(paths, device)
         first = next(iter(saes.values()))
         _require_one_language_model(saes, model)
-        text, described = load_text(first, dataset, split, skip)
         language_model = load_language_model_for(first, model, device)
+        text, described = load_text(first, dataset, split, skip, model=model)
     with console.status("evaluating every prefix of each"):
         result = sm.compare(
             saes,

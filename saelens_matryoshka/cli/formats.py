@@ -181,7 +181,7 @@ def _change(
         if frame == "normalized":
             coder = to_frame(coder, frame, language_model)
         if calibrate:
-            text, _ = load_text(stand_in(coder), dataset, "train", 0)
+            text, _ = load_text(stand_in(coder), dataset, model=model)
             coder = fit(coder, language_model, text, l0, tokens)
         if frame not in (None, "normalized"):
             coder = to_frame(coder, frame, language_model)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from saelens_matryoshka.cli.inputs import is_tiny, load_language_model, load_text, pick_device
+from saelens_matryoshka.cli.inputs import load_language_model, load_text, pick_device
 from saelens_matryoshka.cli.output import quieten
 
 
@@ -42,15 +42,13 @@ def hooks(
     console = Console()
     quieten()
     with console.status("measuring"):
+        from saelens_matryoshka.evaluation.frames import measure_frames
         from saelens_matryoshka.formats import Folder
         from saelens_matryoshka.formats.saelens import read
-        from saelens_matryoshka.frames import measure_frames
 
         folder = transcoder.expanduser().resolve()
         sae = read(Folder(folder.parent), folder.name)
-        if is_tiny(model) or sae.cfg.metadata.model_name is None:
-            sae.cfg.metadata.model_name = model
-        text, _ = load_text(sae, dataset, "train", 0)
+        text, _ = load_text(sae, dataset, model=model)
         report = measure_frames(sae, load_language_model(model, pick_device(None)), layer, text, tokens, l0)
     console.print(report.table())
     console.print(report.verdict, highlight=False, markup=False)

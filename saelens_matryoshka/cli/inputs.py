@@ -140,7 +140,9 @@ def load_saes(places: list[str], device: str) -> dict[str, SAE[Any]]:
     return {name: load_sae(place, device) for name, place in zip(names, places, strict=True)}
 
 
-def load_text(sae: SAE[Any], dataset: str | None, split: str, skip: int) -> tuple[Any, str]:
+def load_text(
+    sae: SAE[Any], dataset: str | None, split: str = "train", skip: int = 0, *, model: str | None = None
+) -> tuple[Any, str]:
     """Text to evaluate on, streamed, and in words what it is.
 
     Args:
@@ -149,9 +151,10 @@ def load_text(sae: SAE[Any], dataset: str | None, split: str, skip: int) -> tupl
         dataset: A dataset of the hub, a folder, or a .txt, .jsonl, .parquet or .csv file.
         split: Its split.
         skip: Documents to leave out at its start.
+        model: Name of the language model, where it is not the one in the SAE's metadata.
     """
     metadata = sae.cfg.metadata
-    if dataset is None and is_tiny(metadata.model_name):
+    if dataset is None and is_tiny(model or metadata.model_name):
         from saelens_matryoshka.tiny import text
 
         return _after(text.dataset("held_out"), skip), "held-out standard library files"

@@ -18,6 +18,7 @@ import torch
 from sae_lens import SAE
 from sae_lens.config import HfDataset
 
+from saelens_matryoshka.evaluation.activations import hook_activations
 from saelens_matryoshka.evaluation.metrics import (
     FiringCounts,
     NextTokenSums,
@@ -101,6 +102,8 @@ class _Evaluation:
     def __init__(self, sae: SAE[Any], model: Any, model_kwargs: dict[str, Any]) -> None:
         self.sae, self.model, self.model_kwargs = sae, model, model_kwargs
         self.source_hook, self.target_hook, self.frame = hooks_and_frame(sae, model)
+        # By the name asked for: a TransformerBridge's names may be aliases of the hook's own.
+        self.read_hooks = list(dict.fromkeys([self.source_hook, self.target_hook]))
         self.source_head: int | None = sae.cfg.metadata.hook_head_index
         self.target_head = self.source_head if self.target_hook == self.source_hook else None
         self.widths = matryoshka_widths(sae)
@@ -129,14 +132,13 @@ class _Evaluation:
 
     def _add_next_token(self, tokens: torch.Tensor) -> None:
         keep = self._evaluated(tokens)
-        source, target = self._activations(tokens)
+        source, target, clean = self._activations_and_logits(tokens)
         rows = max(1, _ACTIVATION_VALUES // self.sae.cfg.d_sae)
         predictions = torch.cat(
             [predict_prefixes(self.sae, x, self.sae.encode(x)) for x in source.flatten(0, 1).split(rows)],
             dim=1,
         ).unflatten(1, tokens.shape)
         mean = self.reconstruction.mean().expand_as(target)
-        clean = self._logits(tokens)
         # predictions of a token that counts
         counted = torch.zeros_like(keep)
         counted[:, :-1] = keep[:, 1:].to(counted.device)
@@ -207,11 +209,20 @@ class _Evaluation:
         )
 
     def _activations(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Source and target `[prompts, context_size, d]`, heads flattened, on the SAE's device."""
+        return self._pair(hook_activations(self.model, tokens, self.read_hooks, self.model_kwargs))
+
+    def _activations_and_logits(
+        self, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Source, target and clean logits, of one pass."""
         seen: dict[str, torch.Tensor] = {}
-        # By the name asked for: a TransformerBridge's names may be aliases of the hook's own.
-        names = dict.fromkeys([self.source_hook, self.target_hook])
-        self._logits(tokens, *((name, functools.partial(_read, seen, name)) for name in names))
+        logits = self._logits(
+            tokens, *((name, functools.partial(_read, seen, name)) for name in self.read_hooks)
+        )
+        return *self._pair(seen), logits
+
+    def _pair(self, seen: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Source and target `[prompts, context_size, d]`, heads flattened, on the SAE's device."""
         source, target = seen[self.source_hook], seen[self.target_hook]
         if self.source_head is not None:
             source = source[:, :, self.source_head]

@@ -219,15 +219,7 @@ def _unpickle(path: Path) -> dict[str, torch.Tensor]:
         raise FormatError(f"{path} is compressed, which torch.save never does; it is not read.")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        OSError,
-        EOFError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ) as error:
+    except _UNPICKLING_ERRORS as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FormatError(
             f"{path} holds more than tensors, or is damaged, so it is not read: {reason} "

@@ -6,7 +6,6 @@ do is one threshold (in units of what TopK compares) at which it keeps as many l
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from sae_lens import SAE
 
 from saelens_matryoshka.architectures.calibration import threshold_for_l0
+from saelens_matryoshka.evaluation.activations import hook_activations
 from saelens_matryoshka.evaluation.tokens import special_token_ids, token_batches
 from saelens_matryoshka.formats.coder import SparseCoder, build
 from saelens_matryoshka.formats.files import FormatError
@@ -104,20 +104,13 @@ def hook_rows(
     model.eval()
     try:
         for tokens in token_batches(sae, model, dataset, n_tokens, context_size, 8):
-            seen: dict[str, torch.Tensor] = {}
-            # By the name asked for: a TransformerBridge's names may be aliases of the hook's own.
-            fwd_hooks = [(name, functools.partial(_keep, seen, name)) for name in names]
-            model.run_with_hooks(tokens, fwd_hooks=fwd_hooks)
+            seen = hook_activations(model, tokens, names)
             keep = torch.ones_like(tokens, dtype=torch.bool)
             if excluded is not None:
                 keep = ~torch.isin(tokens, excluded.to(tokens.device))
             yield {name: seen[name].flatten(2)[keep.to(seen[name].device)].cpu() for name in names}
     finally:
         model.train(was_training)
-
-
-def _keep(seen: dict[str, torch.Tensor], name: str, activation: torch.Tensor, hook: Any) -> None:  # noqa: ARG001
-    seen[name] = activation
 
 
 def calibrate(

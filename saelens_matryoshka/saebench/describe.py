@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
+from saelens_matryoshka.evaluation.activations import hook_activations
+from saelens_matryoshka.evaluation.evaluator import hooks_and_frame
 from saelens_matryoshka.evaluation.metrics import FiringCounts
 from saelens_matryoshka.evaluation.tokens import special_token_ids, token_batches
 from saelens_matryoshka.prefixes import inference_model, matryoshka_widths
@@ -33,7 +35,6 @@ from saelens_matryoshka.saebench.endpoint import ChatModel, Endpoint, Estimate
 from saelens_matryoshka.saebench.examples import Examples, activations, examples_of
 from saelens_matryoshka.saebench.fingerprint import hash_of_tensors
 from saelens_matryoshka.saebench.requirements import require_sae_bench
-from saelens_matryoshka.sites import check_hook
 
 # A description has at most 20 words, by the prompt.
 _WORDS = (
@@ -90,7 +91,7 @@ def describe(
     """
     require_sae_bench()
     sae = inference_model(sae)
-    check_hook(model, sae.cfg.metadata.hook_name, "hook_name")
+    hooks_and_frame(sae, model)
     tokens = torch.cat(list(token_batches(sae, model, text, n_tokens, context_size, batch_size_prompts)))
     config = _config(settings or {}, tokens, batch_size_prompts, seed)
     firings = _firings(sae, model, tokens, batch_size_prompts)
@@ -244,8 +245,7 @@ def _firings(sae: SAE[Any], model: Any, tokens: torch.Tensor, batch_size: int) -
     special = special_token_ids(model, True)
     name = sae.cfg.metadata.hook_name
     for batch in tokens.split(batch_size):
-        _, cache = model.run_with_cache(batch, names_filter=name)
-        acts = sae.encode(cache[name].to(sae.device))
+        acts = sae.encode(hook_activations(model, batch, [name])[name].to(sae.device))
         keep = torch.ones_like(batch, dtype=torch.bool)
         if special is not None:
             keep = ~torch.isin(batch, special.to(batch.device))

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from sae_lens import SAE
 
+from saelens_matryoshka.evaluation.activations import hook_activations
 from saelens_matryoshka.evaluation.tokens import special_token_ids
 
 
@@ -43,8 +44,7 @@ def activations(
     name, special = sae.cfg.metadata.hook_name, special_token_ids(model, True)
     parts = []
     for batch in tokens.split(batch_size):
-        _, cache = model.run_with_cache(batch, names_filter=name)
-        acts = sae.encode(cache[name].to(sae.device))[..., latents]
+        acts = sae.encode(hook_activations(model, batch, [name])[name].to(sae.device))[..., latents]
         if special is not None:
             acts = acts * ~torch.isin(batch, special.to(batch.device)).to(acts.device)[..., None]
         parts.append(acts.permute(2, 0, 1).to("cpu", torch.bfloat16))

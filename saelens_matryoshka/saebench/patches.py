@@ -12,9 +12,6 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import os
-import random
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +25,7 @@ import torch
 from sae_lens.evals import ExplainedVarianceCalculator
 
 from saelens_matryoshka.saebench.data import LabelledText
+from saelens_matryoshka.saebench.process import mark_complete, seed_everything, unchanged_process
 from saelens_matryoshka.saebench.requirements import VERSION
 from saelens_matryoshka.saebench.views import PairView
 
@@ -151,7 +149,7 @@ def patched(job: Job) -> Iterator[None]:
     """SAEBench with all patches; afterwards everything is as before, the process's state too."""
     check()
     with ExitStack() as stack:
-        stack.enter_context(_unchanged_process(job))
+        stack.enter_context(unchanged_process(job.model.tokenizer, job.scratch, job.seed))
         for (module_name, name), replacement in _replacements(job).items():
             module = importlib.import_module(module_name)
             stack.enter_context(mock.patch.object(module, name, replacement))
@@ -456,52 +454,3 @@ _IN_TARGET_SPACE: dict[str, list[tuple[tuple[str, str], Callable[..., Any]]]] = 
     "tpp": [((_PROBES, "train_probe_on_activations"), _probes_of_targets)],
 }
 """Where each eval trains probes on a transcoder's `[x | y]`, and what makes them see y alone."""
-
-
-# ---- the process
-
-
-@contextmanager
-def complete_cache(folder: Path) -> Iterator[Path]:
-    """A cache folder without what an interrupted run has left half-written."""
-    if not (folder / "complete").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    yield folder
-    mark_complete(folder)
-
-
-def mark_complete(folder: Path) -> None:
-    """Say that all of the language model's own part is there."""
-    (folder / "complete").touch()
-
-
-def seed_everything(seed: int) -> None:
-    """Python's, numpy's and torch's generators."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-@contextmanager
-def _unchanged_process(job: Job) -> Iterator[None]:
-    """What SAEBench leaves behind, undone: random states, gradient mode, tokenizer, working directory.
-
-    SAEBench writes to `artifacts/` in the working directory, so it runs in the scratch folder.
-    """
-    tokenizer = job.model.tokenizer
-    sides = {name: getattr(tokenizer, name) for name in ("padding_side", "truncation_side")}
-    states = random.getstate(), np.random.get_state(), torch.is_grad_enabled(), Path.cwd()
-    try:
-        with torch.random.fork_rng():
-            seed_everything(job.seed)
-            os.chdir(job.scratch)
-            yield
-    finally:
-        python, numpy_state, grad_enabled, folder = states
-        os.chdir(folder)
-        random.setstate(python)
-        np.random.set_state(numpy_state)
-        torch.set_grad_enabled(grad_enabled)
-        for name, side in sides.items():
-            setattr(tokenizer, name, side)

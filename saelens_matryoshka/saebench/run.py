@@ -16,14 +16,14 @@ from sae_lens import SAE
 from transformer_lens import HookedTransformer
 
 from saelens_matryoshka.atomic import write_atomically
+from saelens_matryoshka.evaluation.evaluator import hooks_and_frame
 from saelens_matryoshka.prefixes import inference_model, matryoshka_widths
 from saelens_matryoshka.saebench import evals as _evals
 from saelens_matryoshka.saebench.data import LabelledText, running_text
 from saelens_matryoshka.saebench.requirements import require_sae_bench
 from saelens_matryoshka.saebench.result import PrefixEval, SAEBenchResult
 from saelens_matryoshka.saebench.single import Bench
-from saelens_matryoshka.saebench.views import is_transcoder, layer_of
-from saelens_matryoshka.sites import check_hook, norm_frame
+from saelens_matryoshka.saebench.views import layer_of
 
 
 class SAEBenchError(RuntimeError):
@@ -183,16 +183,6 @@ def _widths(sae: SAE[Any], prefixes: Sequence[int] | str) -> list[int]:
 def _check_model(sae: SAE[Any], model: HookedTransformer) -> None:
     if not isinstance(model, HookedTransformer):
         raise ValueError(f"model: SAEBench works on a HookedTransformer, not on a {type(model).__name__}.")
-    metadata = sae.cfg.metadata
-    check_hook(model, metadata.hook_name, "hook_name")
-    layer_of(metadata.hook_name)
-    if is_transcoder(sae):
-        check_hook(model, metadata.hook_name_out, "hook_name_out")
-        layer_of(metadata.hook_name_out)
-    frame = norm_frame(model, metadata.hook_name)
-    if metadata.input_frame not in (None, frame):
-        raise ValueError(
-            f"input_frame: this model was trained on {metadata.hook_name!r} in the frame "
-            f"{metadata.input_frame!r}, but in this language model it is {frame!r}. Load the language model "
-            "with its norms folded (fold_ln) as in training."
-        )
+    source, target, _ = hooks_and_frame(sae, model)
+    layer_of(source)
+    layer_of(target)

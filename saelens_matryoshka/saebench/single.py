@@ -31,6 +31,7 @@ from saelens_matryoshka.saebench import evals as _evals
 from saelens_matryoshka.saebench import patches
 from saelens_matryoshka.saebench.data import LabelledText
 from saelens_matryoshka.saebench.fingerprint import hash_of, hash_of_tensors
+from saelens_matryoshka.saebench.process import complete_cache
 from saelens_matryoshka.saebench.requirements import VERSION
 from saelens_matryoshka.saebench.result import PrefixEval
 from saelens_matryoshka.saebench.views import (
@@ -180,7 +181,7 @@ class Bench:
                 view = output_view if item.name == "core" else pair_view
                 sae = stack.enter_context(view(self.model, prefix))
             key = f"{item.name}-{self._language_model_fingerprint(item, options)[:16]}"
-            cache = stack.enter_context(patches.complete_cache(self.cache / key))
+            cache = stack.enter_context(complete_cache(self.cache / key))
             shutil.rmtree(cache / f"{name}_custom_sae", ignore_errors=True)
             job = patches.Job(
                 eval_name=item.name,

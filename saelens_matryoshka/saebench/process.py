@@ -1,0 +1,59 @@
+"""The process SAEBench runs in: its random states, its working directory, and what is cached."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def complete_cache(folder: Path) -> Iterator[Path]:
+    """A cache folder without what an interrupted run has left half-written."""
+    if not (folder / "complete").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+    mark_complete(folder)
+
+
+def mark_complete(folder: Path) -> None:
+    """Say that all of the language model's own part is there."""
+    (folder / "complete").touch()
+
+
+def seed_everything(seed: int) -> None:
+    """Python's, numpy's and torch's generators."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def unchanged_process(tokenizer: Any, scratch: Path, seed: int) -> Iterator[None]:
+    """What SAEBench leaves behind, undone: random states, gradient mode, tokenizer, working directory.
+
+    SAEBench writes to `artifacts/` in the working directory, so it runs in the scratch folder.
+    """
+    sides = {name: getattr(tokenizer, name) for name in ("padding_side", "truncation_side")}
+    states = random.getstate(), np.random.get_state(), torch.is_grad_enabled(), Path.cwd()
+    try:
+        with torch.random.fork_rng():
+            seed_everything(seed)
+            os.chdir(scratch)
+            yield
+    finally:
+        python, numpy_state, grad_enabled, folder = states
+        os.chdir(folder)
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+        torch.set_grad_enabled(grad_enabled)
+        for name, side in sides.items():
+            setattr(tokenizer, name, side)
