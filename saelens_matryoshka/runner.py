@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from sae_lens import ActivationsStore, LanguageModelSAERunnerConfig, SAETrainer
@@ -54,6 +55,9 @@ _VOLATILE = frozenset(
     }
 )
 _BAR_REFRESH_SECONDS = 0.5
+
+Observer = Callable[[SAETrainer[Any, Any], TrainStepOutput], None]
+_observers: WeakKeyDictionary[SAETrainer[Any, Any], list[Observer]] = WeakKeyDictionary()
 
 
 # ---- the store
@@ -193,10 +197,19 @@ def _differences(saved: dict[str, Any], ours: dict[str, Any], prefix: str = "") 
 # ---- the trainer
 
 
+def observe(trainer: SAETrainer[Any, Any], observer: Observer) -> None:
+    """Have `observer(trainer, step_output)` called after every step of a trainer of ours.
+
+    The step is complete then, its counters too: what is saved there can be continued from. Observers are
+    called in the order they were added, before the trainer trains.
+    """
+    _observers.setdefault(trainer, []).append(observer)
+
+
 def prepare_trainer(trainer: SAETrainer[Any, Any]) -> None:
     """Give a trainer of one of our architectures what the stock one lacks, before it trains."""
     fuse_adam(trainer.optimizer)
-    replace_progress_bar(trainer, functools.partial(_update_bar, trainer, [0.0]))
+    replace_progress_bar(trainer, functools.partial(_after_step, trainer, [0.0]))
     stock = trainer.evaluator
     if not isinstance(stock, LLMSaeEvaluator):  # synthetic data: no language model
         return
@@ -207,13 +220,24 @@ def prepare_trainer(trainer: SAETrainer[Any, Any]) -> None:
     trainer.evaluator = HeldOutEvaluator.in_place_of(stock)
 
 
-@torch.no_grad()
-def _update_bar(
+def _after_step(
     trainer: SAETrainer[Any, Any],
     last_shown: list[float],
     step_output: TrainStepOutput,
     pbar: tqdm,  # type: ignore[type-arg]
     update_interval: int = 100,  # noqa: ARG001  (the stock signature)
+) -> None:
+    _update_bar(trainer, step_output, pbar, last_shown)
+    for observer in _observers.get(trainer, []):
+        observer(trainer, step_output)
+
+
+@torch.no_grad()
+def _update_bar(
+    trainer: SAETrainer[Any, Any],
+    step_output: TrainStepOutput,
+    pbar: tqdm,  # type: ignore[type-arg]
+    last_shown: list[float],
 ) -> None:
     """Show loss, L0, squared error, FVU and dead latents, twice a second."""
     pbar.update(trainer.n_training_samples - pbar.n)
