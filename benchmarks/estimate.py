@@ -1,8 +1,8 @@
 """Memory as `saelens-matryoshka estimate` predicts it, beside what real runs take.
 
 Every run is SAELens's runner on a language model of the given shape with random weights and random tokens,
-in a process of its own. On a CPU its largest resident memory counts, less that of the process after a run of no
-size; on a GPU `torch.cuda.max_memory_allocated`. The time is that of the training loop.
+in a process of its own. On a CPU its largest resident memory counts, less that of the process after a run of
+no size; on a GPU `torch.cuda.max_memory_allocated`. The time is that of the training loop.
 
     python -m benchmarks.estimate
     python -m benchmarks.estimate --only gpt2 --device cuda

@@ -36,6 +36,14 @@ def register(app: typer.Typer) -> None:
 
 def estimate(
     context: typer.Context,
+    preset: Annotated[str | None, typer.Option(help="Settings that go with a model.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file of settings.")] = None,
+    mapping: Annotated[str | None, typer.Option(help="What to learn; see `train`.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Of the mapping.")] = None,
+    saelens_defaults: Annotated[
+        bool,
+        typer.Option("--saelens-defaults", help="SAELens's defaults instead of the recommended settings."),
+    ] = False,
     gpu_memory: Annotated[
         str | None, typer.Option(help="Memory of each GPU, e.g. 24GB, of another machine than this.")
     ] = None,
@@ -51,9 +59,10 @@ def estimate(
     Takes the settings of `train`. The time is that of a few real steps here. Where it does not fit,
     the one setting is named that helps most. Exit code 1 if it does not fit.
 
-      saelens-matryoshka estimate --architecture matryoshka_transcoder --model_name gpt2
-          --hook_name blocks.8.ln2.hook_normalized --hook_name_out blocks.8.hook_mlp_out
-          --d_in 768 --d_sae 12288 -k 64 --device cuda --gpu-memory 24GB
+      saelens-matryoshka estimate --preset gpt2
+      saelens-matryoshka estimate --preset gemma-2-2b --device cuda --gpu-memory 24GB
+      saelens-matryoshka estimate --model_name gpt2 --mapping mlp --layer 8 --d_sae 12288 -k 64
+          --dataset_path any --training_tokens 50_000_000 --cpu-memory 16GB
     """
     quieten()
     console = Console(stderr=True)
@@ -63,7 +72,8 @@ def estimate(
         if given is not None
     }
     with console.status("looking up the shapes"):
-        cfg = _runner_config(context.args)
+        own = {"mapping": mapping, "layer": layer}
+        cfg = _runner_config(context.args, preset, config, own, recommended=not saelens_defaults)
         from saelens_matryoshka.runs.estimate import estimate as estimate_run
     with console.status("a few steps to calibrate the time" if not no_time else "counting"):
         result = estimate_run(cfg, available=available, with_time=not no_time)
@@ -100,8 +110,17 @@ def read_size(flag: str, text: str) -> int:
         raise ValueError(f"{flag} {text!r} is no size: write e.g. 24GB or 24GiB.") from None
 
 
-def _runner_config(args: list[str]) -> Any:
-    import saelens_matryoshka  # noqa: F401  (registers the architectures)
-    from saelens_matryoshka.seams import parse_runner_config
+def _runner_config(
+    args: list[str], preset: str | None, config: Path | None, own: dict[str, Any], *, recommended: bool
+) -> Any:
+    """What `train` would resolve the same settings to."""
+    from saelens_matryoshka.runs.fields import Given
+    from saelens_matryoshka.runs.presets import load_preset
+    from saelens_matryoshka.runs.settings import read_file, read_flags, resolve
 
-    return parse_runner_config([*args, "--verbose", "false"])
+    flags = read_flags(args) | {key: Given(value, "flag") for key, value in own.items() if value is not None}
+    file = {} if config is None else read_file(config)
+    named = file.pop("preset", None)
+    preset = preset or (str(named.value) if named else None)
+    layers = [{} if preset is None else load_preset(preset).settings, file, flags]
+    return resolve(layers, recommended=recommended).cfg

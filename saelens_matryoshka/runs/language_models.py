@@ -20,7 +20,9 @@ import yaml
 from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.load_model import HookedProxyLM
 from transformer_lens import HookedTransformer
+from transformer_lens.loading_from_pretrained import get_official_model_name, get_pretrained_model_config
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from saelens_matryoshka import tiny
 
@@ -117,7 +119,21 @@ def model_shape(cfg: LanguageModelSAERunnerConfig[Any]) -> ModelShape:
         raise ValueError(
             f"model_class_name={cfg.model_class_name!r}: HookedTransformer and {_HF_CLASS} are known."
         )
-    config = _hf_config(cfg.model_name) if as_hf else _hooked_config(cfg.model_name, kwargs)
+    wanted = {key: kwargs[key] for key in ("n_ctx", "first_n_layers") if key in kwargs}
+    try:
+        config = _hf_config(cfg.model_name) if as_hf else hooked_config(cfg.model_name, **wanted)
+    except OSError as error:
+        raise ValueError(
+            f"model_name={cfg.model_name!r}: its shape is not known here, and its config.json cannot be fetched "
+            "from the hub. Give a folder with a config.json in it, or try again with access to the hub."
+        ) from error
+    except ValueError as error:
+        if "not found" not in str(error):
+            raise
+        raise ValueError(
+            f"model_name={cfg.model_name!r} is not one that TransformerLens knows."
+            f"{similar_models(cfg.model_name)}"
+        ) from None
     return _with_dtype(ModelShape(cfg.model_name, config), dtype)
 
 
@@ -144,38 +160,33 @@ def _table() -> dict[str, dict[str, Any]]:
 
 def _hf_config(name: str) -> Any:
     known = _table().get(_VARIANT.sub("", name))
-    if known is not None:
-        return AutoConfig.for_model(**known)
-    try:
-        return AutoConfig.from_pretrained(name)
-    except OSError as error:
-        raise _unknown(name) from error
+    return AutoConfig.from_pretrained(name) if known is None else AutoConfig.for_model(**known)
 
 
-def _hooked_config(name: str, kwargs: dict[str, Any]) -> Any:
-    """TransformerLens's config; what its own tables lack, it converts from Hugging Face's."""
-    from transformer_lens.loading_from_pretrained import get_official_model_name, get_pretrained_model_config
+def hooked_config(name: str, **kwargs: Any) -> Any:
+    """TransformerLens's config of a model; what its own tables lack, it converts from Hugging Face's.
 
-    wanted = {key: kwargs[key] for key in ("n_ctx", "first_n_layers") if key in kwargs}
+    Args:
+        name: As TransformerLens knows it, or a folder.
+        kwargs: Passed on to TransformerLens: n_ctx, first_n_layers.
+
+    Raises:
+        ValueError: TransformerLens does not know the name.
+        OSError: the config.json is not in the cache, and the hub cannot be reached.
+    """
     if Path(name).is_dir():
-        return get_pretrained_model_config(name, device="cpu", **wanted)
-    try:
-        official = get_official_model_name(name)
-    except ValueError:
-        raise ValueError(
-            f"model_name={name!r} is not one that TransformerLens knows.{similar_models(name)}"
-        ) from None
+        return get_pretrained_model_config(name, device="cpu", **kwargs)
+    official = get_official_model_name(name)
     known = _table().get(official) or _table().get(_VARIANT.sub("", official))
-    if known is not None:
-        hf = AutoConfig.for_model(**known)
-        hf.architectures = [_architecture(hf)]
-        with tempfile.TemporaryDirectory() as folder:
-            hf.save_pretrained(folder)
-            return get_pretrained_model_config(folder, device="cpu", **wanted)
-    try:
-        return get_pretrained_model_config(official, device="cpu", **wanted)
-    except OSError as error:
-        raise _unknown(name) from error
+    if known is None:
+        return get_pretrained_model_config(official, device="cpu", **kwargs)
+    hf = AutoConfig.for_model(**known)
+    hf.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[hf.model_type]]
+    with tempfile.TemporaryDirectory() as folder:
+        hf.save_pretrained(folder)
+        config = get_pretrained_model_config(folder, device="cpu", **kwargs)
+    config.model_name = official.rpartition("/")[2]
+    return config
 
 
 def similar_models(name: str) -> str:
@@ -184,16 +195,3 @@ def similar_models(name: str) -> str:
 
     close = difflib.get_close_matches(name, OFFICIAL_MODEL_NAMES, n=3)
     return f" Similar: {', '.join(close)}." if close else ""
-
-
-def _architecture(hf: Any) -> str:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[hf.model_type]
-
-
-def _unknown(name: str) -> ValueError:
-    return ValueError(
-        f"model_name={name!r}: its shape is not known here, and its config.json cannot be fetched from the "
-        "hub. Give a folder with a config.json in it, or try again with access to the hub."
-    )

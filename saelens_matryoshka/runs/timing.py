@@ -2,8 +2,8 @@
 
 A few real training steps of SAELens's trainer on random activations, and a few real passes of the language
 model with random weights. What would take too long or too much memory is measured smaller and extrapolated:
-the time of a step is a·B·S + b·B + c·S for B rows and S latents (the encoder's product, what follows the batch,
-what follows the weights), and that of the language model grows with its layers and prompts.
+the time of a step is a·B·S + b·B + c·S for B rows and S latents (the encoder's product, what follows the
+batch, what follows the weights), and that of the language model grows with its layers and prompts.
 """
 
 from __future__ import annotations
