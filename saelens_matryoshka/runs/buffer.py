@@ -44,7 +44,7 @@ def buffer_rows(
         waiting = llm_batch if n_batches else 0  # the batch before is referred to until the next is there
         filling = max(filling, base + own + waiting)
         n_batches += 1
-        if stored:
+        if n_batches > 1:  # even to what was served to the last row
             moved += stored + llm_batch
             shuffling = max(shuffling, base + own + 2 * llm_batch + stored)
             stored, own = stored + llm_batch, stored + llm_batch

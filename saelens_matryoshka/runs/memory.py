@@ -1,6 +1,6 @@
 """What a training run needs in memory, by part and by what the run is doing.
 
-The language model's parts are counted by building and running it on fake tensors; those of the training step
+The language model's parts are counted by building and running it on tensors without data; those of the training step
 follow from `saelens_matryoshka.ops`, those of the activation store from SAELens's mixing buffer. On a GPU the
 figures are those of `torch.cuda.max_memory_allocated`, plus the CUDA context; on a CPU those of the resident
 memory.
@@ -9,6 +9,7 @@ memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -76,18 +77,20 @@ def hooks_of(cfg: LanguageModelSAERunnerConfig[Any]) -> list[str]:
 
 
 def trace_forward(cfg: LanguageModelSAERunnerConfig[Any], shape: ModelShape) -> ForwardTrace:
-    """Count one batch of the language model, up to the last layer that is read, on fake tensors.
+    """Count one batch of the language model, up to the last layer that is read, without computing it.
 
     Raises:
         ValueError: the model has no such hook, or its width is not the dictionary's.
     """
     hooks = hooks_of(cfg)
-    with FakeTensorMode():
-        model = shape.build("cpu")
+    # Tensors on the meta device are faster than fake ones, but do not know autocast.
+    device = "cpu" if cfg.autocast_lm else "meta"
+    with FakeTensorMode() if cfg.autocast_lm else nullcontext():
+        model = shape.build(device)
         for hook, field in zip(hooks, ("hook_name", "hook_name_out"), strict=False):
             check_hook(model, hook, field)
         weights = {id(t.untyped_storage()): t for t in (*model.parameters(), *model.buffers())}
-        tokens = torch.zeros(cfg.store_batch_size_prompts, cfg.context_size, dtype=torch.long)
+        tokens = torch.zeros(cfg.store_batch_size_prompts, cfg.context_size, dtype=torch.long, device=device)
         with (
             PeakMemory() as memory,
             torch.no_grad(),
