@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -189,7 +192,8 @@ def _summary(settings: Settings) -> str:
 def _show_plan(settings: Settings, folder: RunFolder, console: Console, *, as_json: bool) -> None:
     values = settings.values()
     if as_json:
-        print(json.dumps({"folder": str(folder.path), "mapping": settings.mapping, "settings": values}))
+        plan = {"folder": str(folder.path), "mapping": settings.mapping, "settings": values}
+        print(json.dumps({**plan, "estimate": _estimate(settings, lambda found: found.to_dict())}, indent=2))
         return
     from rich.table import Table
 
@@ -203,6 +207,16 @@ def _show_plan(settings: Settings, folder: RunFolder, console: Console, *, as_js
     console.print(table)
     n_left = len(values) - len(settings.given)
     console.print(f"{n_left} other settings are SAELens's defaults; --json prints them too.")
+    if (tables := _estimate(settings, lambda found: found.tables())) is not None:
+        console.print(tables)
+
+
+def _estimate(settings: Settings, show: Callable[[Any], Any]) -> Any:
+    """What the run will take, shown in some way; None without `saelens_matryoshka.runs.estimate`."""
+    if find_spec("saelens_matryoshka.runs.estimate") is None:
+        return None
+    module = import_module("saelens_matryoshka.runs.estimate")
+    return show(module.estimate(settings.cfg))
 
 
 def _print_all_help(context: typer.Context) -> None:
@@ -243,7 +257,11 @@ def presets(
         console.print(table)
         console.print(f"`saelens-matryoshka train --preset {name} --dry-run` shows what it resolves to.")
         return
-    table = Table("preset", "model", "layer", "latents", "k", "tokens", **_PLAIN)
+    table = Table(**_PLAIN)
+    table.add_column("preset", no_wrap=True)
+    table.add_column("model", overflow="fold")
+    for heading in ("layer", "latents", "k", "tokens"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for preset in found:
         values = preset.to_dict()
         table.add_row(
