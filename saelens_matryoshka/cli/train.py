@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -114,7 +111,7 @@ def train(
         from saelens_matryoshka.runs.fields import Given
         from saelens_matryoshka.runs.folder import require_name
         from saelens_matryoshka.runs.presets import load_preset
-        from saelens_matryoshka.runs.settings import read_file, read_flags, resolve
+        from saelens_matryoshka.runs.settings import read_file, read_flags, require_devices, resolve
 
         flags = read_flags(context.args)
         own = {"mapping": mapping, "layer": layer, "log_to_wandb": wandb or None}
@@ -127,6 +124,8 @@ def train(
         settings = resolve(layers, recommended=not saelens_defaults)
         folder = _folder(settings, out, name)
         folder.require_unused()
+        if not dry_run:
+            require_devices(settings.cfg)
     if dry_run:
         _show_plan(settings, folder, console, as_json=as_json)
         return
@@ -192,8 +191,9 @@ def _summary(settings: Settings) -> str:
 def _show_plan(settings: Settings, folder: RunFolder, console: Console, *, as_json: bool) -> None:
     values = settings.values()
     if as_json:
+        estimate = _estimate(settings)
         plan = {"folder": str(folder.path), "mapping": settings.mapping, "settings": values}
-        print(json.dumps({**plan, "estimate": _estimate(settings, lambda found: found.to_dict())}, indent=2))
+        print(json.dumps({**plan, "estimate": estimate and estimate.to_dict()}, indent=2))
         return
     from rich.table import Table
 
@@ -207,16 +207,18 @@ def _show_plan(settings: Settings, folder: RunFolder, console: Console, *, as_js
     console.print(table)
     n_left = len(values) - len(settings.given)
     console.print(f"{n_left} other settings are SAELens's defaults; --json prints them too.")
-    if (tables := _estimate(settings, lambda found: found.tables())) is not None:
-        console.print(tables)
+    if (estimate := _estimate(settings)) is not None:
+        console.print(estimate.tables())
 
 
-def _estimate(settings: Settings, show: Callable[[Any], Any]) -> Any:
-    """What the run will take, shown in some way; None without `saelens_matryoshka.runs.estimate`."""
+def _estimate(settings: Settings) -> Any:
+    """What the run will take, an `Estimate`; None in a release without `saelens_matryoshka.runs.estimate`."""
+    from importlib import import_module
+    from importlib.util import find_spec
+
     if find_spec("saelens_matryoshka.runs.estimate") is None:
         return None
-    module = import_module("saelens_matryoshka.runs.estimate")
-    return show(module.estimate(settings.cfg))
+    return import_module("saelens_matryoshka.runs.estimate").estimate(settings.cfg)
 
 
 def _print_all_help(context: typer.Context) -> None:

@@ -17,7 +17,6 @@ from saelens_matryoshka.evaluation.result import EvalResult
 from saelens_matryoshka.evaluation.training_evaluator import HeldOutEvaluator
 from saelens_matryoshka.runner import Observer, observe
 from saelens_matryoshka.runs.folder import RunFolder, now, versions
-from saelens_matryoshka.runs.lock import locked
 from saelens_matryoshka.runs.mappings import TINY
 from saelens_matryoshka.runs.metrics_log import MetricsLog
 from saelens_matryoshka.runs.settings import TINY_TEXT, Settings
@@ -77,19 +76,18 @@ def train_run(
     runner = RunRunner(cfg, observers=observers, **_overrides(settings))
 
     folder.path.mkdir(parents=True, exist_ok=True)
-    with locked(folder.path):
-        folder.require_unused()
-        folder.write_config(
-            settings,
-            command=list(command),
-            versions=versions(),
-            wandb={"id": cfg.logger.wandb_id} if cfg.logger.log_to_wandb else None,
-            started_at=now(),
-        )
-        with _wandb_in(folder):
-            runner.run()
-        result = evaluate_run(runner, folder)
-        folder.add_record("completed_at", now())
+    folder.require_unused()
+    folder.write_config(
+        settings,
+        command=list(command),
+        versions=versions(),
+        wandb={"id": cfg.logger.wandb_id} if cfg.logger.log_to_wandb else None,
+        started_at=now(),
+    )
+    with _wandb_in(folder):
+        runner.run()
+    result = evaluate_run(runner, folder)
+    folder.add_record("completed_at", now())
     return result
 
 
@@ -109,7 +107,9 @@ def _overrides(settings: Settings) -> dict[str, Any]:
         return {}
     from saelens_matryoshka import tiny
 
-    found: dict[str, Any] = {"override_model": tiny.load_hooked_transformer().to(settings.cfg.llm_device)}
+    model = tiny.load_hooked_transformer()
+    on_cpu = settings.cfg.llm_device == "cpu"  # .to says on stdout that it moves the model
+    found: dict[str, Any] = {"override_model": model if on_cpu else model.to(settings.cfg.llm_device)}
     if settings.cfg.dataset_path == TINY_TEXT:
         found["override_dataset"] = tiny.text.dataset("train")
     return found
