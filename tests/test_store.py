@@ -26,17 +26,8 @@ from tests.fake_model import FakeModel
 CONTEXT = 16
 
 
-class Tokenizer:
-    """One token per character."""
-
-    bos_token_id = 1
-    eos_token_id = 2
-    sep_token_id = None
-    all_special_ids = (1, 2)
-
-
 class TextModel(FakeModel):
-    tokenizer = Tokenizer()
+    """One token per character."""
 
     def to_tokens(self, text: str, **_: Any) -> torch.Tensor:
         return torch.tensor([[ord(character) % 50 for character in text]], dtype=torch.long)
@@ -140,7 +131,7 @@ def test_mixing_buffer_is_saelens_s(data: Any, buffer_size: int, batch_size: int
 
 @given(
     texts=st.lists(st.text("ab", max_size=30), min_size=1, max_size=12),
-    size=st.integers(1, 12),
+    size=st.integers(2, 12),
     prepend_bos=st.booleans(),
     separator=st.sampled_from(["bos", "eos", None, ord("a") % 50]),
 )
@@ -151,11 +142,11 @@ def test_documents_are_cut_into_sequences_as_saelens_cuts_them(
     dataset = datasets.Dataset.from_dict({"text": texts})
     overrides = {"context_size": size, "prepend_bos": prepend_bos, "sequence_separator_token": separator}
     store = _store(ResumableStore, dataset, **overrides)
-    ids = {"bos": 1, "eos": 2}
+    ids = {"bos": 0, "eos": 1}
     theirs = concat_and_batch_sequences(
         (TextModel().to_tokens(text)[0] for text in texts),
         size,
-        begin_batch_token_id=1 if prepend_bos else None,
+        begin_batch_token_id=0 if prepend_bos else None,
         sequence_separator_token_id=ids.get(separator, separator),
     )
     assert [s.tolist() for s in store.sequences()] == [s.tolist() for s in theirs]
@@ -165,7 +156,7 @@ def test_documents_are_cut_into_sequences_as_saelens_cuts_them(
 @pytest.mark.parametrize("n_before", [0, 1, 2, 5, 17, 60])
 @pytest.mark.parametrize("mix_fraction", [0.5, 0.0])
 def test_continues_with_the_next_batch(kind: str, n_before: int, mix_fraction: float, tmp_path: Path) -> None:
-    overrides = {"activations_mixing_fraction": mix_fraction, "exclude_special_tokens": torch.tensor([1])}
+    overrides = {"activations_mixing_fraction": mix_fraction, "exclude_special_tokens": torch.tensor([0])}
     torch.manual_seed(0)
     store = _store(ResumableStore, _dataset(kind), **overrides)
     if n_before:
