@@ -130,7 +130,7 @@ def runs_table(runs: list[Run], *, prefixes: bool = False) -> Table:
         runs: As `find_runs` gives them.
         prefixes: A row for every prefix, and not for the whole dictionary alone.
     """
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("run", overflow="fold")
     table.add_column("status", no_wrap=True)
     for heading in ("tokens", "FVU", "L0", "dead", "CE rec."):
@@ -151,15 +151,15 @@ def runs_table(runs: list[Run], *, prefixes: bool = False) -> Table:
 
 
 def _metrics(row: dict[str, Any], evaluated: bool) -> list[str]:
-    mark = "" if evaluated else "~"
     formats = {"fvu": "{:.3f}", "l0": "{:.1f}", "dead_fraction": "{:.1%}", "ce_recovered": "{:.1%}"}
-    return ["-" if row[name] is None else mark + form.format(row[name]) for name, form in formats.items()]
+    fvu, *others = ["-" if row[name] is None else form.format(row[name]) for name, form in formats.items()]
+    return [fvu if evaluated else f"~{fvu}", *others]
 
 
 def _tokens(run: Run) -> str:
     if run.status == "done":
         return _short(run.tokens)
-    return f"{run.tokens / run.training_tokens:.0%} of {_short(run.training_tokens)}"
+    return f"{_short(run.tokens)}/{_short(run.training_tokens)}"
 
 
 def _short(n: int) -> str:

@@ -69,7 +69,7 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file, and was to be the run's folder: choose another --name.")
-        if not self.path.exists() or all(entry.name == LOCK for entry in self.path.iterdir()):
+        if not self.path.exists() or all(child.name == LOCK for child in self.path.iterdir()):
             return
         if not self.config.exists():
             raise ValueError(f"{self.path} holds other files. Choose another --name or --out.")

@@ -42,12 +42,14 @@ Layer = Mapping[str, Given]
 
 # Settings of ours, beside SAELens's: name and type.
 _OURS: dict[str, Any] = {"mapping": str, "layer": int, "architecture": str}
+# Flags of the command that are no settings, for suggestions.
+_OF_THE_COMMAND = ("preset", "config", "name", "out", "dry_run", "resume", "wandb")
 # What SAELens is given here, and where it comes from instead.
 _RESERVED = {"checkpoint_path": "checkpoints are kept in the run's folder. Choose it with --out and --name."}
 # What another run must not repeat.
 _OF_ONE_FOLDER = {*_RESERVED, "output_path", "resume_from_checkpoint", "wandb_id", "run_name"}
 # What the file of a finished run says beside its settings.
-RECORDS = ("started_at", "completed_at", "versions", "command", "wandb")
+RECORDS = ("started_at", "completed_at", "versions", "command", "wandb", "upkeep")
 
 TINY_TEXT = "the Python standard library"
 
@@ -200,7 +202,7 @@ def resolve(layers: Sequence[Layer], *, recommended: bool = True) -> Settings:
         if name in _RESERVED:
             raise ValueError(f"{one.called(name)}: {_RESERVED[name]}")
         if name not in known and name not in _OURS:
-            raise unknown(name, one, architecture, _OURS)
+            raise unknown(name, one, architecture, [*_OURS, *_OF_THE_COMMAND])
         hint = _OURS[name] if name in _OURS else known[name].hint
         given[name] = Given(read_value(name, one, hint), one.origin)
     given.setdefault("architecture", Given(architecture, "default"))
@@ -219,6 +221,21 @@ def resolve(layers: Sequence[Layer], *, recommended: bool = True) -> Settings:
     cfg = _build(config_class, values)
     _check_schedule(cfg)
     return Settings(cfg, given, label)
+
+
+def require_devices(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Refuse devices that this machine does not have.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    for name in ("device", "llm_device", "act_store_device"):
+        device = getattr(cfg, name)
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, ImportError) as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise ValueError(f"--{name} {device!r} cannot be used here: {reason}.") from None
 
 
 def _architecture(given: Mapping[str, Given]) -> str:
