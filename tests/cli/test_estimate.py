@@ -73,7 +73,8 @@ def test_a_gpu_that_is_not_here_is_not_guessed(
 
 
 @pytest.mark.parametrize(
-    ("text", "n_bytes"), [("24GB", 24 * 10**9), ("24 GiB", 24 << 30), ("16g", 16 * 10**9), ("1.5TB", 15 * 10**11)]
+    ("text", "n_bytes"),
+    [("24GB", 24 * 10**9), ("24 GiB", 24 << 30), ("16g", 16 * 10**9), ("1.5TB", 15 * 10**11)],
 )
 def test_sizes_are_read(text: str, n_bytes: int) -> None:
     assert read_size("--gpu-memory", text) == n_bytes

@@ -172,8 +172,8 @@ def test_eval_and_compare_draw_and_write_tables(
     pytest.importorskip("matplotlib")
     plot, table = tmp_path / "plot.svg", tmp_path / "table.md"
     code, said = _run(
-        monkeypatch, capsys, "compare", folders / "first", folders / "second", "--tokens", 300, "--ce-tokens", 60,
-        "--plot", plot, "--table", table,
+        monkeypatch, capsys, "compare", folders / "first", folders / "second", "--tokens", 300,
+        "--ce-tokens", 60, "--plot", plot, "--table", table,
     )  # fmt: skip
     assert code == 0, said
     assert plot.read_text().count("<svg") == 1
