@@ -56,8 +56,8 @@ def estimate(
 ) -> None:
     """What a training run will take: memory on every device, and time. Nothing is downloaded.
 
-    Takes the settings of `train`. The time is that of a few real steps here. Where it does not fit,
-    the one setting is named that helps most. Exit code 1 if it does not fit.
+    Takes the settings of `train`. The time comes from a few real steps on this machine, if it has the device.
+    Where it does not fit, the one setting is named that helps most, and the exit code is 1.
 
       saelens-matryoshka estimate --preset gpt2
       saelens-matryoshka estimate --preset gemma-2-2b --device cuda --gpu-memory 24GB

@@ -106,6 +106,7 @@ def _candidates(cfg: LanguageModelSAERunnerConfig[Any]) -> Iterator[list[dict[st
     yield [{"autocast": True}]
     yield _halvings(cfg, "train_batch_size_tokens")
     yield [{"dtype": "bfloat16"}]
+    yield [{"sae.dtype": "bfloat16"}]
     if device_name(cfg.llm_device or cfg.device) != "cpu":
         yield [{"llm_device": "cpu"}]
 
@@ -124,11 +125,10 @@ def _changed(
     """A copy with other settings; None if SAELens would refuse it or it is the same."""
     tried = copy.deepcopy(cfg)
     for name, value in settings.items():
-        if getattr(tried, name) == value:
+        owner, name = (tried.sae, name[4:]) if name.startswith("sae.") else (tried, name)
+        if getattr(owner, name) == value:
             return None
-        setattr(tried, name, value)
-    if "dtype" in settings:
-        tried.sae.dtype = settings["dtype"]
+        setattr(owner, name, value)
     if tried.n_batches_in_buffer * tried.context_size < tried.train_batch_size_tokens:
         return None
     return tried

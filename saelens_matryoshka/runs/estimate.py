@@ -155,7 +155,7 @@ class Estimate:
 
     def _time_line(self) -> str:
         if self.time is None:
-            return "Time: not measured here."
+            return "Time: not measured."
         t = self.time
         parts = (
             f"step {_seconds(t.step)}, language model {_seconds(t.language_model * t.llm_batches_per_step)}"

@@ -149,11 +149,15 @@ def _is_transcoder(cfg: LanguageModelSAERunnerConfig[Any]) -> bool:
 
 def _stored_itemsize(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
     """SAELens's own store of one hook holds float32 whatever the dtype."""
-    return _itemsize(cfg.dtype) if _is_transcoder(cfg) else _FLOAT32
+    size = _itemsize(cfg.dtype)
+    return size if _is_transcoder(cfg) else _FLOAT32
 
 
 def _itemsize(dtype: str) -> int:
-    return getattr(torch, str(dtype).removeprefix("torch.")).itemsize
+    found = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype={dtype!r} is no data type of torch: take float32 or bfloat16.")
+    return found.itemsize
 
 
 def device_name(device: Any) -> str:
