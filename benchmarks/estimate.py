@@ -153,7 +153,7 @@ def _miniature(device: str, output_path: str) -> LanguageModelSAERunnerConfig[An
     """A run of no size, which loads all that a run loads."""
     cfg = runner_config("tiny transcoder, large buffer", device, output_path)
     cfg.sae = sm.MatryoshkaTrainingTranscoderConfig(
-        d_in=128, d_sae=64, k=4, hook_name_out=cfg.sae.hook_name_out, device=device
+        d_in=128, d_sae=64, k=4, matryoshka_widths=[64], hook_name_out=cfg.sae.hook_name_out, device=device
     )
     cfg.training_tokens, cfg.train_batch_size_tokens, cfg.n_batches_in_buffer = 512, 256, 2
     cfg.context_size, cfg.store_batch_size_prompts = 128, 2
