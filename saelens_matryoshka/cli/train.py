@@ -315,7 +315,7 @@ def presets(
     """List the presets of `train`, or show one.
 
     saelens-matryoshka presets
-    saelens-matryoshka presets gemma-2-2b-8-18k
+    saelens-matryoshka presets gemma-2-2b-layer-8
     """
     from rich.table import Table
 
