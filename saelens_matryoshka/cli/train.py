@@ -283,7 +283,9 @@ def _show_plan(settings: Settings, folder: RunFolder, console: Console, *, as_js
     console.print(table)
     n_left = len(values) - len(settings.given)
     console.print(f"{n_left} other settings are SAELens's defaults; --json prints them too.")
-    if (estimate := _estimate(settings)) is not None:
+    with console.status("estimating memory and time"):
+        estimate = _estimate(settings)
+    if estimate is not None:
         console.print(estimate.tables())
 
 
