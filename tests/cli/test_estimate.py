@@ -50,7 +50,7 @@ def test_what_does_not_fit_says_what_helps_and_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, said = _run(
-        monkeypatch, capsys, "estimate", "--preset", "gpt2", "--device", "cuda", "--gpu-memory", "6GB",
+        monkeypatch, capsys, "estimate", "--preset", "gpt2", "--device", "cuda", "--gpu-memory", "4GB",
         "--cpu-memory", "64GB", "--no-time",
     )  # fmt: skip
     assert code == 1
