@@ -40,7 +40,7 @@ from saelens_matryoshka.prefixes import inference_model
 
 _LAYER, _D, _K, _WIDTHS, _BATCH = 2, 128, 16, (64, 256, 512, 1024), 1024
 _N_TOKENS, _N_VALIDATION, _N_HELD_OUT = 800 * _BATCH, 1024, 32768
-_RECOMMENDED = "recommended"
+_RECOMMENDED, _PLAIN = "recommended", "one level only (no nesting)"
 
 
 class Tried(sm.MatryoshkaTrainingTranscoder):
@@ -173,7 +173,7 @@ class ResponseDecoder(Tried):
 
 
 class ZeroDecoder(Tried):
-    """The decoder starts at zero, the encoder where it is (selection by plain activations)."""
+    """The decoder starts at zero, the encoder where it is."""
 
     @override
     def initialize_weights(self) -> None:
@@ -201,7 +201,7 @@ class Variant:
 
 VARIANTS = (
     Variant(_RECOMMENDED),
-    Variant("one level only (no nesting)", fields={"matryoshka_widths": [_WIDTHS[-1]]}),
+    Variant(_PLAIN),
     Variant("level weights ¼ ¼ ½ 1", fields={"level_weights": [0.25, 0.25, 0.5, 1.0]}),
     Variant("prefix weights fall late to 0.4", LateWeights),
     Variant("level weights 1 / own loss", EqualRelative),
@@ -211,12 +211,12 @@ VARIANTS = (
     Variant("decoder orthogonality 0.01", OrthogonalDecoder),
     Variant("decoder orthogonality 0.1", MoreOrthogonalDecoder),
     Variant("decoder from the MLP's response", ResponseDecoder),
-    Variant("selection without decoder norms", fields={"rescale_acts_by_decoder_norm": False}),
-    Variant("decoder from zero, the same", ZeroDecoder, {"rescale_acts_by_decoder_norm": False}),
+    Variant("decoder from zero", ZeroDecoder),
+    Variant("selection times decoder norm", fields={"rescale_acts_by_decoder_norm": True}),
     Variant("k annealed from 4 k", AnnealedK),
     Variant("aux loss per level", fields={"use_matryoshka_aux_loss": True}),
     Variant("no aux loss", fields={"aux_loss_coefficient": 0.0}),
-    Variant("aux_k as SAELens, d/2", fields={"aux_k": _D // 2}),
+    Variant("aux_k 4", fields={"aux_k": 4}),
     Variant("half the learning rate", lr_factor=0.5),
     Variant("twice the learning rate", lr_factor=2.0),
 )
@@ -232,7 +232,7 @@ def measure(
             "d_in": _D,
             "d_sae": _WIDTHS[-1],
             "k": _K,
-            "matryoshka_widths": list(_WIDTHS),
+            "matryoshka_widths": list(_WIDTHS[-1:] if variant.name == _PLAIN else _WIDTHS),
             "hook_name_out": hooks.target.hook_name,
             "input_gain": "norm_weight",
             **variant.fields,
