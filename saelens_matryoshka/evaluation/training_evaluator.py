@@ -16,7 +16,6 @@ import torch
 from sae_lens import SAE, ActivationsStore, LanguageModelSAERunnerConfig
 from sae_lens.llm_sae_training_runner import LLMSaeEvaluator
 from sae_lens.training.activation_scaler import ActivationScaler
-from sae_lens.training.prefetch import PrefetchingIterator
 
 from saelens_matryoshka.architectures.training import MatryoshkaTraining
 from saelens_matryoshka.evaluation.evaluator import evaluate
@@ -87,19 +86,21 @@ class HeldOutEvaluator:
         with sae.keeping_threshold():
             model = _unscaled(inference_model(sae), activation_scaler)
         # The prefetcher's thread runs the same language model, whose hooks we are about to change.
-        prefetching = isinstance(data_provider, PrefetchingIterator)
-        with data_provider.paused() if prefetching else nullcontext():
-            result = evaluate(
-                model,
-                self.model,
-                self.tokens,
-                n_tokens=self.tokens.numel(),
-                n_ce_tokens=self.tokens.numel(),
-                batch_size_prompts=self.batch_size_prompts,
-                exclude_special_tokens=self.exclude_special_tokens,
-                model_kwargs=self.model_kwargs,
-            )
-        return logged_metrics(result)
+        with getattr(data_provider, "paused", nullcontext)():
+            return logged_metrics(self.result(model))
+
+    def result(self, model: SAE[Any]) -> EvalResult:
+        """Every prefix of an inference model on the held-out prompts."""
+        return evaluate(
+            model,
+            self.model,
+            self.tokens,
+            n_tokens=self.tokens.numel(),
+            n_ce_tokens=self.tokens.numel(),
+            batch_size_prompts=self.batch_size_prompts,
+            exclude_special_tokens=self.exclude_special_tokens,
+            model_kwargs=self.model_kwargs,
+        )
 
 
 def logged_metrics(result: EvalResult) -> dict[str, Any]:
