@@ -88,7 +88,7 @@ def _break_gradient(sae: Any, name: str, value: float) -> Any:
     def hook(gradient: torch.Tensor) -> torch.Tensor:
         handle.remove()
         gradient = gradient.clone()
-        gradient.view(-1)[0] = value
+        gradient[(0,) * gradient.dim()] = value
         return gradient
 
     handle = sae.get_parameter(name).register_hook(hook)
