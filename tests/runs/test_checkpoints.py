@@ -57,8 +57,7 @@ def test_checkpoint_is_named_by_its_tokens_and_found_again(name: str, tmp_path: 
     newest = kept.newest()
     assert newest is not None
     assert (newest.path, newest.n_steps, newest.n_tokens) == (path, 3, 96)
-    assert newest.versions["torch"] == torch.__version__.split("+")[0] or "torch" in newest.versions
-    assert newest.versions.keys() >= {"python", "sae-lens", "numpy"}
+    assert newest.versions.keys() >= {"python", "sae-lens", "torch", "numpy"}
     assert why_unusable(path) is None
 
 
