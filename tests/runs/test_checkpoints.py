@@ -47,7 +47,9 @@ def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("name", ["plain", "two words", "größe-Матрёшка-套娃", "a" * 100, "it's $HOME & \"co\""])
+@pytest.mark.parametrize(
+    "name", ["plain", "two words", "größe-Матрёшка-套娃", "a" * 100, 'it\'s $HOME & "co"']
+)
 def test_checkpoint_is_named_by_its_tokens_and_found_again(name: str, tmp_path: Path) -> None:
     kept, trainer = Checkpoints(tmp_path / name), _trainer(3)
     path = kept.save(trainer)
@@ -55,8 +57,7 @@ def test_checkpoint_is_named_by_its_tokens_and_found_again(name: str, tmp_path: 
     newest = kept.newest()
     assert newest is not None
     assert (newest.path, newest.n_steps, newest.n_tokens) == (path, 3, 96)
-    assert newest.versions["torch"] == torch.__version__.split("+")[0] or "torch" in newest.versions
-    assert newest.versions.keys() >= {"python", "sae-lens", "numpy"}
+    assert newest.versions.keys() >= {"python", "sae-lens", "torch", "numpy"}
     assert why_unusable(path) is None
 
 
@@ -68,7 +69,9 @@ def test_folder_may_be_a_symlink(tmp_path: Path) -> None:
     assert _names(tmp_path / "big disk") == ["32"]
 
 
-@pytest.mark.parametrize(("keep", "left"), [(1, ["160"]), (2, ["128", "160"]), (0, ["32", "64", "96", "128", "160"])])
+@pytest.mark.parametrize(
+    ("keep", "left"), [(1, ["160"]), (2, ["128", "160"]), (0, ["32", "64", "96", "128", "160"])]
+)
 def test_only_the_newest_are_kept(keep: int, left: list[str], tmp_path: Path) -> None:
     kept, trainer = Checkpoints(tmp_path, keep), _trainer()
     for _ in range(5):
@@ -97,7 +100,8 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize(
-    "file", ["sae_weights.safetensors", "trainer_state.pt", "training_state.safetensors", "cfg.json", MANIFEST]
+    "file",
+    ["sae_weights.safetensors", "trainer_state.pt", "training_state.safetensors", "cfg.json", MANIFEST],
 )
 def test_damaged_newest_checkpoint_falls_back_to_the_one_before(
     damage: str, file: str, tmp_path: Path
@@ -187,7 +191,7 @@ def test_really_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path) -> Non
         with pytest.raises(CheckpointError, match="There is none before it"):
             kept.save(trainer)
         assert _names(disk) == []
-        small = _trainer(1, d_sae=2000)
+        small = _trainer(1, d_sae=3000)
         first = kept.save(small)
         _step(small)
         with pytest.raises(CheckpointError, match=str(first)):
