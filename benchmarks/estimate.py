@@ -183,14 +183,14 @@ def _run(cfg: LanguageModelSAERunnerConfig[Any]) -> float:
     return times[-1] - times[0]
 
 
-def compare(name: str, device: str) -> dict[str, Any]:
+def compare(name: str, device: str, *, with_time: bool = True) -> dict[str, Any]:
     """Estimate and measurement of a case, each in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.estimate", "--device", device, "--measure", name]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{name}: {done.stderr.strip().splitlines()[-1]}")
     measured = json.loads(done.stdout.splitlines()[-1])
-    predicted = estimate(runner_config(name, device, None))
+    predicted = estimate(runner_config(name, device, None), with_time=with_time)
     place = next(d for d in predicted.devices if d.name.startswith(device))
     # the model is not loaded from files here, and the process was there before
     there = CUDA_CONTEXT_BYTES if device == "cuda" else PROCESS_BYTES
@@ -231,6 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--no-time", action="store_true", help="compare the memory only")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -244,7 +245,7 @@ def main() -> None:
     rows = []
     for name in CASES:
         if args.only in name:
-            rows.append(compare(name, args.device))
+            rows.append(compare(name, args.device, with_time=not args.no_time))
             console.print(f"{name}: done", style="dim")
     console.print(table(rows))
     described = machine.describe(args.device)

@@ -62,7 +62,7 @@ class MixingBuffer(Iterator[torch.Tensor], Generic[P]):
         while self.serving is None or len(self.serving) < self._batch_size:
             self._refill()
         batch, self.serving = self.serving[: self._batch_size], self.serving[self._batch_size :]
-        return batch
+        return batch.clone()  # who still refers to a slice keeps the whole buffer in memory
 
     def _refill(self) -> None:
         try:
@@ -72,6 +72,7 @@ class MixingBuffer(Iterator[torch.Tensor], Generic[P]):
                 raise
             self._serve(self.rows, len(self.rows) // self._batch_size)
             return
+        self.serving = None  # its memory is free once the rows are a tensor of their own
         self.rows = new if self.rows is None else torch.cat([self.rows, new])
         self.position = position
         if len(self.rows) < self._buffer_size:

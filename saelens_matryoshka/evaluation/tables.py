@@ -54,7 +54,8 @@ def markdown(results: Mapping[str, EvalResult]) -> str:
         "| --- |" + " ---: |" * len(COLUMNS),
     ]
     for name, result in results.items():
-        lines += [f"| {name} | " + " | ".join(cells(prefix)) + " |" for prefix in result.prefixes]
+        shown = name.replace("|", r"\|")
+        lines += [f"| {shown} | " + " | ".join(cells(prefix)) + " |" for prefix in result.prefixes]
     return "\n".join(lines) + "\n"
 
 

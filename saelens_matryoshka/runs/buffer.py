@@ -1,8 +1,7 @@
-"""What SAELens's mixing buffer holds and moves, counted without activations.
+"""What the mixing buffer holds and moves, counted without activations.
 
-The buffer is filled by concatenating one batch of the language model after the other, shuffled into a
-new tensor, and served in slices of it. So a slice that is still held by someone keeps the whole tensor
-alive, and a refill holds the old tensor, the growing new one and its shuffled copy at a time.
+The buffer is filled by concatenating one batch of the language model after the other, shuffled into a new
+tensor, and served in slices of it. So there are two of them at a time whenever it is refilled.
 """
 
 from __future__ import annotations
@@ -25,10 +24,8 @@ class BufferRows(NamedTuple):
     """times the buffer is shuffled until the rows wanted were served"""
 
 
-def buffer_rows(
-    *, buffer_size: int, llm_batch: int, train_batch: int, mix: float, wanted: int, batch_is_view: bool
-) -> BufferRows:
-    """Follow `sae_lens.training.mixing_buffer` until `wanted` rows were served, or its rhythm is known.
+def buffer_rows(*, buffer_size: int, llm_batch: int, train_batch: int, mix: float, wanted: int) -> BufferRows:
+    """Follow `saelens_matryoshka.mixing` until `wanted` rows were served, or its rhythm is known.
 
     Args:
         buffer_size: Rows from which it is shuffled and served.
@@ -36,37 +33,29 @@ def buffer_rows(
         train_batch: Rows of one training step.
         mix: Share of buffer_size that is kept back at each shuffle.
         wanted: Rows to be served in all.
-        batch_is_view: The last step's batch is still referred to in the next step, as a slice of its buffer.
     """
-    filling = shuffling = serving = moved = served = refills = n_batches = 0
-    stored = own = base = 0  # rows waiting; of a tensor of their own; of the tensor that was last served
-    while served < wanted and (refills < 4 or served == 0):
-        waiting = llm_batch if n_batches else 0  # the batch before is referred to until the next is there
-        filling = max(filling, base + own + waiting)
-        n_batches += 1
-        if stored:
-            moved += stored + llm_batch
-            shuffling = max(shuffling, base + own + 2 * llm_batch + stored)
-            stored, own = stored + llm_batch, stored + llm_batch
+    filling = shuffling = serving = moved = served = refills = 0
+    stored = held = 0  # rows that wait, and those of the tensor they are a slice of
+    while served < wanted and refills < 4:
+        filling = max(filling, held)
+        if held:
+            stored += llm_batch
+            shuffling = max(shuffling, held + llm_batch + stored)
+            moved += stored
         else:
-            stored, own = llm_batch, 0  # it is the batch itself
+            stored = llm_batch
+        held = stored
         if stored < buffer_size:
             continue
         refills += 1
-        extra = llm_batch if own else 0
         if mix > 0:
+            new = llm_batch if stored > llm_batch else 0  # else it is the tensor itself
+            shuffling = max(shuffling, 2 * stored + new)
             moved += stored
-            shuffling = max(shuffling, base + max(own, llm_batch) + stored + extra)
-            extra = llm_batch
-        old, base = base, stored
-        n_served = max(1, (stored - int(buffer_size * mix)) // train_batch) * train_batch
-        serving = max(serving, base + extra + (old if batch_is_view else 0))
-        served += min(n_served, stored)
-        stored, own = max(stored - n_served, 0), 0
-    return BufferRows(
-        filling, shuffling, serving, moved / max(served, 1), _total_refills(served, refills, wanted)
-    )
-
-
-def _total_refills(served: int, refills: int, wanted: int) -> int:
-    return refills if served >= wanted else round(refills * wanted / served)
+        serving = max(serving, held)
+        n_batches = max(1, (stored - int(buffer_size * mix)) // train_batch)
+        served += min(n_batches * train_batch, stored)
+        stored = max(0, stored - n_batches * train_batch)
+    if served < wanted:
+        refills = round(refills * wanted / served)
+    return BufferRows(filling, shuffling, serving, moved / max(served, 1), refills)

@@ -1,14 +1,15 @@
 """What a training run needs in memory, by part and by what the run is doing.
 
-The language model's parts are counted by building and running it on fake tensors; those of the training step
-follow from `saelens_matryoshka.ops`, those of the activation store from SAELens's mixing buffer. On a GPU the
-figures are those of `torch.cuda.max_memory_allocated`, plus the CUDA context; on a CPU those of the resident
-memory.
+The language model's parts are counted by building and running it on tensors without data; those of the
+training step follow from `saelens_matryoshka.ops`, those of the activation store from
+`saelens_matryoshka.mixing`. On a GPU the figures are those of `torch.cuda.max_memory_allocated`, plus the
+CUDA context; on a CPU those of the resident memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -76,18 +77,20 @@ def hooks_of(cfg: LanguageModelSAERunnerConfig[Any]) -> list[str]:
 
 
 def trace_forward(cfg: LanguageModelSAERunnerConfig[Any], shape: ModelShape) -> ForwardTrace:
-    """Count one batch of the language model, up to the last layer that is read, on fake tensors.
+    """Count one batch of the language model, up to the last layer that is read, without computing it.
 
     Raises:
         ValueError: the model has no such hook, or its width is not the dictionary's.
     """
     hooks = hooks_of(cfg)
-    with FakeTensorMode():
-        model = shape.build("cpu")
+    # Tensors on the meta device are faster than fake ones, but do not know autocast.
+    device = "cpu" if cfg.autocast_lm else "meta"
+    with FakeTensorMode() if cfg.autocast_lm else nullcontext():
+        model = shape.build(device)
         for hook, field in zip(hooks, ("hook_name", "hook_name_out"), strict=False):
             check_hook(model, hook, field)
         weights = {id(t.untyped_storage()): t for t in (*model.parameters(), *model.buffers())}
-        tokens = torch.zeros(cfg.store_batch_size_prompts, cfg.context_size, dtype=torch.long)
+        tokens = torch.zeros(cfg.store_batch_size_prompts, cfg.context_size, dtype=torch.long, device=device)
         with (
             PeakMemory() as memory,
             torch.no_grad(),
@@ -137,14 +140,7 @@ def store_rows(cfg: LanguageModelSAERunnerConfig[Any]) -> BufferRows:
         train_batch=cfg.train_batch_size_tokens,
         mix=cfg.activations_mixing_fraction,
         wanted=cfg.training_tokens,
-        batch_is_view=_batch_is_view(cfg),
     )
-
-
-def _batch_is_view(cfg: LanguageModelSAERunnerConfig[Any]) -> bool:
-    same_place = device_name(cfg.device) == device_name(cfg.act_store_device or cfg.device)
-    unscaled = cfg.sae.normalize_activations in ("none", None)
-    return same_place and unscaled and _itemsize(cfg.sae.dtype) == _stored_itemsize(cfg)
 
 
 def _is_transcoder(cfg: LanguageModelSAERunnerConfig[Any]) -> bool:
@@ -255,7 +251,7 @@ def _step(cfg: LanguageModelSAERunnerConfig[Any], refilled: bool) -> list[Need]:
         Need("weights in bfloat16", device, sae.d_in * sae.d_sae * 2 if cfg.autocast else 0, (FORWARD,)),
         Need("outputs of the levels", device, decoded, afterwards if on_cpu else _STEP),
         Need("levels being decoded", device, decoding, (FORWARD,)),
-        Need("batch and results", device, 2 * reads + int(sae.k * batch) * _ENTRY_BYTES, _STEP),
+        Need("batch and results", device, 2 * reads + int(sae.k * batch) * _ENTRY_BYTES, afterwards),
         Need("dead latents", device, n_dead * (5 * batch + 2 * (sae.d_in + d_out)) * size, _STEP),
     ]  # fmt: skip
 

@@ -1,7 +1,7 @@
 """How much memory some code takes at its peak, counted from the tensors it makes.
 
-With fake tensors nothing is computed and no memory taken, so that the forward pass of a model of any size
-can be counted anywhere, in a second.
+On the meta device, or with fake tensors, nothing is computed and no memory taken, so that the forward pass of
+a model of any size can be counted anywhere, in a second.
 """
 
 from __future__ import annotations

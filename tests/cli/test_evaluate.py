@@ -164,3 +164,33 @@ def test_bad_input_gets_one_clear_error_and_writes_nothing(
     assert message in " ".join(said.split())
     assert "Traceback" not in said
     assert not list(tmp_path.iterdir())
+
+
+def test_eval_and_compare_draw_and_write_tables(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    plot, table = tmp_path / "plot.svg", tmp_path / "table.md"
+    code, said = _run(
+        monkeypatch, capsys, "compare", folders / "first", folders / "second", "--tokens", 300,
+        "--ce-tokens", 60, "--plot", plot, "--table", table,
+    )  # fmt: skip
+    assert code == 0, said
+    assert plot.read_text().count("<svg") == 1
+    rows = [line.split(" | ")[:2] for line in table.read_text().splitlines()[2:]]
+    assert rows == [["| first", "32"], ["| first", "96"], ["| first", "256"], ["| second", "128"]]
+    page = tmp_path / "page.html"
+    code, said = _run(
+        monkeypatch, capsys, "eval", folders / "first", "--tokens", 300, "--ce-tokens", 0, "--plot", page
+    )
+    assert code == 0, said
+    assert f"written: {page}" in said.replace("\n", "")
+    assert page.is_file()
+
+
+def test_a_plot_that_could_not_be_written_is_refused_before_the_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, said = _run(monkeypatch, capsys, "eval", tmp_path / "nothing", "--plot", tmp_path / "plot.xyz")
+    assert code == 1
+    assert "plot.xyz" in said.replace("\n", "")

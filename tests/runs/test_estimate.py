@@ -1,0 +1,324 @@
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from sae_lens import LanguageModelSAERunnerConfig
+from transformer_lens import HookedTransformer
+
+import saelens_matryoshka as sm
+from saelens_matryoshka.mixing import MixingBuffer
+from saelens_matryoshka.runs import language_models
+from saelens_matryoshka.runs import memory as memory_module
+from saelens_matryoshka.runs.buffer import buffer_rows
+from saelens_matryoshka.runs.estimate import estimate
+from saelens_matryoshka.runs.language_models import hooked_config, model_shape
+from saelens_matryoshka.runs.memory import (
+    BACKWARD,
+    FILLING,
+    FORWARD,
+    LOADING,
+    PHASES,
+    SHUFFLING,
+    by_phase,
+    memory_needs,
+    trace_forward,
+)
+from saelens_matryoshka.runs.tracing import PeakMemory
+from tests.helpers import runner_config, trainer_for, transcoder_config
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def _gemma(**overrides: Any) -> LanguageModelSAERunnerConfig[Any]:
+    sae = sm.MatryoshkaTrainingTranscoderConfig(
+        d_in=2304,
+        d_sae=18432,
+        k=96,
+        matryoshka_widths=[1152, 4608, 9216, 18432],
+        hook_name_out="blocks.8.hook_mlp_out",
+        device=overrides.get("device", "cpu"),
+    )
+    settings: dict[str, Any] = {
+        "model_name": "gemma-2-2b",
+        "hook_name": "blocks.8.ln2.hook_normalized",
+        "context_size": 128,
+        "store_batch_size_prompts": 16,
+        "n_batches_in_buffer": 256,
+        "training_tokens": 1_000_000,
+        "train_batch_size_tokens": 4096,
+        "dead_feature_window": 1000,
+    }
+    return runner_config(sae, **{**settings, **overrides})
+
+
+# ---- the shapes of language models
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("gpt2", (12, 768, 3072, 50257, 163_037_184)),
+        ("gpt2-xl", (48, 1600, 6400, 50257, 1_637_792_000)),
+        ("pythia-70m-deduped", (6, 512, 2048, 50304, 70_426_624)),
+        ("Qwen/Qwen3-0.6B", (28, 1024, 3072, 151936, 751_632_384)),
+        ("gemma-2-2b", (26, 2304, 9216, 256000, None)),
+        ("meta-llama/Llama-3.2-1B", (16, 2048, 8192, 128256, None)),
+    ],
+)
+def test_shapes_are_known_without_the_hub(name: str, shape: tuple[int | None, ...]) -> None:
+    config = hooked_config(name)
+    assert (config.n_layers, config.d_model, config.d_mlp, config.d_vocab) == shape[:4]
+    if shape[4] is not None:
+        model = model_shape(runner_config(transcoder_config(), model_name=name)).build("meta")
+        weights = sum(
+            p.numel() for key, p in model.named_parameters() if not key.endswith(("b_U", "_b_K", "_b_V"))
+        )
+        assert weights == pytest.approx(shape[4], rel=0.01)
+
+
+def test_every_model_of_the_table_can_be_built_and_is_one_that_transformer_lens_knows() -> None:
+    for name in language_models._table():
+        shape = model_shape(runner_config(transcoder_config(), model_name=name))
+        assert shape.build("meta", n_layers=1).cfg.d_model == shape.config.d_model
+
+
+def test_an_unknown_model_is_refused_with_similar_names() -> None:
+    with pytest.raises(ValueError, match=r"model_name='gpt3'.*Similar: .*gpt2"):
+        model_shape(runner_config(transcoder_config(), model_name="gpt3"))
+
+
+def test_a_model_whose_shape_is_not_at_hand_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="its shape is not known here"):
+        model_shape(runner_config(transcoder_config(), model_name="facebook/opt-125m"))
+
+
+# ---- counting
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_tensors_without_data_count_what_the_real_model_takes(
+    tiny_model: HookedTransformer, autocast: bool
+) -> None:
+    cfg = runner_config(
+        transcoder_config(), context_size=64, store_batch_size_prompts=4, autocast_lm=autocast
+    )
+    traced = trace_forward(cfg, model_shape(cfg))
+    tokens = torch.zeros(4, 64, dtype=torch.long)
+    with PeakMemory() as real, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        memory_module.run_hooks(tiny_model, tokens, memory_module.hooks_of(cfg))
+    assert traced.peak == pytest.approx(real.peak, rel=0.01)
+    weights = {t.untyped_storage().data_ptr(): t for t in tiny_model.state_dict().values()}
+    assert traced.weights == pytest.approx(
+        sum(t.untyped_storage().nbytes() for t in weights.values()), rel=0.02
+    )
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.5])
+@pytest.mark.parametrize(("buffer_size", "llm_batch"), [(1000, 96), (300, 512), (512, 512)])
+def test_the_buffer_is_followed_to_the_row(mix: float, buffer_size: int, llm_batch: int) -> None:
+    width, train_batch, wanted = 64, 128, 3000
+
+    batches = itertools.cycle([0])
+    source = ((torch.zeros(llm_batch, width), position) for position in batches)
+    with PeakMemory() as memory:
+        kept = []
+        for batch in MixingBuffer(
+            source, buffer_size=buffer_size, batch_size=train_batch, mix_fraction=mix, start=0
+        ):
+            kept = [*kept[-1:], batch]  # as the trainer's last step does
+            wanted -= train_batch
+            if wanted <= 0:
+                break
+    rows = buffer_rows(
+        buffer_size=buffer_size, llm_batch=llm_batch, train_batch=train_batch, mix=mix, wanted=3000
+    )
+    most = max(rows.filling + llm_batch, rows.shuffling, rows.serving)
+    foretold = 4 * width * (most + 2 * train_batch)
+    assert foretold == pytest.approx(memory.peak, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["sae", "transcoder", "dead"])
+def test_the_step_takes_what_is_foretold(kind: str, dtype: str) -> None:
+    d, d_sae, batch = 64, 4096, 1024
+    sizes: dict[str, Any] = {
+        "d_in": d, "d_sae": d_sae, "k": 8, "matryoshka_widths": [256, 1024, 4096], "dtype": dtype,
+    }  # fmt: skip
+    config: Any = sm.MatryoshkaTrainingSAEConfig(**sizes)
+    build: Any = sm.MatryoshkaTrainingSAE
+    if kind == "transcoder":
+        config = sm.MatryoshkaTrainingTranscoderConfig(**sizes, hook_name_out="blocks.2.hook_mlp_out")
+        build = sm.MatryoshkaTrainingTranscoder
+    sae = build(config)
+    width = d if kind != "transcoder" else 2 * d
+    batches = [torch.randn(batch, width) for _ in range(2)]
+    trainer = trainer_for(sae, batches, dead_feature_window=1000)
+    if kind == "dead":
+        dead = torch.arange(d_sae) % 10 == 0
+        trainer.n_forward_passes_since_fired[dead] = 2000
+    with PeakMemory() as memory:
+        trainer.step(batches[0])
+        if kind == "dead":
+            trainer.n_forward_passes_since_fired[dead] = 2000
+        output = trainer.step(batches[1])
+    assert output.loss.isfinite()
+    cfg = runner_config(
+        config,
+        train_batch_size_tokens=batch,
+        training_tokens=100 * batch,
+        dead_feature_window=4 if kind == "dead" else 1000,
+        dtype=dtype,
+    )
+    trace = memory_module.ForwardTrace(weights=0, n_parameters=0, peak=0, widths=(d,))
+    parts = [
+        need
+        for need in memory_needs(cfg, trace)
+        if need.what not in ("activation buffer", "its copies at a refill", "held-out prompts", "recent rows",
+                             memory_module.PROCESS, "dictionary")
+    ]  # fmt: skip
+    foretold = max(by_phase(parts, "cpu")[phase] for phase in (FORWARD, BACKWARD))
+    assert foretold == pytest.approx(memory.peak, rel=0.15)
+
+
+# ---- the estimate
+
+
+def test_nothing_is_left_out_and_each_device_has_its_own() -> None:
+    found = estimate(
+        _gemma(device="cuda", llm_device="cuda:1", act_store_device="cpu"),
+        available={"cuda": 80 << 30, "cpu": 64 << 30},
+        with_time=False,
+    )
+    places = {device.name: device for device in found.devices}
+    assert set(places) == {"cuda:0", "cuda:1", "cpu"}
+    dictionary = 4 * (18432 * (2304 + 2304 + 1) + 2304)
+    assert places["cuda:0"].parts["dictionary"] == dictionary
+    assert places["cuda:0"].peak > 4 * dictionary
+    assert places["cuda:1"].parts["language model"] > 4 * 3.2e9
+    assert "activation buffer" in places["cpu"].parts or places["cpu"].peak_phase == LOADING
+    assert places["cpu"].phases[SHUFFLING] > 2 * 256 * 128 * 2 * 2304 * 4
+    assert found.fits
+    assert found.time is None
+    assert found.advice == []
+    for device in found.devices:
+        assert sum(device.parts.values()) == device.peak == max(device.phases.values())
+        assert tuple(device.phases) == PHASES
+
+
+def test_the_advice_is_what_it_says() -> None:
+    cfg = _gemma(device="cuda", n_batches_in_buffer=4096)
+    limits = {"cuda": 24 << 30, "cpu": 64 << 30}
+    found = estimate(cfg, available=limits, with_time=False)
+    assert found.fits is False
+    best = found.advice[0]
+    assert best.fits
+    for name, value in best.settings.items():
+        setattr(cfg, name, value)
+    followed = estimate(cfg, available=limits, with_time=False)
+    assert followed.fits
+    assert {device.name: device.peak for device in followed.devices} == best.peaks
+
+
+def test_what_helps_but_not_enough_is_said_to_be_so() -> None:
+    found = estimate(_gemma(), available={"cpu": 4 << 30}, with_time=False)
+    assert found.fits is False
+    assert not any(one.fits for one in found.advice)
+    saved = [one.saved for one in found.advice]
+    assert saved == sorted(saved, reverse=True)
+    console = Console(width=80, record=True)
+    console.print(found.tables())
+    said = console.export_text()
+    assert "does not fit" in said
+    assert "not enough: --model_from_pretrained_kwargs" in " ".join(said.split())
+    assert max(map(len, said.splitlines())) <= 80
+
+
+def test_the_time_is_measured_and_the_numbers_are_json(tiny_model: HookedTransformer) -> None:  # noqa: ARG001
+    state = torch.get_rng_state()
+    found = estimate(runner_config(transcoder_config()), available={"cpu": 1 << 40})
+    assert torch.equal(state, torch.get_rng_state())
+    assert found.time is not None
+    assert found.time.n_steps == 8
+    assert 0 < found.time.step < 10
+    numbers = json.loads(found.to_json())
+    assert numbers["fits"] is True
+    assert numbers["time"]["seconds"] == pytest.approx(found.time.total)
+    (cpu,) = numbers["devices"]
+    assert cpu["peak_bytes"] == sum(cpu["parts"].values())
+
+
+def test_extrapolation_finds_the_time_of_the_whole_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    from saelens_matryoshka.runs import timing
+
+    seen: list[tuple[int, int]] = []
+
+    def seconds(_: Any, rows: int, latents: int) -> float:
+        seen.append((rows, latents))
+        return 2e-9 * rows * latents + 3e-6 * rows + 5e-7 * latents
+
+    monkeypatch.setattr(timing, "_time_step", seconds)
+    cfg = _gemma(train_batch_size_tokens=16384)
+    found, scaled = timing._step_seconds(cfg, budget=1 << 30)
+    assert scaled
+    assert max(rows * latents for rows, latents in seen) < 16384 * 18432 / 8
+    assert found == pytest.approx(2e-9 * 16384 * 18432 + 3e-6 * 16384 + 5e-7 * 18432)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hook_name": "blocks.8.hook_nothing"}, "hook_name='blocks.8.hook_nothing'"),
+        ({"context_size": 10_000}, "context_size=10000"),
+        ({"model_class_name": "HookedMamba"}, "model_class_name='HookedMamba'"),
+    ],
+)
+def test_what_training_would_refuse_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        estimate(_gemma(**change), with_time=False)
+
+
+def test_a_width_that_is_not_the_hooks_is_refused() -> None:
+    cfg = runner_config(transcoder_config(d_in=64))
+    with pytest.raises(ValueError, match=r"d_in=64.*128 values"):
+        estimate(cfg, with_time=False)
+
+
+def test_prefetching_adds_the_step_to_the_refill() -> None:
+    plain, prefetching = (
+        estimate(_gemma(prefetch_llm_batches=on), available={}, with_time=False).devices[0]
+        for on in (False, True)
+    )
+    assert prefetching.phases[FILLING] > plain.phases[FILLING]
+    assert prefetching.phases[LOADING] == plain.phases[LOADING]
+
+
+# ---- against real runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["tiny SAE, 32,768 latents", "tiny transcoder, large buffer"])
+def test_the_estimate_is_within_15_percent_of_a_real_run(case: str, tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "benchmarks.estimate", "--only", case, "--no-time", "--json", str(out)]
+    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+    (row,) = json.loads(out.read_text())["runs"]
+    assert row["estimated_bytes"] == pytest.approx(row["measured_bytes"], rel=0.15)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_estimate_is_within_15_percent_of_a_real_run(tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "benchmarks.estimate", "--only", "gpt2 transcoder", "--device", "cuda",
+               "--no-time", "--json", str(out)]  # fmt: skip
+    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+    (row,) = json.loads(out.read_text())["runs"]
+    assert row["estimated_bytes"] == pytest.approx(row["measured_bytes"], rel=0.15)
