@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,7 +31,7 @@ def demo(
     layer: Annotated[int | None, typer.Option(help="Default: the middle one.")] = None,
     d_sae: Annotated[int | None, typer.Option(help="Latents. Default: 8 per input dimension.")] = None,
     k: Annotated[float, typer.Option(help="Active latents per token.")] = 16,
-    tokens: Annotated[int, typer.Option(help="Training tokens.")] = 400_000,
+    tokens: Annotated[int, typer.Option(min=1, help="Training tokens.")] = 400_000,
     lr: Annotated[float | None, typer.Option(help="Default: the recommended one.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Where to save. Default: output/demo-MODEL-layer-LAYER.")
@@ -54,6 +55,8 @@ def demo(
     """
     console = Console()
     quieten()
+    if lr is not None and not 0 < lr < math.inf:
+        raise ValueError(f"--lr {lr:g} must be a number above 0.")
     with console.status("loading"):
         import torch
         from sae_lens import SAE, LanguageModelSAETrainingRunner
@@ -137,7 +140,7 @@ def _runner_config(
         **size,
         store_batch_size_prompts=8,
         n_batches_in_buffer=32,
-        **{**recommended, "lr": lr or recommended["lr"]},
+        **{**recommended, "lr": recommended["lr"] if lr is None else lr},
         device=device,
         seed=seed,
         logger=LoggingConfig(log_to_wandb=False),

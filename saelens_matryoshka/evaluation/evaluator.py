@@ -18,7 +18,7 @@ import torch
 from sae_lens import SAE
 from sae_lens.config import HfDataset
 
-from saelens_matryoshka.evaluation.activations import hook_activations
+from saelens_matryoshka.evaluation.activations import hook_activations, require_width
 from saelens_matryoshka.evaluation.metrics import (
     FiringCounts,
     NextTokenSums,
@@ -228,6 +228,8 @@ class _Evaluation:
             source = source[:, :, self.source_head]
         if self.target_head is not None:
             target = target[:, :, self.target_head]
+        require_width(self.source_hook, source, self.sae.cfg.d_in, "d_in")
+        require_width(self.target_hook, target, self.sae.W_dec.shape[-1], "d_out")
         place = {"device": self.sae.device, "dtype": self.sae.dtype}
         return source.flatten(2).to(**place), target.flatten(2).to(**place)
 
