@@ -11,11 +11,12 @@ import typer
 from rich.console import Console
 
 from saelens_matryoshka.atomic import write_atomically
-from saelens_matryoshka.cli.inputs import TINY, load_language_model, pick_device
+from saelens_matryoshka.cli.inputs import TINY, load_language_model, open_dataset, pick_device
 from saelens_matryoshka.cli.output import quieten
 
 _TINY = "the embedded tiny model"
 _CONTEXT_SIZE = 256
+_HELD_OUT_DOCUMENTS = 500
 
 
 def register(app: typer.Typer) -> None:
@@ -39,8 +40,9 @@ def demo(
     dataset: Annotated[
         str | None,
         typer.Option(
-            help="Text to train on, as datasets.load_dataset takes it; the first documents are held "
-            "out. Default: the Python standard library's sources, by file."
+            help="Text to train on: a dataset of the hub, a folder, or a .txt, .jsonl, .parquet or .csv "
+            "file; its first 500 documents are held out. Default: the Python standard library's sources, "
+            "by file."
         ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="Default: cuda if there is one.")] = None,
@@ -156,7 +158,10 @@ def _text(dataset: str | None) -> tuple[Any, Any]:
         from saelens_matryoshka.tiny import text
 
         return text.dataset("train"), text.dataset("held_out")
-    from datasets import load_dataset
-
-    stream = load_dataset(dataset, split="train", streaming=True)
-    return stream.skip(500), stream.take(500)
+    documents = open_dataset(dataset, "train")
+    left = documents.skip(_HELD_OUT_DOCUMENTS)
+    if next(iter(left), None) is None:
+        raise ValueError(
+            f"--dataset {dataset!r} has no more than the {_HELD_OUT_DOCUMENTS} documents that are held out."
+        )
+    return left, documents.take(_HELD_OUT_DOCUMENTS)

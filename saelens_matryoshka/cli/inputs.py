@@ -161,7 +161,7 @@ def load_text(
     described = f"{name}, split {split}" + (f", from document {skip:,} on" if skip else "")
     if dataset is None:
         described += " (its training data: give --dataset or --skip for text it has not seen)"
-    return _after(_stream(name, split), skip), described
+    return _after(open_dataset(name, split), skip), described
 
 
 def _after(documents: Any, skip: int) -> Any:
@@ -170,7 +170,12 @@ def _after(documents: Any, skip: int) -> Any:
     return documents.skip(skip) if skip else documents
 
 
-def _stream(name: str, split: str) -> Any:
+def open_dataset(name: str, split: str) -> Any:
+    """The documents of a dataset of the hub, a folder or a file, streamed where that can be.
+
+    Raises:
+        ValueError: there is no such dataset or split, it cannot be read, or it is empty.
+    """
     from datasets import load_dataset, load_from_disk
 
     path = Path(name).expanduser()

@@ -71,7 +71,8 @@ def evaluate(
         ValueError: the model has no such hook, its norms are folded otherwise than those of the model the
             SAE was trained on, or the dataset has no tokens.
     """
-    _require_counts(n_tokens=n_tokens, batch_size_prompts=batch_size_prompts)
+    if n_ce_tokens < 0:
+        raise ValueError(f"n_ce_tokens={n_ce_tokens} must be at least 0.")
     sae = inference_model(sae)
     run = _Evaluation(sae, model, dict(model_kwargs or {}))
     run.excluded = special_token_ids(model, exclude_special_tokens)
@@ -262,12 +263,6 @@ def _trained_k(sae: SAE[Any]) -> float | None:
     if "k" not in details or (widths and sum(widths) != sae.cfg.d_sae and widths[-1] != sae.cfg.d_sae):
         return None
     return float(details["k"])
-
-
-def _require_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1.")
 
 
 def _read(

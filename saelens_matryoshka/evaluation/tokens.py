@@ -114,7 +114,7 @@ def _token_store(
     cfg.metadata = metadata
     described: Any = SimpleNamespace(cfg=cfg)  # all that is read of an SAE
     try:
-        return ActivationsStore.from_sae(
+        store = ActivationsStore.from_sae(
             model,
             described,
             dataset,
@@ -129,3 +129,18 @@ def _token_store(
         if "column" not in str(error):
             raise
         raise ValueError(f"dataset: {error} Name one with rows of 'text'.") from None
+    _require_text(store)
+    return store
+
+
+def _require_text(store: ActivationsStore) -> None:
+    """Check the first row: a tokenizer takes a list for a batch of texts."""
+    if store.is_dataset_tokenized or store.dataset is None:
+        return
+    first: Any = next(iter(store.dataset))
+    text = first[store.tokens_column]
+    if not isinstance(text, str):
+        raise ValueError(
+            f"dataset: a row cannot be read as text (column {store.tokens_column!r}): it holds "
+            f"{'nothing' if text is None else f'a {type(text).__name__}'}."
+        )

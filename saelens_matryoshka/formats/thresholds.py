@@ -35,10 +35,12 @@ def fit_threshold(coder: SparseCoder, rows: torch.Tensor, l0: float) -> SparseCo
         l0: Wanted mean number of active latents.
 
     Raises:
-        FormatError: l0 is not between 0 and d_sae.
+        FormatError: l0 is not between 0 and d_sae, or there are no rows.
     """
     if not 0 < l0 <= coder.d_sae:
         raise FormatError(f"l0={l0:g} must be larger than 0 and at most d_sae={coder.d_sae}.")
+    if rows.dim() != 2 or len(rows) == 0 or rows.shape[1] != coder.d_in:
+        raise FormatError(f"rows has shape {list(rows.shape)}, expected [at least 1, d_in={coder.d_in}].")
     rows = rows.float()
     if coder.layer_norm:
         rows = rows - rows.mean(dim=-1, keepdim=True)

@@ -44,14 +44,8 @@ def rows(cases: list[Case]) -> Any:
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     """Size and time of change of everything in a folder."""
-    found = {}
-    for path in folder.rglob("*"):
-        stat = path.lstat()
-        found[path.relative_to(folder).as_posix()] = (
-            stat.st_size if path.is_file() else -1,
-            stat.st_mtime_ns,
-        )
-    return found
+    stats = {path.relative_to(folder).as_posix(): path.lstat() for path in folder.rglob("*")}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 def check_command(
@@ -62,9 +56,10 @@ def check_command(
     monkeypatch.chdir(place)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(sys, "argv", ["saelens-matryoshka", case.entry, *shlex.split(case.given)])
-    with warnings.catch_warnings(record=True) as warned, pytest.raises(SystemExit) as stopped:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        main()
+        with pytest.raises(SystemExit) as stopped:
+            main()
     said = capfd.readouterr()
     assert stopped.value.code == case.code, said.out + said.err
     message = " ".join(re.sub("[│╭╮╰╯─]", " ", said.err).split())

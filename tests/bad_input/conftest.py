@@ -86,7 +86,10 @@ def _metadata(**changes: Any) -> Callable[[Path], None]:
 
 
 def _write(name: str, content: bytes) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes(content) and None
+    def write(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return write
 
 
 def _tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
@@ -96,6 +99,11 @@ def _tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path
         save_file(tensors, folder / _WEIGHTS)
 
     return rewrite
+
+
+def _folder_of_that_name(folder: Path) -> None:
+    (folder / _WEIGHTS).unlink()
+    (folder / _WEIGHTS).mkdir()
 
 
 BROKEN: dict[str, Callable[[Path], None]] = {
@@ -136,7 +144,7 @@ BROKEN: dict[str, Callable[[Path], None]] = {
     "weights-empty": _write(_WEIGHTS, b""),
     "weights-cut": lambda folder: _write(_WEIGHTS, (folder / _WEIGHTS).read_bytes()[:5000])(folder),
     "weights-pickle": _write(_WEIGHTS, b"\x80\x04cos\nmkdir\n(S'harm'\ntR."),
-    "weights-folder": lambda folder: ((folder / _WEIGHTS).unlink(), (folder / _WEIGHTS).mkdir()) and None,
+    "weights-folder": _folder_of_that_name,
     "weights-nan": _tensors(lambda tensors: tensors["W_enc"][0].fill_(float("nan"))),
     "weights-infinite": _tensors(lambda tensors: tensors["b_dec"].fill_(float("inf"))),
     "weights-lack-one": _tensors(lambda tensors: tensors.pop("W_dec")),
@@ -157,8 +165,8 @@ TEXTS = {
     "nulls.jsonl": b'{"text": null}\n' * 5,
     "lists.jsonl": b'{"text": ["a"]}\n' * 5,
     "short.jsonl": b'{"text": "x"}\n',
-    "foreign.jsonl": b'{"input_ids": [1, 2, 99999999, 4]}\n' * 50,
-    "negative.jsonl": b'{"input_ids": [1, 2, -4, 4]}\n' * 50,
+    "foreign.jsonl": b'{"input_ids": [1, 2, 99999999, 4, 5, 6, 7, 8]}\n' * 50,
+    "negative.jsonl": b'{"input_ids": [1, 2, -4, 4, 5, 6, 7, 8]}\n' * 50,
     "no-text.csv": b"a,b\n1,2\n",
     "binary.txt": bytes(range(256)) * 20,
     "binary.parquet": b"PAR1 nothing PAR1",

@@ -31,7 +31,7 @@ TO_ALL = [
     ("foreign.jsonl", r"dataset: it has token 99999999, and this language model's ids are 0 to"),
     ("negative.jsonl", r"dataset: it has token -4, and this language model's ids are 0 to"),
     ("binary.txt", r"--dataset 'binary\.txt' cannot be read: 'utf-8'"),
-    ("binary.parquet", r"--dataset 'binary\.parquet' cannot be read: Parquet magic bytes not found"),
+    ("binary.parquet", r"--dataset 'binary\.parquet' cannot be read: Parquet"),
     ("good.text", r"--dataset 'good\.text': a file must be of text and end in \.txt, \.jsonl"),
     ("file", r"--dataset 'file': a file must be of text and end in \.txt"),
     ("empty", r"--dataset 'empty' cannot be read: .* doesn't contain any data files"),
@@ -40,14 +40,19 @@ TO_ALL = [
 ]
 CALIBRATE = "sae --to saelens --out out --calibrate-l0 --l0 4 --model tiny --tokens 100 --dataset"
 CASES = [
-    *(Case("eval", f"sae --tokens 100 --ce-tokens 0 --dataset {name}", says) for name, says in TO_ALL),
+    *(
+        Case("eval", f"sae --tokens 100 --ce-tokens 0 --context-size 8 --dataset {name}", says)
+        for name, says in TO_ALL
+    ),
     Case("compare", "sae topk --dataset empty.txt", r"--dataset 'empty\.txt': it is empty"),
-    Case("compare", "sae topk --dataset foreign.jsonl", r"dataset: it has token 99999999"),
+    Case("compare", "sae topk --context-size 8 --dataset foreign.jsonl", r"dataset: it has token 99999999"),
     Case("export", f"{CALIBRATE} no-text.csv", r"dataset: Dataset must have a .*'text'.* column"),
     Case("export", f"{CALIBRATE} short.jsonl", r"dataset: it holds no full prompt"),
-    Case("import", f"{CALIBRATE} cut.jsonl".replace("--to", "--from"), r"'cut\.jsonl' cannot be read"),
+    Case("import", f"{CALIBRATE} cut.jsonl".replace("--to ", "--from "), r"'cut\.jsonl' cannot be read"),
     Case("hooks", "tiny --transcoder transcoder --dataset empty.txt", r"--dataset 'empty\.txt': it is empty"),
     Case("hooks", "tiny --transcoder transcoder --dataset nulls.jsonl", r"a row cannot be read as text"),
+    Case("eval", "sae --dataset foreign.jsonl", r"context_size 8, but the provided context_size is 32"),
+    Case("demo", "--out out --dataset good.txt", r"has no more than the 500 documents that are held out"),
     Case("demo", "--out out --dataset empty.txt", r"--dataset 'empty\.txt': it is empty"),
     Case("demo", "--out out --dataset binary.parquet", r"--dataset 'binary\.parquet' cannot be read"),
     Case("demo", "--out out --dataset user/nothing", r"--dataset 'user/nothing' cannot be read"),
