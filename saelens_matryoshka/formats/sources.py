@@ -69,7 +69,10 @@ class Folder(Source):
 
     def _find(self, relative: str) -> Path | None:
         path = self.root / relative
-        if not path.is_file():
+        try:
+            if not path.is_file():
+                return None
+        except OSError:  # a name that no file system takes
             return None
         resolved = path.resolve()
         if not any(resolved.is_relative_to(folder) for folder in self._allowed):
