@@ -81,8 +81,9 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         FormatError: it is larger than any config, or not a JSON object.
     """
+    text = _config_text(path, MAX_CONFIG_BYTES)
     try:
-        loaded = json.loads(_config_text(path, MAX_CONFIG_BYTES))
+        loaded = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not valid JSON: {error}.") from None
     return _mapping(loaded, path)
@@ -94,8 +95,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         FormatError: it is larger than any config, or not a mapping of plain values.
     """
+    text = _config_text(path, MAX_YAML_BYTES)
     try:
-        loaded = yaml.load(_config_text(path, MAX_YAML_BYTES), Loader=_PlainLoader)
+        loaded = yaml.load(text, Loader=_PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not a plain YAML file: {' '.join(str(error).split())}.") from None
     return _mapping(loaded, path)
@@ -114,7 +116,10 @@ def _config_text(path: Path, limit: int) -> str:
     size = path.stat().st_size
     if size > limit:
         raise FormatError(f"{path} has {size:,} bytes, and a config has at most {limit:,}.")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise FormatError(f"{path} is no text in UTF-8, as a config is.") from None
 
 
 def _mapping(loaded: Any, path: Path) -> dict[str, Any]:

@@ -324,7 +324,7 @@ TABLE: list[tuple[str, str, Callable[[Path], None], str]] = [
     (
         TRACER,
         "a file name that no file system takes",
-        lambda f: _circuit_tracer(f, {"transcoders": ["x" * 70_000]}),
+        lambda f: _circuit_tracer(f, {"transcoders": ["x" * 5000]}),
         "has no file 'xxx",
     ),
     (
