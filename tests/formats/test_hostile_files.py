@@ -325,7 +325,7 @@ TABLE: list[tuple[str, str, Callable[[Path], None], str]] = [
         TRACER,
         "a file name that no file system takes",
         lambda f: _circuit_tracer(f, {"transcoders": ["x" * 5000]}),
-        "has no file 'xxx",
+        "has no file 'layers.0.mlp.xxx",
     ),
     (
         TRACER,
