@@ -72,7 +72,7 @@ def train(
         ),
     ] = None,
     log_every: Annotated[
-        int, typer.Option(help="Steps between two lines of metrics.jsonl.", rich_help_panel=_MORE)
+        int, typer.Option(min=1, help="Steps between two lines of metrics.jsonl.", rich_help_panel=_MORE)
     ] = 20,
     wandb: Annotated[
         bool, typer.Option("--wandb", help="Log to Weights & Biases as well.", rich_help_panel=_MORE)
@@ -120,7 +120,8 @@ def train(
         own = {"mapping": mapping, "layer": layer, "log_to_wandb": wandb or None}
         flags |= {key: Given(value, "flag") for key, value in own.items() if value is not None}
         file = {} if config is None else read_file(config)
-        preset = preset or _text(file.pop("preset", None))
+        in_file = _text(file.pop("preset", None))
+        preset = in_file if preset is None else preset
         layers = [{} if preset is None else load_preset(preset).settings, file, flags]
         if name is not None:
             require_name(name)

@@ -97,13 +97,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     text = _config_text(path, MAX_YAML_BYTES)
     try:
-        loaded = yaml.load(text, Loader=_PlainLoader)
+        loaded = yaml.load(text, Loader=PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not a plain YAML file: {' '.join(str(error).split())}.") from None
     return _mapping(loaded, path)
 
 
-class _PlainLoader(yaml.SafeLoader):
+class PlainLoader(yaml.SafeLoader):
     """Without aliases, by which a few lines stand for more than any memory holds once they are printed."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from saelens_matryoshka.atomic import write_atomically
+from saelens_matryoshka.formats.files import PlainLoader
 from saelens_matryoshka.runs.fields import Given
 from saelens_matryoshka.runs.lock import LOCK
 from saelens_matryoshka.runs.settings import RECORDS, Settings
@@ -112,8 +113,8 @@ class RunFolder:
             ValueError: it is not there, or is not what `write_config` wrote.
         """
         try:
-            found = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            found = yaml.load(self.config.read_text(encoding="utf-8"), PlainLoader)
+        except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
             found = None
         if not isinstance(found, dict):
             raise ValueError(

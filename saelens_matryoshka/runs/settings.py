@@ -19,6 +19,7 @@ from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.training.optim import get_lr_scheduler
 
 from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig, recommended_runner_fields
+from saelens_matryoshka.formats.files import MAX_YAML_BYTES, PlainLoader
 from saelens_matryoshka.runs.fields import (
     OUR_CONFIGS,
     Field,
@@ -118,6 +119,8 @@ def read_file(path: Path) -> dict[str, Given]:
     Raises:
         ValueError: it cannot be read, or is not a mapping of names to values.
     """
+    if path.is_file() and path.stat().st_size > MAX_YAML_BYTES:
+        raise ValueError(f"--config {str(path)!r} is larger than any settings: name a YAML file of them.")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -134,8 +137,8 @@ def parse_yaml(text: str, origin: str) -> dict[str, Given]:
     """
     try:
         values = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{origin} is not YAML: {reason}") from None
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ValueError(f"{origin} must be a mapping of settings to values, e.g. `d_sae: 18432`.")
@@ -150,7 +153,7 @@ def parse_yaml(text: str, origin: str) -> dict[str, Given]:
     return flat
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(PlainLoader):
     """YAML in which a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
