@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -66,11 +67,15 @@ class RunFolder:
         """Refuse a folder that holds anything.
 
         Raises:
-            ValueError: it does, or is a file.
+            ValueError: it does, or is a file, or cannot be made.
         """
+        above = next(folder for folder in self.path.absolute().parents if folder.exists())
+        if not above.is_dir() or (not self.path.exists() and not os.access(above, os.W_OK)):
+            fault = "is read-only" if above.is_dir() else "is a file"
+            raise ValueError(f"{self.path} cannot be made: {above} {fault}. Choose another --out.")
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file, and was to be the run's folder: choose another --name.")
-        if not self.path.exists() or all(entry.name == LOCK for entry in self.path.iterdir()):
+        if not self.path.exists() or all(child.name == LOCK for child in self.path.iterdir()):
             return
         if not self.config.exists():
             raise ValueError(f"{self.path} holds other files. Choose another --name or --out.")

@@ -78,5 +78,5 @@ def test_a_model_that_is_not_known_is_said_in_a_line() -> None:
 
 def test_a_configuration_that_cannot_be_had_is_said_in_a_line() -> None:
     with pytest.raises(NoModelConfigError) as error:
-        skeleton("EleutherAI/pythia-12b-v0")
+        skeleton("facebook/opt-125m")
     assert str(error.value).count("\n") == 0

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 import torch
 from sae_lens.training.optim import get_lr_scheduler
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
-from saelens_matryoshka.runs import settings as settings_module
 from saelens_matryoshka.runs.mappings import skeleton
 from saelens_matryoshka.runs.presets import load_preset, preset_names
 from saelens_matryoshka.runs.settings import resolve
 
 # Width, layers and longest context in the config.json of these repositories of the hub (hidden_size or
-# n_embd, num_hidden_layers or n_layer, max_position_embeddings or n_positions). TransformerLens has those of
-# the other models in its own code, and that is what they are checked against.
+# n_embd, num_hidden_layers or n_layer, max_position_embeddings or n_positions).
 ON_THE_HUB = {
     "gpt2": (768, 12, 1024),
     "gpt2-medium": (1024, 24, 1024),
@@ -33,6 +27,7 @@ ON_THE_HUB = {
     "Qwen/Qwen3-4B": (2560, 36, 40960),
     "Qwen/Qwen3-8B": (4096, 36, 40960),
 }
+# Width and layers of those that TransformerLens knows by itself.
 IN_TRANSFORMER_LENS = {
     "google/gemma-2-2b": (2304, 26),
     "google/gemma-2-9b": (3584, 42),
@@ -46,37 +41,11 @@ IN_TRANSFORMER_LENS = {
 }
 
 
-def _structure(model_name: str) -> Any:
-    """The model's structure, without asking the hub."""
-    official = model_name if model_name == "tiny" else get_official_model_name(model_name)
-    if official not in ON_THE_HUB:
-        return skeleton(model_name)
-    width, n_layers, n_ctx = ON_THE_HUB[official]
-    config = HookedTransformerConfig(
-        d_model=width,
-        n_layers=n_layers,
-        n_ctx=min(n_ctx, 2048),
-        d_head=64,
-        act_fn="gelu",
-        d_vocab=100,
-        init_weights=False,
-        device="meta",
-        parallel_attn_mlp="pythia" in official,
-    )
-    with torch.device("meta"):
-        return HookedTransformer(config, move_to_device=False)
-
-
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings_module, "skeleton", _structure)
-
-
 @pytest.mark.parametrize("name", preset_names())
 def test_a_preset_fits_its_model(name: str) -> None:
     preset = load_preset(name)
     settings = resolve([preset.settings])
-    cfg, model = settings.cfg, _structure(settings.cfg.model_name)
+    cfg, model = settings.cfg, skeleton(settings.cfg.model_name)
     official = "tiny" if cfg.model_name == "tiny" else get_official_model_name(cfg.model_name)
     width, n_layers = (
         (128, 4)
@@ -89,6 +58,8 @@ def test_a_preset_fits_its_model(name: str) -> None:
     assert (cfg.sae.d_in, cfg.sae.d_out) == (width, width)
     layer = settings.given["layer"].value
     assert 0 <= layer < n_layers
+    if official in ON_THE_HUB:  # of long ones TransformerLens takes 2048, for its masks
+        assert model.cfg.n_ctx == min(ON_THE_HUB[official][2], 2048)
     assert cfg.hook_name == f"blocks.{layer}.ln2.hook_normalized"
     assert cfg.sae.hook_name_out == f"blocks.{layer}.hook_mlp_out"
     assert cfg.sae.input_gain == "norm_weight"
@@ -171,4 +142,4 @@ def test_a_preset_holds_only_what_differs() -> None:
             "output_path",
             "log_to_wandb",
         }
-    assert SimpleNamespace(**load_preset("quick").to_dict()).model_name == "gpt2"
+    assert load_preset("quick").to_dict()["model_name"] == "gpt2"
