@@ -9,12 +9,17 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import datasets
+import hypothesis
 import pytest
 import torch
 from transformer_lens import HookedTransformer
 
 import saelens_matryoshka  # noqa: F401  (registers the architectures)
 from saelens_matryoshka import tiny
+
+# The same examples in every run: a failure is a change's own.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None, max_examples=60)
+hypothesis.settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")
