@@ -10,6 +10,7 @@ import html
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -31,34 +32,18 @@ def on_files(files: Files, config: Any) -> Files:
 
 def command_line_page() -> str:
     """What typer says of the commands, with their examples as code."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-m",
-            "typer",
-            "saelens_matryoshka.cli",
-            "utils",
-            "docs",
-            "--name",
-            PROGRAM,
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    typer = f"-W ignore -m typer saelens_matryoshka.cli utils docs --name {PROGRAM}"
+    command = [sys.executable, *typer.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     text = html.unescape(done.stdout)
     text = text.replace(f"# `{PROGRAM}`", "# Command line", 1).replace(f"## `{PROGRAM} ", "## `")
-    # A docstring's examples are lines that begin with the program's name, and may be continued after a \.
-    example = rf"(?:^ *{PROGRAM} .*(?:\\\n.*)*\n)+"
+    # A docstring's examples are lines that begin with the program's name; what is indented more goes on.
+    example = rf"(?:^( *){PROGRAM} .*\n(?:\1 +\S.*\n)*)+"
     return re.sub(example, _as_code, text, flags=re.MULTILINE)
 
 
 def _as_code(found: re.Match[str]) -> str:
-    lines = [line.strip() for line in found.group().splitlines()]
-    return "\n```bash\n" + "\n".join(lines) + "\n```\n"
+    return f"\n```bash\n{textwrap.dedent(found.group())}```\n"
 
 
 def results_page() -> str:

@@ -92,7 +92,7 @@ def nested(comparison: Path) -> None:
     for level, (end, row, plain) in enumerate(rows):
         y = 108 + 42 * level
         picture.rect(left, y, end - left - 2, 28, LEVELS[level])
-        label = f"{row['width']:,} latents"
+        label = f"{row['width']:,} latents" if level else f"{row['width']}"
         colour = PAPER if level < 2 else INK
         picture.text((left + end) / 2, y + 19, label, anchor="middle", size=12, fill=colour, bold=True)
         picture.path(f"M{end + 4} {y + 14} H518", tip=True)

@@ -1,0 +1,57 @@
+"""The examples run as they are, one after the other in one folder, as a reader would run them.
+
+Only shorter: the number of training tokens is the one line that is changed.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+LONG, SHORT = "training_tokens=200_000", "training_tokens=30_720"
+PRINTED = {
+    "train_sae.py": "blocks.2.hook_resid_post → blocks.2.hook_resid_post",
+    "train_transcoder.py": "blocks.2.ln2.hook_normalized → blocks.2.hook_mlp_out",
+    "train_skip_transcoder.py": "The skip alone: FVU 0.",
+    "train_cross_layer.py": "blocks.1.ln2.hook_normalized → blocks.2.hook_mlp_out",
+    "load_and_truncate.py": "Relative error on each token, as the prefix grows:",
+    "evaluate_and_compare.py": "FVU of the first latents of each:",
+    "steer_and_ablate.py": "Ablating one at a time",
+    "circuit_tracing.py": "layer_3.safetensors",
+}
+"""Every script, and something that it prints at its end. Those that use another's result come after it."""
+
+
+def test_every_script_is_tested() -> None:
+    assert sorted(PRINTED) == sorted(path.name for path in EXAMPLES.glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The examples, training on fewer tokens."""
+    made = tmp_path_factory.mktemp("reader")
+    (made / "examples").mkdir()
+    for path in EXAMPLES.glob("*.py"):
+        code = path.read_text()
+        assert code.count(LONG) == (path.name not in ("load_and_truncate.py", "steer_and_ablate.py"))
+        (made / "examples" / path.name).write_text(code.replace(LONG, SHORT))
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRINTED)
+def test_an_example_runs(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setitem(sys.modules, "circuit_tracer", None)  # its part is of tests/interop
+    with torch.enable_grad():
+        runpy.run_path(str(folder / "examples" / name), run_name="__main__")
+    torch.set_grad_enabled(True)
+    assert PRINTED[name] in capsys.readouterr().out
