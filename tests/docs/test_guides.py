@@ -17,7 +17,9 @@ def test_the_python_of_a_guide_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code = "\n".join(code_blocks(ROOT / "docs" / page, "python"))
-    code = code.replace("training_tokens=100_000", "training_tokens=40_000")
+    code = code.replace("training_tokens=100_000", "training_tokens=20_480").replace(
+        "n_tokens=20_000", "n_tokens=4_000"
+    )
     exec(compile(code, page, "exec"), {"__name__": page})
     printed = capsys.readouterr().out
     # What a block says in a comment after a print is what it prints.

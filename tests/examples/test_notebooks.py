@@ -10,6 +10,12 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NOTEBOOKS = sorted(path.name for path in EXAMPLES.glob("*.ipynb"))
 MODEL = 'MODEL = "gemma-2-2b"'
+SHORTER = {
+    "200_000": "20_480",
+    "n_prompts: int = 64": "n_prompts: int = 16",
+    "n_tokens=20_000": "n_tokens=4_000",
+}
+SHORTER["n_ce_tokens=4_000"] = "n_ce_tokens=1_000"
 
 nbformat = pytest.importorskip("nbformat", reason="nbclient is not installed: make setup")
 
@@ -40,16 +46,17 @@ def test_a_notebook_runs_on_the_tiny_model(
     assert first.source.startswith(MODEL)
     first.source = first.source.replace(MODEL, 'MODEL = "tiny"')
     for cell in notebook.cells:
-        cell.source = cell.source.replace("200_000", "30_720").replace(
-            "n_prompts: int = 64", "n_prompts: int = 16"
-        )
+        for long, short in SHORTER.items():
+            cell.source = cell.source.replace(long, short)
     nbclient.NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    data = [output.get("data", {}) for output in outputs]
     printed = "".join(output.get("text", "") for output in outputs)
-    pages = "".join(output.get("data", {}).get("text/html", "") for output in outputs)
-    assert "1,024" in printed
+    printed += "".join(shown.get("text/plain", "") for shown in data)
+    pages = "".join(shown.get("text/html", "") for shown in data)
+    assert "CE rec." in printed
     assert "JumpReLUTranscoder of 256 latents" in printed
     assert pages.count("<h4>Latents") == 4
     assert pages.count("promotes") >= 6

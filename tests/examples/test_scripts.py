@@ -1,6 +1,6 @@
 """The examples run as they are, one after the other in one folder, as a reader would run them.
 
-Only shorter: the number of training tokens is the one line that is changed.
+Only shorter: fewer tokens to train and to evaluate on are all that is changed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-LONG, SHORT = "training_tokens=200_000", "training_tokens=30_720"
+SHORTER = {"training_tokens=200_000": "training_tokens=20_480", "n_tokens=20_000": "n_tokens=4_000"}
+SHORTER["n_ce_tokens=4_000"] = "n_ce_tokens=1_000"
+USES_ANOTHERS = ("load_and_truncate.py", "steer_and_ablate.py")
 PRINTED = {
     "train_sae.py": "blocks.2.hook_resid_post → blocks.2.hook_resid_post",
     "train_transcoder.py": "blocks.2.ln2.hook_normalized → blocks.2.hook_mlp_out",
@@ -37,8 +39,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (made / "examples").mkdir()
     for path in EXAMPLES.glob("*.py"):
         code = path.read_text()
-        assert code.count(LONG) == (path.name not in ("load_and_truncate.py", "steer_and_ablate.py"))
-        (made / "examples" / path.name).write_text(code.replace(LONG, SHORT))
+        assert path.name in USES_ANOTHERS or "training_tokens=200_000" in code
+        for long, short in SHORTER.items():
+            code = code.replace(long, short)
+        (made / "examples" / path.name).write_text(code)
     return made
 
 
