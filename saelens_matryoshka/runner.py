@@ -20,14 +20,17 @@ from sae_lens import ActivationsStore, LanguageModelSAERunnerConfig, SAETrainer
 from sae_lens.config import HfDataset
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.llm_sae_training_runner import LLMSaeEvaluator
-from sae_lens.load_model import HookedProxyLM, get_hook_fn
 from sae_lens.saes.sae import TrainStepOutput
 from tqdm.auto import tqdm
-from transformer_lens.hook_points import HookPoint
 
 from saelens_matryoshka.adam import fuse_adam
 from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig
-from saelens_matryoshka.evaluation.training_evaluator import HeldOutEvaluator, hold_out_prompts
+from saelens_matryoshka.cache.store import CachedActivationsStore, cached_store, is_cache
+from saelens_matryoshka.evaluation.training_evaluator import (
+    CachedEvaluator,
+    HeldOutEvaluator,
+    hold_out_prompts,
+)
 from saelens_matryoshka.pairs import (
     PairedActivationsStore,
     paired_store,
@@ -35,7 +38,7 @@ from saelens_matryoshka.pairs import (
     require_enough_text,
 )
 from saelens_matryoshka.seams import replace_progress_bar
-from saelens_matryoshka.sites import Site, check_hook, norm_frame, norm_gain
+from saelens_matryoshka.sites import Site, check_hook, make_readable, norm_frame, norm_gain
 
 # Entries of a runner config that differ between two starts of the same run.
 _VOLATILE = frozenset(
@@ -83,6 +86,8 @@ def build_store(
             the field. Raised before the dataset is opened where possible, and before anything is written.
     """
     require_own_output_path(cfg)
+    if cfg.use_cached_activations and is_cache(cfg.cached_activations_path):
+        return cached_store(cfg, model)
     check_hook(model, cfg.hook_name, "hook_name")
     is_transcoder = isinstance(cfg.sae, MatryoshkaTrainingTranscoderConfig)
     source = _check_transcoder(model, cfg) if is_transcoder else _check_sae(model, cfg)
@@ -109,8 +114,7 @@ def _check_transcoder(model: Any, cfg: LanguageModelSAERunnerConfig[Any]) -> Sit
     """Check hooks, their order and widths; return the source with its gain."""
     sae: MatryoshkaTrainingTranscoderConfig = cfg.sae
     check_hook(model, sae.hook_name_out, "hook_name_out")
-    if isinstance(model, HookedProxyLM):
-        _instrument(model, sae.hook_name_out)
+    make_readable(model, sae.hook_name_out)
     site = Site(cfg.hook_name)
     if sae.input_gain == "norm_weight":
         site = Site(cfg.hook_name, *norm_gain(model, cfg.hook_name))
@@ -138,18 +142,6 @@ def _require_width(field: str, configured: int | None, hook: str, actual: int) -
             f"{field}={configured}, but hook {hook!r} of this model gives {actual} values per token. "
             f"Set {field}={actual}."
         )
-
-
-def _instrument(model: HookedProxyLM, name: str) -> None:
-    """Make a module readable that the runner, which knows one hook, left without a hook point."""
-    if name in model.hook_dict:
-        return
-    module = model.model.get_submodule(name)
-    hook_point = HookPoint()
-    hook_point.name = name
-    module.register_forward_hook(get_hook_fn(hook_point))
-    model.hook_dict[name] = model.mod_dict[name] = hook_point
-    model.named_modules_dict[name] = module
 
 
 def require_own_output_path(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
@@ -215,9 +207,12 @@ def prepare_trainer(trainer: SAETrainer[Any, Any]) -> None:
         return
     store = stock.activations_store
     trainer.sae.cfg.metadata.input_frame = norm_frame(store.model, store.hook_name)
-    if isinstance(store, PairedActivationsStore) and store.source.gain is not None:
+    if isinstance(store, PairedActivationsStore | CachedActivationsStore) and store.source.gain is not None:
         trainer.sae.set_input_gain(store.source.gain, store.source.offset)
-    trainer.evaluator = HeldOutEvaluator.in_place_of(stock)
+    if isinstance(store, CachedActivationsStore):
+        trainer.evaluator = CachedEvaluator(store.evaluate)
+    else:
+        trainer.evaluator = HeldOutEvaluator.in_place_of(stock)
 
 
 def _after_step(
