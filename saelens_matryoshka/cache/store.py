@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from sae_lens import SAE, ActivationsStore, LanguageModelSAERunnerConfig
 from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
 from torch import nn
-from transformer_lens.hook_points import HookedRootModule, HookPoint
+from transformer_lens import HookedRootModule
+from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
 from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig
