@@ -114,7 +114,9 @@ class CacheSettings:
                         f"{name}: a cache is of one model and text, and these runs have "
                         f"{getattr(first, name)!r} and {getattr(cfg, name)!r}."
                     )
-        hooks = [hook for cfg in cfgs for hook in (cfg.hook_name, getattr(cfg.sae, "hook_name_out", None)) if hook]
+        hooks = [
+            hook for cfg in cfgs for hook in (cfg.hook_name, getattr(cfg.sae, "hook_name_out", None)) if hook
+        ]
         fields = {name: getattr(first, name) for name in RUNNER_FIELDS}
         own = ("training_tokens", "streaming", "store_batch_size_prompts", "seed")
         return cls(
@@ -249,7 +251,9 @@ class Manifest:
                 "predicts the target from the source. Swap them, or choose a later target."
             )
 
-    def require_hook(self, field_name: str, hook: str, width_name: str, width: int | None, folder: Path) -> None:
+    def require_hook(
+        self, field_name: str, hook: str, width_name: str, width: int | None, folder: Path
+    ) -> None:
         """Check that a hook is there, and as wide as it should be.
 
         Raises:

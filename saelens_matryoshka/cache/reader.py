@@ -68,7 +68,9 @@ class ActivationCache:
             n = len(by_hook[hooks[0]][shard].values)
             for start in range(0, n, batch_size):
                 span = slice(start, start + batch_size)
-                yield {hook: _decoded(_part(rows[shard], span), device, dtype) for hook, rows in by_hook.items()}
+                yield {
+                    hook: _decoded(_part(rows[shard], span), device, dtype) for hook, rows in by_hook.items()
+                }
 
 
 class CachedBatches(Iterator[dict[str, torch.Tensor]]):

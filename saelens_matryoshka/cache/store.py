@@ -25,6 +25,7 @@ from saelens_matryoshka.cache.manifest import MANIFEST
 from saelens_matryoshka.cache.reader import ActivationCache, CachedBatches, open_cache
 from saelens_matryoshka.evaluation.evaluator import evaluate_activations
 from saelens_matryoshka.evaluation.result import EvalResult
+from saelens_matryoshka.reading import Reading
 from saelens_matryoshka.sites import Site
 
 _HELD_OUT_BATCH = 4096
@@ -66,9 +67,13 @@ class CachedActivationsStore(ActivationsStore):
     """
 
     cache: ActivationCache
-    source: Site
-    target_hook: str | None
+    reading: Reading
     batches: CachedBatches
+
+    @property
+    def source(self) -> Site:
+        """The hook that is read, with its gain."""
+        return self.reading.source
 
     @override
     def load_cached_activation_dataset(self) -> None:
@@ -76,7 +81,7 @@ class CachedActivationsStore(ActivationsStore):
 
     @override
     def __next__(self) -> torch.Tensor:
-        return pack(next(self.batches), self.source, self.target_hook)
+        return self.reading(next(self.batches))
 
     @override
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -112,7 +117,7 @@ def cached_store(cfg: LanguageModelSAERunnerConfig[Any], model: Any) -> CachedAc
     cache = open_cache(cfg.cached_activations_path)
     cache.manifest.require_fit(cfg, cache.folder)
     device = torch.device(cfg.act_store_device or cfg.device)
-    source, target = sites_of(cfg, cache)
+    reading = reading_of(cfg, cache)
     store = CachedActivationsStore(
         model=model,
         dataset=None,
@@ -120,7 +125,7 @@ def cached_store(cfg: LanguageModelSAERunnerConfig[Any], model: Any) -> CachedAc
         hook_name=cfg.hook_name,
         hook_head_index=None,
         context_size=cfg.context_size,
-        d_in=cfg.sae.d_in + (cfg.sae.d_out if target else 0),
+        d_in=cfg.sae.d_in,
         n_batches_in_buffer=cfg.n_batches_in_buffer,
         total_training_tokens=cfg.training_tokens,
         store_batch_size_prompts=cfg.store_batch_size_prompts,
@@ -132,26 +137,19 @@ def cached_store(cfg: LanguageModelSAERunnerConfig[Any], model: Any) -> CachedAc
         cached_activations_path=cfg.cached_activations_path,
         seqpos_slice=cfg.seqpos_slice,
     )
-    store.cache, store.source, store.target_hook = cache, source, target
-    hooks = list(dict.fromkeys([source.hook_name, *([target] if target else [])]))
+    store.cache, store.reading = cache, reading
     store.batches = cache.batches(
-        hooks, cfg.train_batch_size_tokens, seed=cfg.seed, device=device, dtype=store.dtype
+        reading.hooks, cfg.train_batch_size_tokens, seed=cfg.seed, device=device, dtype=store.dtype
     )
     return store
 
 
-def sites_of(cfg: LanguageModelSAERunnerConfig[Any], cache: ActivationCache) -> tuple[Site, str | None]:
-    """Source, with its gain, and target hook (None for an SAE) of a config."""
+def reading_of(cfg: LanguageModelSAERunnerConfig[Any], cache: ActivationCache) -> Reading:
+    """What a config's dictionary reads of a cache."""
     if not isinstance(cfg.sae, MatryoshkaTrainingTranscoderConfig):
-        return Site(cfg.hook_name), None
+        return Reading(Site(cfg.hook_name))
     with_gain = cfg.sae.input_gain == "norm_weight"
-    return cache.site(cfg.hook_name, with_gain=with_gain), cfg.sae.hook_name_out
-
-
-def pack(rows: dict[str, torch.Tensor], source: Site, target_hook: str | None) -> torch.Tensor:
-    """The batch of one dictionary from the rows of its hooks."""
-    given = source(rows[source.hook_name])
-    return given if target_hook is None else torch.cat([given, rows[target_hook].to(given)], dim=-1)
+    return Reading(cache.site(cfg.hook_name, with_gain=with_gain), cfg.sae.hook_name_out)
 
 
 def evaluate_cached(sae: SAE[Any], cache: ActivationCache) -> EvalResult:
@@ -165,7 +163,9 @@ def evaluate_cached(sae: SAE[Any], cache: ActivationCache) -> EvalResult:
         ValueError: the cache has no such hook or no held-out rows, or is of another frame.
     """
     if not cache.manifest.held_out:
-        raise ValueError(f"The cache {cache.folder} has no held-out rows: it was written with held_out_tokens=0.")
+        raise ValueError(
+            f"The cache {cache.folder} has no held-out rows: it was written with held_out_tokens=0."
+        )
     metadata = sae.cfg.metadata
     source, target = metadata.hook_name, metadata.hook_name_out or metadata.hook_name
 

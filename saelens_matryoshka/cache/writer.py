@@ -202,7 +202,8 @@ class _Writing:
             parts = hooks.pop(hook)
             scales = [part.scale for part in parts if part.scale is not None]
             columns[hook] = Rows(
-                torch.cat([part.values for part in parts])[order], torch.cat(scales)[order] if scales else None
+                torch.cat([part.values for part in parts])[order],
+                torch.cat(scales)[order] if scales else None,
             )
         return to_arrow(columns, ids[order], self.settings.dtype)
 
@@ -248,9 +249,7 @@ def _describe(model: Any, settings: CacheSettings) -> tuple[Manifest, dict[str, 
             if offset is not None:
                 gains[f"{hook}.offset"] = offset.cpu().float().contiguous()
     same = [
-        [one, other]
-        for one, other in itertools.combinations(seen, 2)
-        if torch.equal(seen[one], seen[other])
+        [one, other] for one, other in itertools.combinations(seen, 2) if torch.equal(seen[one], seen[other])
     ]
     excluded = special_token_ids(model, settings.exclude_special_tokens)
     widths = {hook: described.width for hook, described in hooks.items()}
@@ -262,7 +261,9 @@ def _describe(model: Any, settings: CacheSettings) -> tuple[Manifest, dict[str, 
         model_fingerprint=_fingerprint(model),
         excluded_token_ids=[] if excluded is None else excluded.tolist(),
         prompts_per_shard=max(1, settings.shard_bytes // prompt_bytes),
-        versions={name: version(name) for name in ("saelens-matryoshka", "sae-lens", "transformer-lens", "torch")},
+        versions={
+            name: version(name) for name in ("saelens-matryoshka", "sae-lens", "transformer-lens", "torch")
+        },
         created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
     return manifest, gains
@@ -336,7 +337,9 @@ def _continued(folder: Path, ours: Manifest) -> Manifest:
     for key in found.settings.keys() | ours.settings.keys():
         old, new = found.settings.get(key), ours.settings.get(key)
         if old != new:
-            raise CacheError(f"{folder} holds another cache ({key}: {old!r} there, {new!r} here): name a new folder.")
+            raise CacheError(
+                f"{folder} holds another cache ({key}: {old!r} there, {new!r} here): name a new folder."
+            )
     if found.model_fingerprint != ours.model_fingerprint:
         raise CacheError(
             f"{folder} was begun with a model of the same name {ours.settings['model_name']!r} and other "

@@ -6,7 +6,15 @@ import datasets
 import pytest
 import torch
 
-from saelens_matryoshka.cache.encoding import DTYPES, decode, encode, features, from_arrow, row_bytes, to_arrow
+from saelens_matryoshka.cache.encoding import (
+    DTYPES,
+    decode,
+    encode,
+    features,
+    from_arrow,
+    row_bytes,
+    to_arrow,
+)
 
 
 def _rows(n: int = 64, d: int = 24) -> torch.Tensor:

@@ -90,7 +90,10 @@ def test_a_store_is_continued_from_its_checkpoint(cache_folder: Path, tmp_path: 
         ({"hook_head_index": 1}, "hook_head_index=1"),
         ({"sae": {"d_in": 64}}, "d_in=64, but hook .* has 128 values"),
         ({"sae": {"d_out": 64}}, "d_out=64, but hook .* has 128 values"),
-        ({"sae": {"hook_name_out": "blocks.3.hook_mlp_out"}}, "hook_name_out='blocks.3.hook_mlp_out' is not in"),
+        (
+            {"sae": {"hook_name_out": "blocks.3.hook_mlp_out"}},
+            "hook_name_out='blocks.3.hook_mlp_out' is not in",
+        ),
         ({"hook_name": TARGET, "sae": {"hook_name_out": SOURCE, "input_gain": "none"}}, "is computed before"),
         ({"hook_name": TARGET, "sae": {"hook_name_out": TARGET}}, "input_gain='norm_weight' needs"),
     ],
@@ -124,9 +127,7 @@ def test_held_out_rows_give_the_numbers_of_an_evaluation_on_their_tokens(
     _run(_config(cache_folder, output_path=str(tmp_path / "out")), cache_folder)
     sae = SAE.load_from_disk(tmp_path / "out")
     tokens = torch.as_tensor(token_dataset["input_ids"][:8])
-    live = sm.evaluate(
-        sae, tiny_model, tokens, n_tokens=256, n_ce_tokens=0, exclude_special_tokens=False
-    )
+    live = sm.evaluate(sae, tiny_model, tokens, n_tokens=256, n_ce_tokens=0, exclude_special_tokens=False)
     cached = evaluate_cached(sae, open_cache(cache_folder))
     assert cached.n_tokens == live.n_tokens == 256
     for ours, theirs in zip(cached.prefixes, live.prefixes, strict=True):
@@ -144,8 +145,6 @@ def test_the_trainer_evaluates_on_held_out_rows_and_changes_nothing(cache_folder
     assert "held_out/kl_w256" not in logged
     assert torch.equal(sae.topk_threshold, before)
     assert store.batches.position == position
-
-
 
 
 def test_the_language_model_is_not_there(cache_folder: Path) -> None:

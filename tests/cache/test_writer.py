@@ -173,7 +173,13 @@ def _is_sampled(path: Path, position: int) -> bool:
 
 @pytest.mark.parametrize(
     "change",
-    [{"dtype": "int8"}, {"hook_names": (SOURCE,)}, {"context_size": 16}, {"training_tokens": 4096}, {"seed": 1}],
+    [
+        {"dtype": "int8"},
+        {"hook_names": (SOURCE,)},
+        {"context_size": 16},
+        {"training_tokens": 4096},
+        {"seed": 1},
+    ],
 )
 def test_another_cache_is_not_mixed_into_a_folder(
     change: dict[str, Any], cache_folder: Path, tiny_model: HookedTransformer, token_dataset: datasets.Dataset
@@ -205,7 +211,9 @@ def test_a_hook_that_does_not_exist_is_refused_before_anything_is_written(
     tiny_model: HookedTransformer, token_dataset: datasets.Dataset, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="hook_names='blocks.2.hook_mlp_oot'.*did you mean"):
-        write_cache(tmp_path / "c", tiny_model, settings(hook_names=("blocks.2.hook_mlp_oot",)), token_dataset)
+        write_cache(
+            tmp_path / "c", tiny_model, settings(hook_names=("blocks.2.hook_mlp_oot",)), token_dataset
+        )
     assert not (tmp_path / "c").exists()
 
 
