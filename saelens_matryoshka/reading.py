@@ -17,7 +17,7 @@ class Reading:
     source: Site
     target_hook: str | None = None
     """None: an SAE's target is its source"""
-    columns: slice = slice(None)
+    columns: slice | None = None
     """of the source's hook: one head's, where `hook_head_index` names it"""
 
     @property
@@ -32,7 +32,8 @@ class Reading:
         Args:
             rows: By hook, `[n, width]`.
         """
-        source = self.source(rows[self.source.hook_name][:, self.columns])
+        source = rows[self.source.hook_name]
+        source = self.source(source if self.columns is None else source[:, self.columns])
         if self.target_hook is None:
             return source
         return torch.cat([source, rows[self.target_hook].to(source)], dim=-1)

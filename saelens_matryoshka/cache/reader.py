@@ -48,8 +48,8 @@ class ActivationCache:
             return Site(hook)
         if (gain := self.gains.get(f"{hook}.gain")) is None:
             raise CacheError(
-                f"input_gain='norm_weight' needs the hook_normalized of a norm with its weight, and {hook!r} of "
-                f"the cache {self.folder} is {self.manifest.hooks[hook].frame!r}. Set input_gain='none'."
+                f"input_gain='norm_weight' needs the hook_normalized of a norm with its weight, and {hook!r} "
+                f"of the cache {self.folder} is {self.manifest.hooks[hook].frame!r}. Set input_gain='none'."
             )
         return Site(hook, gain, self.gains.get(f"{hook}.offset"))
 
@@ -102,8 +102,8 @@ class CachedBatches(Iterator[dict[str, torch.Tensor]]):
         self.batches_per_epoch = len(self._blocks) // self._per_batch
         if self.batches_per_epoch == 0:
             raise CacheError(
-                f"The cache {cache.folder} has {cache.manifest.rows('train'):,} tokens to train on, too few for "
-                f"a batch of train_batch_size_tokens={batch_size}. Write more, or lower it."
+                f"The cache {cache.folder} has {cache.manifest.rows('train'):,} tokens to train on, too few "
+                f"for a batch of train_batch_size_tokens={batch_size}. Write more, or lower it."
             )
         self._epoch, self._order = -1, torch.empty(0)
 

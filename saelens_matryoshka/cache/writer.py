@@ -111,8 +111,8 @@ def _write(
     held_out = split_off_prompts(store, n_held_out, leaving=1) if n_held_out else torch.empty(0)
     if held_out is None:
         raise ValueError(
-            f"held_out_tokens={settings.held_out_tokens} leaves nothing of {settings.dataset_path!r} to train "
-            "on: it has too little text. Lower it."
+            f"held_out_tokens={settings.held_out_tokens} leaves nothing of {settings.dataset_path!r} to "
+            "train on: it has too little text. Lower it."
         )
     n_train = -(-settings.training_tokens // settings.context_size)
     bar = tqdm(

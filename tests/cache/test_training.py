@@ -13,7 +13,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from transformer_lens import HookedTransformer
 
 import saelens_matryoshka as sm
-from saelens_matryoshka.cache import CacheError, CachedModel, open_cache, write_cache
+from saelens_matryoshka.cache import CachedModel, CacheError, open_cache, write_cache
 from saelens_matryoshka.cache.store import cached_store, evaluate_cached
 from saelens_matryoshka.evaluation.training_evaluator import CachedEvaluator
 from tests.cache.conftest import SOURCE, TARGET, settings
