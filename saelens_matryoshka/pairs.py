@@ -69,8 +69,8 @@ def paired_store(
     """
     if cfg.use_cached_activations:
         raise ValueError(
-            f"use_cached_activations=True: {cfg.cached_activations_path!r} is no cache of `saelens-matryoshka "
-            "cache`. SAELens's own activation caches hold one hook, and a transcoder needs pairs."
+            f"use_cached_activations=True: {cfg.cached_activations_path!r} is not a cache of "
+            "saelens-matryoshka. SAELens's own caches hold one hook, and a transcoder needs pairs."
         )
     target_hook, sae = cfg.sae.hook_name_out, cfg.sae
     device = torch.device(cfg.act_store_device or cfg.device)
