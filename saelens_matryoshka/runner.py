@@ -12,15 +12,16 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from sae_lens import ActivationsStore, LanguageModelSAERunnerConfig, SAETrainer
+from sae_lens import LanguageModelSAERunnerConfig, SAETrainer
 from sae_lens.config import HfDataset
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.llm_sae_training_runner import LLMSaeEvaluator
 from sae_lens.saes.sae import TrainStepOutput
+from sae_lens.training.prefetch import PrefetchingIterator
 from tqdm.auto import tqdm
 
 from saelens_matryoshka.adam import fuse_adam
@@ -37,8 +38,9 @@ from saelens_matryoshka.pairs import (
     probe_hooks,
     require_enough_text,
 )
-from saelens_matryoshka.seams import replace_progress_bar
+from saelens_matryoshka.seams import defer_checkpoints, replace_progress_bar
 from saelens_matryoshka.sites import Site, check_hook, make_readable, norm_frame, norm_gain
+from saelens_matryoshka.store import PrefetchedBatches, ResumableStore
 
 # Entries of a runner config that differ between two starts of the same run.
 _VOLATILE = frozenset(
@@ -59,6 +61,7 @@ _VOLATILE = frozenset(
 )
 _BAR_REFRESH_SECONDS = 0.5
 
+T = TypeVar("T", bound=ResumableStore)
 Observer = Callable[[SAETrainer[Any, Any], TrainStepOutput], None]
 _observers: WeakKeyDictionary[SAETrainer[Any, Any], list[Observer]] = WeakKeyDictionary()
 
@@ -71,15 +74,15 @@ def build_store(
     cfg: LanguageModelSAERunnerConfig[Any],
     override_dataset: HfDataset | None = None,
     *,
-    stock_from_config: Callable[..., ActivationsStore],
-) -> ActivationsStore:
+    stock_from_config: Callable[..., ResumableStore],
+) -> ResumableStore:
     """The activation store of one of our runner configs, after checking that it can work.
 
     Args:
         model: The language model.
         cfg: Runner config whose `sae` is ours.
         override_dataset: Used in place of `cfg.dataset_path`.
-        stock_from_config: What builds SAELens's own store, of one hook.
+        stock_from_config: SAELens's own way to build a store of one hook.
 
     Raises:
         ValueError: the config does not fit the model, the dataset or the output folder; the message names
@@ -87,11 +90,11 @@ def build_store(
     """
     require_own_output_path(cfg)
     if cfg.use_cached_activations and is_cache(cfg.cached_activations_path):
-        return cached_store(cfg, model)
+        return _expecting_prefetching(cached_store(cfg, model), cfg)
     check_hook(model, cfg.hook_name, "hook_name")
     is_transcoder = isinstance(cfg.sae, MatryoshkaTrainingTranscoderConfig)
     source = _check_transcoder(model, cfg) if is_transcoder else _check_sae(model, cfg)
-    store: ActivationsStore
+    store: ResumableStore
     try:
         if is_transcoder:
             store = paired_store(model, cfg, source, override_dataset)
@@ -101,6 +104,12 @@ def build_store(
         raise ValueError(f"dataset_path={cfg.dataset_path!r}: the dataset is empty.") from None
     require_enough_text(store, cfg)
     hold_out_prompts(store, cfg)
+    return _expecting_prefetching(store, cfg)
+
+
+def _expecting_prefetching(store: T, cfg: LanguageModelSAERunnerConfig[Any]) -> T:
+    if cfg.prefetch_llm_batches:
+        store.expect_prefetching(int(cfg.prefetch_llm_batches))
     return store
 
 
@@ -201,11 +210,15 @@ def observe(trainer: SAETrainer[Any, Any], observer: Observer) -> None:
 def prepare_trainer(trainer: SAETrainer[Any, Any]) -> None:
     """Give a trainer of one of our architectures what the stock one lacks, before it trains."""
     fuse_adam(trainer.optimizer)
-    replace_progress_bar(trainer, functools.partial(_after_step, trainer, [0.0]))
+    trainer.sae.finite.watch(trainer.optimizer, [trainer.sae.b_enc, trainer.sae.b_dec])
+    save_if_due = defer_checkpoints(trainer)
+    replace_progress_bar(trainer, functools.partial(_after_step, trainer, save_if_due, [0.0]))
     stock = trainer.evaluator
     if not isinstance(stock, LLMSaeEvaluator):  # synthetic data: no language model
         return
     store = stock.activations_store
+    if isinstance(trainer.data_provider, PrefetchingIterator) and isinstance(store, ResumableStore):
+        trainer.data_provider = PrefetchedBatches(trainer.data_provider, store)
     trainer.sae.cfg.metadata.input_frame = norm_frame(store.model, store.hook_name)
     if isinstance(store, PairedActivationsStore | CachedActivationsStore) and store.source.gain is not None:
         trainer.sae.set_input_gain(store.source.gain, store.source.offset)
@@ -217,14 +230,18 @@ def prepare_trainer(trainer: SAETrainer[Any, Any]) -> None:
 
 def _after_step(
     trainer: SAETrainer[Any, Any],
+    save_if_due: Callable[[], None],
     last_shown: list[float],
     step_output: TrainStepOutput,
     pbar: tqdm,  # type: ignore[type-arg]
     update_interval: int = 100,  # noqa: ARG001  (the stock signature)
 ) -> None:
     _update_bar(trainer, step_output, pbar, last_shown)
+    if trainer.n_training_samples >= trainer.cfg.total_training_samples:
+        trainer.sae.finite.settle()
     for observer in _observers.get(trainer, []):
         observer(trainer, step_output)
+    save_if_due()
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens import SAE, ActivationsStore, LanguageModelSAERunnerConfig
+from sae_lens import SAE, LanguageModelSAERunnerConfig
+from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformer_lens import HookedRootModule
@@ -26,6 +27,7 @@ from saelens_matryoshka.evaluation.evaluator import evaluate_activations
 from saelens_matryoshka.evaluation.result import EvalResult
 from saelens_matryoshka.reading import Reading
 from saelens_matryoshka.sites import Site
+from saelens_matryoshka.store import ResumableStore
 
 _HELD_OUT_BATCH = 4096
 
@@ -59,7 +61,7 @@ class CachedModel(HookedRootModule):
         )
 
 
-class CachedActivationsStore(ActivationsStore):
+class CachedActivationsStore(ResumableStore):
     """Batches for one SAE or transcoder from a cache: `[batch, d_in]`, or `[source | target]`.
 
     Built with `cached_store`.
@@ -80,19 +82,29 @@ class CachedActivationsStore(ActivationsStore):
 
     @override
     def __next__(self) -> torch.Tensor:
-        return self.reading(next(self.batches))
+        with self._lock:
+            batch = self.reading(next(self.batches))
+            self._ahead.append(batch)
+            return batch
 
     @override
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {"position": torch.tensor(self.batches.position)}
+    def save_to_checkpoint(self, checkpoint_path: str | Path) -> None:
+        """Write how many batches have been trained on: all there is to say of a place in a cache."""
+        with self._lock:
+            position = torch.tensor(self.batches.position - len(self._ahead))
+        save_file({"position": position}, Path(checkpoint_path) / ACTIVATIONS_STORE_STATE_FILENAME)
 
     @override
-    def load(self, file_path: str) -> None:
-        self.batches.position = int(load_file(file_path)["position"])
-
-    @override
-    def save(self, file_path: str) -> None:
-        save_file(self.state_dict(), file_path)
+    def load_from_checkpoint(self, checkpoint_path: str | Path) -> None:
+        saved = load_file(Path(checkpoint_path) / ACTIVATIONS_STORE_STATE_FILENAME)
+        if "position" not in saved:
+            raise ValueError(
+                f"The checkpoint {checkpoint_path} is of a run on the language model, and cannot be continued "
+                f"from the cache {self.cache.folder}."
+            )
+        with self._lock:
+            self._ahead.clear()
+            self.batches.position = int(saved["position"])
 
     def evaluate(self, sae: SAE[Any]) -> EvalResult | None:
         """FVU, L0 and dead latents of every prefix on the held-out rows; None if there are none."""

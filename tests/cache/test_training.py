@@ -68,6 +68,19 @@ def test_a_run_with_the_same_seed_is_the_same(cache_folder: Path) -> None:
     assert torch.equal(*weights)
 
 
+def test_batches_that_a_prefetcher_holds_are_not_counted_as_trained_on(
+    cache_folder: Path, tmp_path: Path
+) -> None:
+    stores = [cached_store(_config(cache_folder), CachedModel(open_cache(cache_folder))) for _ in range(2)]
+    stores[0].expect_prefetching(2)
+    first, second, third = (next(stores[0]) for _ in range(3))
+    assert stores[0].is_next(first)
+    stores[0].save_to_checkpoint(tmp_path)
+    stores[1].load_from_checkpoint(tmp_path)
+    assert torch.equal(next(stores[1]), second)
+    assert torch.equal(next(stores[1]), third)
+
+
 def test_a_store_is_continued_from_its_checkpoint(cache_folder: Path, tmp_path: Path) -> None:
     stores = [cached_store(_config(cache_folder), CachedModel(open_cache(cache_folder))) for _ in range(2)]
     for _ in range(3):
