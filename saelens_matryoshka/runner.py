@@ -33,7 +33,6 @@ from saelens_matryoshka.evaluation.training_evaluator import (
     hold_out_prompts,
 )
 from saelens_matryoshka.pairs import (
-    PairedActivationsStore,
     paired_store,
     probe_hooks,
     require_enough_text,
@@ -91,12 +90,10 @@ def build_store(
     require_own_output_path(cfg)
     if cfg.use_cached_activations and is_cache(cfg.cached_activations_path):
         return _expecting_prefetching(cached_store(cfg, model), cfg)
-    check_hook(model, cfg.hook_name, "hook_name")
-    is_transcoder = isinstance(cfg.sae, MatryoshkaTrainingTranscoderConfig)
-    source = _check_transcoder(model, cfg) if is_transcoder else _check_sae(model, cfg)
+    source = check_source(model, cfg)
     store: ResumableStore
     try:
-        if is_transcoder:
+        if isinstance(cfg.sae, MatryoshkaTrainingTranscoderConfig):
             store = paired_store(model, cfg, source, override_dataset)
         else:
             store = stock_from_config(model, cfg, override_dataset)
@@ -111,6 +108,18 @@ def _expecting_prefetching(store: T, cfg: LanguageModelSAERunnerConfig[Any]) -> 
     if cfg.prefetch_llm_batches:
         store.expect_prefetching(int(cfg.prefetch_llm_batches))
     return store
+
+
+def check_source(model: Any, cfg: LanguageModelSAERunnerConfig[Any]) -> Site:
+    """Check a config's hooks and widths on its model; return the source, with its gain if it has one.
+
+    Raises:
+        ValueError: a hook does not exist or is not as wide as the config says, or the target comes first.
+    """
+    check_hook(model, cfg.hook_name, "hook_name")
+    make_readable(model, cfg.hook_name)
+    is_transcoder = isinstance(cfg.sae, MatryoshkaTrainingTranscoderConfig)
+    return _check_transcoder(model, cfg) if is_transcoder else _check_sae(model, cfg)
 
 
 def _check_sae(model: Any, cfg: LanguageModelSAERunnerConfig[Any]) -> Site:
@@ -220,12 +229,26 @@ def prepare_trainer(trainer: SAETrainer[Any, Any]) -> None:
     if isinstance(trainer.data_provider, PrefetchingIterator) and isinstance(store, ResumableStore):
         trainer.data_provider = PrefetchedBatches(trainer.data_provider, store)
     trainer.sae.cfg.metadata.input_frame = norm_frame(store.model, store.hook_name)
-    if isinstance(store, PairedActivationsStore | CachedActivationsStore) and store.source.gain is not None:
-        trainer.sae.set_input_gain(store.source.gain, store.source.offset)
+    source: Site | None = getattr(store, "source", None)
+    if source is not None and source.gain is not None:
+        trainer.sae.set_input_gain(source.gain, source.offset)
+    trainer.evaluator = held_out_evaluator(stock)
+
+
+def held_out_evaluator(stock: LLMSaeEvaluator[Any]) -> HeldOutEvaluator | CachedEvaluator | None:
+    """What evaluates on text held out of the training data; None if there is none."""
+    store: Any = stock.activations_store
     if isinstance(store, CachedActivationsStore):
-        trainer.evaluator = CachedEvaluator(store.evaluate)
-    else:
-        trainer.evaluator = HeldOutEvaluator.in_place_of(stock)
+        return CachedEvaluator(store.evaluate)
+    return HeldOutEvaluator.in_place_of(stock)
+
+
+def complete_step(trainer: SAETrainer[Any, Any], step_output: TrainStepOutput) -> None:
+    """What is done after every step, when its counters have advanced."""
+    if trainer.n_training_samples >= trainer.cfg.total_training_samples:
+        trainer.sae.finite.settle()
+    for observer in _observers.get(trainer, []):
+        observer(trainer, step_output)
 
 
 def _after_step(
@@ -237,10 +260,7 @@ def _after_step(
     update_interval: int = 100,  # noqa: ARG001  (the stock signature)
 ) -> None:
     _update_bar(trainer, step_output, pbar, last_shown)
-    if trainer.n_training_samples >= trainer.cfg.total_training_samples:
-        trainer.sae.finite.settle()
-    for observer in _observers.get(trainer, []):
-        observer(trainer, step_output)
+    complete_step(trainer, step_output)
     save_if_due()
 
 

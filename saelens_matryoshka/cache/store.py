@@ -99,8 +99,8 @@ class CachedActivationsStore(ResumableStore):
         saved = load_file(Path(checkpoint_path) / ACTIVATIONS_STORE_STATE_FILENAME)
         if "position" not in saved:
             raise ValueError(
-                f"The checkpoint {checkpoint_path} is of a run on the language model, and cannot be continued "
-                f"from the cache {self.cache.folder}."
+                f"The checkpoint {checkpoint_path} is of a run on the language model, and cannot be "
+                f"continued from the cache {self.cache.folder}."
             )
         with self._lock:
             self._ahead.clear()

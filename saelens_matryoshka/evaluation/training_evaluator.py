@@ -51,6 +51,12 @@ def hold_out_prompts(store: ActivationsStore, cfg: LanguageModelSAERunnerConfig[
         )
 
 
+def share_held_out(store: ActivationsStore, part: Any) -> None:
+    """Have what stands in for a part of a store evaluated on the prompts that were held out of the store."""
+    if store in _held_out:
+        _held_out[part] = _held_out[store]
+
+
 @dataclass
 class HeldOutEvaluator:
     """Called by the trainer as `evaluator(sae, data_provider, activation_scaler)`."""
