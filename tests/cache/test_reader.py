@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from saelens_matryoshka.cache import CacheError, open_cache
-from tests.cache.conftest import SOURCE, TARGET
+from tests.cache.helpers import SOURCE, TARGET
 
 
 def _batches(folder: Path, size: int = 256, **kwargs: Any) -> Any:

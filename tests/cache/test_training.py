@@ -16,7 +16,7 @@ import saelens_matryoshka as sm
 from saelens_matryoshka.cache import CachedModel, CacheError, open_cache, write_cache
 from saelens_matryoshka.cache.store import cached_store, evaluate_cached
 from saelens_matryoshka.evaluation.training_evaluator import CachedEvaluator
-from tests.cache.conftest import SOURCE, TARGET, settings
+from tests.cache.helpers import SOURCE, TARGET, settings
 from tests.helpers import runner_config, transcoder_config
 
 

@@ -14,7 +14,7 @@ from transformer_lens import HookedTransformer
 
 from saelens_matryoshka.cache import CacheError, Manifest, open_cache, verify_cache, write_cache
 from saelens_matryoshka.cache.manifest import sampled_hash
-from tests.cache.conftest import SOURCE, TARGET, settings
+from tests.cache.helpers import SOURCE, TARGET, settings
 
 
 def _by_first_value(rows: torch.Tensor) -> torch.Tensor:

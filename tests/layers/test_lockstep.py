@@ -187,7 +187,7 @@ def test_every_folder_is_saelens_own_and_the_parent_is_a_circuit_tracer_set(
             "runner_cfg.json",
             "sparsity.safetensors",
         }
-    export_models(runs, out, "circuit-tracer")
+    export_models(runs, "circuit-tracer", out)
     assert {path.name for path in out.iterdir()} >= {f"layer_{layer}.safetensors" for layer in range(4)}
 
 
