@@ -161,8 +161,8 @@ def warn_of_other_versions(checkpoint: Checkpoint) -> None:
     ]
     if differ:
         warnings.warn(
-            f"The checkpoint {checkpoint.path} was written with other versions ({'; '.join(differ)}): training "
-            "goes on, but not necessarily to the last bit as it would have.",
+            f"The checkpoint {checkpoint.path} was written with other versions ({'; '.join(differ)}): "
+            "training goes on, but not necessarily to the last bit as it would have.",
             stacklevel=2,
         )
 
@@ -197,7 +197,8 @@ def _write(trainer: SAETrainer[Any, Any], folder: Path) -> None:
 
 def _seal(folder: Path, trainer: SAETrainer[Any, Any]) -> None:
     """Write the manifest, and force everything to the disk."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    found = sorted(folder.rglob("*"))
+    files = [path for path in found if path.is_file()]
     manifest = {
         "n_steps": trainer.n_training_steps,
         "n_tokens": trainer.n_training_samples,
@@ -205,7 +206,7 @@ def _seal(folder: Path, trainer: SAETrainer[Any, Any]) -> None:
         "files": {path.relative_to(folder).as_posix(): _sha256(path) for path in files},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for path in [*files, folder / MANIFEST, folder]:
+    for path in [*found, folder / MANIFEST, folder]:
         _sync(path)
 
 

@@ -30,7 +30,7 @@ class Keeper:
     """Keeps the checkpoints of a run while it trains. An observer: see `saelens_matryoshka.runner.observe`.
 
     A checkpoint is written every `minutes`, at SAELens's `n_checkpoints` marks, and after the last step;
-    before the run stops because of a signal; and, if the state is that between two steps, because of an error.
+    before the run stops because of a signal, or of an error that came between two steps.
     """
 
     def __init__(self, checkpoints: Checkpoints, *, minutes: float) -> None:
