@@ -26,9 +26,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from sae_lens.load_model import HookedProxyLM
+from sae_lens.load_model import HookedProxyLM, get_hook_fn
 from torch import nn
 from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 try:
@@ -213,6 +214,18 @@ def check_hook(model: Any, hook_name: str, field: str) -> None:
     example = known[len(known) // 2]
     near = _did_you_mean(hook_name, known) or f"; its hooks have names like {example!r}"
     raise ValueError(f"{field}={hook_name!r} is not a hook of this {type(model).__name__}{near}")
+
+
+def make_readable(model: Any, hook_name: str) -> None:
+    """Give a module of a HookedProxyLM a hook point, if it was made without one. Others have theirs."""
+    if not isinstance(model, HookedProxyLM) or hook_name in model.hook_dict:
+        return
+    module = model.model.get_submodule(hook_name)
+    hook_point = HookPoint()
+    hook_point.name = hook_name
+    module.register_forward_hook(get_hook_fn(hook_point))
+    model.hook_dict[hook_name] = model.mod_dict[hook_name] = hook_point
+    model.named_modules_dict[hook_name] = module
 
 
 def _unwrap(model: Any) -> Any:

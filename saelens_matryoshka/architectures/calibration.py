@@ -39,6 +39,10 @@ class RecentRows:
         """Forget them."""
         self._batches.clear()
 
+    def batches(self) -> list[torch.Tensor]:
+        """Those of each batch, `[≤ 128, d_in]`, the oldest first."""
+        return list(self._batches)
+
     def rows(self) -> torch.Tensor:
         """`[n, d_in]`."""
         return torch.cat(list(self._batches))

@@ -11,7 +11,7 @@ Nothing is trained or moved: a training object is converted to the inference mod
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -96,6 +96,23 @@ def evaluate(
     return run.result()
 
 
+@torch.no_grad()
+def evaluate_activations(
+    sae: SAE[Any], model: Any, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]
+) -> EvalResult:
+    """The metrics that need no language model: all but cross-entropy and KL.
+
+    Args:
+        sae: As in `evaluate`.
+        model: Says in which frame the source is; it is not run.
+        pairs: Sources `[n, d_in]` and targets `[n, d_out]`, on the SAE's device and in its dtype.
+    """
+    run = _Evaluation(inference_model(sae), model, {})
+    for source, target in pairs:
+        run.add_pairs(source, target)
+    return run.result()
+
+
 class _Evaluation:
     """The sums of one evaluation, and how a batch of tokens is added to them."""
 
@@ -118,8 +135,12 @@ class _Evaluation:
     def add_reconstruction(self, tokens: torch.Tensor) -> None:
         keep = self._evaluated(tokens)
         source, target = self._activations(tokens)
+        self.add_pairs(source[keep], target[keep])
+
+    def add_pairs(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Add sources `[n, d_in]` and targets `[n, d_out]`."""
         rows = max(1, _ACTIVATION_VALUES // self.sae.cfg.d_sae)
-        for x, y in zip(source[keep].split(rows), target[keep].split(rows), strict=True):
+        for x, y in zip(source.split(rows), target.split(rows), strict=True):
             acts = self.sae.encode(x)
             self.firing.add(acts)
             self.reconstruction.add(y, predict_prefixes(self.sae, x, acts))
