@@ -132,11 +132,13 @@ def train(
 
 def _folder(settings: Settings, out: Path | None, name: str | None) -> RunFolder:
     """Where the run goes: OUT/MODEL/MAPPING/NAME, or SAELens's output_path."""
-    from saelens_matryoshka.runs.folder import RunFolder, default_name, run_folder
+    from saelens_matryoshka.runs.folder import RunFolder, new_run_folder, run_folder
 
     if "output_path" not in settings.given:
-        name = name or default_name(settings)
-        return run_folder(out or Path("results"), settings.cfg.model_name, settings.mapping, name)
+        out = out or Path("results")
+        if name is None:
+            return new_run_folder(out, settings)
+        return run_folder(out, settings.cfg.model_name, settings.mapping, name)
     given = settings.given["output_path"]
     if given.value is None:
         raise ValueError(f"{given.called('output_path')}: a run needs a folder.")
@@ -192,7 +194,10 @@ def _show_plan(settings: Settings, folder: RunFolder, console: Console, *, as_js
     from rich.table import Table
 
     console.print(f"[bold]Would train[/] {_summary(settings)}\n  in {folder.path}\n")
-    table = Table("setting", "value", "from", **_PLAIN)
+    table = Table(**_PLAIN)
+    table.add_column("setting", no_wrap=True)
+    table.add_column("value", overflow="fold")
+    table.add_column("from", overflow="fold")
     for name, given in settings.given.items():
         table.add_row(name, str(given.value), given.origin)
     console.print(table)

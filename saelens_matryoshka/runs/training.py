@@ -17,6 +17,7 @@ from saelens_matryoshka.evaluation.result import EvalResult
 from saelens_matryoshka.evaluation.training_evaluator import HeldOutEvaluator
 from saelens_matryoshka.runner import Observer, observe
 from saelens_matryoshka.runs.folder import RunFolder, now, versions
+from saelens_matryoshka.runs.lock import locked
 from saelens_matryoshka.runs.mappings import TINY
 from saelens_matryoshka.runs.metrics_log import MetricsLog
 from saelens_matryoshka.runs.settings import TINY_TEXT, Settings
@@ -76,18 +77,19 @@ def train_run(
     runner = RunRunner(cfg, observers=observers, **_overrides(settings))
 
     folder.path.mkdir(parents=True, exist_ok=True)
-    folder.require_unused()
-    folder.write_config(
-        settings,
-        command=list(command),
-        versions=versions(),
-        wandb={"id": cfg.logger.wandb_id} if cfg.logger.log_to_wandb else None,
-        started_at=now(),
-    )
-    with _wandb_in(folder):
-        runner.run()
-    result = evaluate_run(runner, folder)
-    folder.add_record("completed_at", now())
+    with locked(folder.path):
+        folder.require_unused()
+        folder.write_config(
+            settings,
+            command=list(command),
+            versions=versions(),
+            wandb={"id": cfg.logger.wandb_id} if cfg.logger.log_to_wandb else None,
+            started_at=now(),
+        )
+        with _wandb_in(folder):
+            runner.run()
+        result = evaluate_run(runner, folder)
+        folder.add_record("completed_at", now())
     return result
 
 
