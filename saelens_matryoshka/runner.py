@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -170,6 +171,10 @@ def require_own_output_path(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     if cfg.output_path is None:
         return
     folder = Path(cfg.output_path)
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir() or (not folder.exists() and not os.access(above, os.W_OK)):
+        fault = "is read-only" if above.is_dir() else "is a file"
+        raise ValueError(f"output_path={cfg.output_path!r} cannot be made: {above} {fault}.")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_path={cfg.output_path!r} is a file: name a folder.")
     if not any((folder / name).exists() for name in (RUNNER_CFG_FILENAME, SAE_WEIGHTS_FILENAME)):

@@ -15,7 +15,7 @@ from saelens_matryoshka.cli.inputs import (
     load_text,
     pick_device,
 )
-from saelens_matryoshka.cli.output import quieten, write_result
+from saelens_matryoshka.cli.output import quieten, require_writable, write_result
 
 Model = Annotated[
     str | None,
@@ -69,6 +69,7 @@ def evaluate(
     saelens-matryoshka eval gpt2-small-res-jb:blocks.8.hook_resid_pre --dataset NeelNanda/pile-10k
     """
     console = Console(stderr=True)
+    require_writable(json)
     quieten()
     device = pick_device(device)
     with console.status("loading"):
@@ -112,6 +113,7 @@ def compare(
       saelens-matryoshka compare output/a output/b
     """
     console = Console(stderr=True)
+    require_writable(json)
     quieten()
     device = pick_device(device)
     with console.status("loading"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,22 @@ _FILE_FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": 
 
 
 def pick_device(device: str | None) -> str:
-    """The device asked for, else cuda if there is one."""
-    if device is not None:
-        return device
+    """The device asked for, else cuda if there is one.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+        if torch.device(device).type != "meta":
+            return device
+    except (RuntimeError, AssertionError):
+        pass
+    raise ValueError(f"--device {device!r} is not one that this machine has. Try cpu, or leave it out.")
 
 
 def is_tiny(model_name: str | None) -> bool:
@@ -62,7 +73,7 @@ def load_language_model_for(sae: SAE[Any], name: str | None, device: str, *, dty
         ValueError: no name is given and the SAE's metadata have none.
     """
     metadata = sae.cfg.metadata
-    name = name or metadata.model_name
+    name = metadata.model_name if name is None else name
     if not name:
         raise ValueError("--model is needed: this model's metadata do not say which language model it reads.")
     return load_language_model(
@@ -84,11 +95,11 @@ def load_sae(where: str, device: str) -> SAE[Any]:
     """
     from sae_lens import SAE
 
-    folder = Path(where)
-    if folder.is_dir():
-        if not (folder / "cfg.json").is_file():
-            raise ValueError(f"{where!r} holds no SAE: a folder saved by SAELens has a cfg.json in it.")
-        return _load_folder(folder, device)
+    folder = Path(where).expanduser()
+    if where and folder.is_dir():
+        from saelens_matryoshka.formats.saelens import open_folder
+
+        return open_folder(folder, device)
     release, colon, sae_id = where.partition(":")
     if not colon or not sae_id or folder.exists():
         raise ValueError(
@@ -96,20 +107,6 @@ def load_sae(where: str, device: str) -> SAE[Any]:
             "releases or a repository of the hub."
         )
     return SAE.from_pretrained(release, sae_id, device=device)
-
-
-def _load_folder(folder: Path, device: str) -> SAE[Any]:
-    import json
-
-    from sae_lens import SAE, TrainingSAE
-    from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
-
-    import saelens_matryoshka as sm
-
-    architecture = json.loads((folder / "cfg.json").read_text()).get("architecture")
-    if architecture in SAE_TRAINING_CLASS_REGISTRY and architecture not in SAE_CLASS_REGISTRY:
-        return sm.inference_model(TrainingSAE.load_from_disk(folder, device=device))  # a checkpoint
-    return SAE.load_from_disk(folder, device=device)
 
 
 def results_folder(where: str, out: Path | None, name: str) -> Path:
@@ -127,11 +124,11 @@ def results_folder(where: str, out: Path | None, name: str) -> Path:
 
 def load_saes(places: list[str], device: str) -> dict[str, SAE[Any]]:
     """Several, each under the shortest name that tells it from the others."""
+    if len({Path(place).resolve() for place in places}) < len(places):
+        raise ValueError(f"The same model is given twice: {', '.join(places)}.")
     names = [Path(place.rstrip("/")).name for place in places]
     if len(set(names)) < len(names):
         names = places
-    if len(set(names)) < len(names):
-        raise ValueError(f"The same model is given twice: {', '.join(places)}.")
     return {name: load_sae(place, device) for name, place in zip(names, places, strict=True)}
 
 
@@ -153,13 +150,13 @@ def load_text(
         from saelens_matryoshka.tiny import text
 
         return _after(text.dataset("held_out"), skip), "held-out standard library files"
-    name = dataset or metadata.dataset_path
+    name = metadata.dataset_path if dataset is None else dataset
     if not name:
         raise ValueError("--dataset is needed: this model's metadata do not say what it was trained on.")
     described = f"{name}, split {split}" + (f", from document {skip:,} on" if skip else "")
     if dataset is None:
         described += " (its training data: give --dataset or --skip for text it has not seen)"
-    return _after(_stream(name, split), skip), described
+    return _after(open_dataset(name, split), skip), described
 
 
 def _after(documents: Any, skip: int) -> Any:
@@ -168,18 +165,47 @@ def _after(documents: Any, skip: int) -> Any:
     return documents.skip(skip) if skip else documents
 
 
-def _stream(name: str, split: str) -> Any:
+def open_dataset(name: str, split: str) -> Any:
+    """The documents of a dataset of the hub, a folder or a file, streamed where that can be.
+
+    Raises:
+        ValueError: there is no such dataset or split, it cannot be read, or it is empty.
+    """
     from datasets import load_dataset, load_from_disk
 
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.suffix in _FILE_FORMATS:
         if not path.is_file():
             raise ValueError(f"--dataset {name!r}: there is no such file.")
-        return load_dataset(
-            _FILE_FORMATS[path.suffix], data_files={split: str(path)}, split=split, streaming=True
-        )
+        kind = _FILE_FORMATS[path.suffix]
+        files = {split: str(path)}
+        return _readable(name, lambda: load_dataset(kind, data_files=files, split=split, streaming=True))
+    if path.is_file():
+        raise ValueError(f"--dataset {name!r}: a file must be of text and end in {', '.join(_FILE_FORMATS)}.")
     if (path / "dataset_info.json").is_file():
-        return load_from_disk(str(path))
+        return _readable(name, lambda: load_from_disk(str(path)))
     if (path / "dataset_dict.json").is_file():
-        return load_from_disk(str(path))[split]
-    return load_dataset(name, split=split, streaming=True)
+        saved = _readable(name, lambda: load_from_disk(str(path)))
+        if split not in saved:
+            raise ValueError(f"--split {split!r} is none of {name!r}, which has {', '.join(saved)}.")
+        return saved[split]
+    return _readable(name, lambda: load_dataset(name, split=split, streaming=True))
+
+
+def _readable(name: str, read: Callable[[], Any]) -> Any:
+    """A dataset, once its first row has been read.
+
+    Raises:
+        ValueError: it cannot be read, or is empty.
+    """
+    try:
+        documents = read()
+        empty = next(iter(documents), None) is None
+    except StopIteration:  # a file without a line
+        empty = True
+    except (ValueError, OSError, TypeError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"--dataset {name!r} cannot be read: {reason}") from None
+    if empty:
+        raise ValueError(f"--dataset {name!r}: it is empty.")
+    return documents

@@ -18,7 +18,7 @@ import torch
 from sae_lens import SAE
 from sae_lens.config import HfDataset
 
-from saelens_matryoshka.evaluation.activations import hook_activations
+from saelens_matryoshka.evaluation.activations import hook_activations, require_width
 from saelens_matryoshka.evaluation.metrics import (
     FiringCounts,
     NextTokenSums,
@@ -71,7 +71,8 @@ def evaluate(
         ValueError: the model has no such hook, its norms are folded otherwise than those of the model the
             SAE was trained on, or the dataset has no tokens.
     """
-    _require_counts(n_tokens=n_tokens, batch_size_prompts=batch_size_prompts)
+    if n_ce_tokens < 0:
+        raise ValueError(f"n_ce_tokens={n_ce_tokens} must be at least 0.")
     sae = inference_model(sae)
     run = _Evaluation(sae, model, dict(model_kwargs or {}))
     run.excluded = special_token_ids(model, exclude_special_tokens)
@@ -249,6 +250,8 @@ class _Evaluation:
             source = source[:, :, self.source_head]
         if self.target_head is not None:
             target = target[:, :, self.target_head]
+        require_width(self.source_hook, source, self.sae.cfg.d_in, "d_in")
+        require_width(self.target_hook, target, self.sae.W_dec.shape[-1], "d_out")
         place = {"device": self.sae.device, "dtype": self.sae.dtype}
         return source.flatten(2).to(**place), target.flatten(2).to(**place)
 
@@ -281,12 +284,6 @@ def _trained_k(sae: SAE[Any]) -> float | None:
     if "k" not in details or (widths and sum(widths) != sae.cfg.d_sae and widths[-1] != sae.cfg.d_sae):
         return None
     return float(details["k"])
-
-
-def _require_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1.")
 
 
 def _read(

@@ -60,6 +60,7 @@ _NOTE_FIELDS: dict[str, type | tuple[type, ...]] = {
     "matryoshka_widths": list,
     "model_from_pretrained_kwargs": dict,
 }
+_METADATA_FIELDS = {**_NOTE_FIELDS, "training_architecture_details": dict, "model_class_name": str}
 
 
 @dataclass(frozen=True)
@@ -339,6 +340,27 @@ def believe(written: Mapping[str, Any] | None) -> dict[str, Any]:
     return {key: value for key, value in written.items() if _believed(key, value)}
 
 
+def check_metadata(metadata: Any, label: str) -> dict[str, Any]:
+    """SAELens's metadata, in which the fields that are used here have the types they should have.
+
+    Raises:
+        FormatError: they have not, or the metadata are no fields by name.
+    """
+    if not isinstance(metadata, dict):
+        raise FormatError(f"{label}: metadata={metadata!r}, where settings by name are expected.")
+    for key, value in metadata.items():
+        kind = _METADATA_FIELDS.get(key)
+        if value is not None and kind is not None and not _is(value, kind):
+            expected = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+            raise FormatError(f"{label}: metadata has {key}={value!r}, where {expected} is expected.")
+    return metadata
+
+
 def _believed(key: str, value: Any) -> bool:
     kind = _NOTE_FIELDS.get(key)
-    return kind is not None and isinstance(value, kind)
+    return kind is not None and _is(value, kind)
+
+
+def _is(value: Any, kind: type | tuple[type, ...]) -> bool:
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)

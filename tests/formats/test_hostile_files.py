@@ -365,7 +365,7 @@ TABLE: list[tuple[str, str, Callable[[Path], None], str]] = [
     (LLAMA, "half a latent", _llamascopium(expansion_factor=3.01), "no whole number"),
     # SAELens
     (SAELENS, "another number of latents", _saelens(_set("cfg.json", d_sae=47)), "make no model"),
-    (SAELENS, "an unknown architecture", _saelens(_set("cfg.json", architecture="x")), "make no model"),
+    (SAELENS, "an unknown architecture", _saelens(_set("cfg.json", architecture="x")), "none that SAELens"),
     (SAELENS, "no config to speak of", _saelens(lambda f: (f / "cfg.json").write_text("[]")), "holds a list"),
 ]
 
