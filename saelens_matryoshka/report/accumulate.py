@@ -48,7 +48,9 @@ class ExamplePool:
         self.values = torch.zeros(n_groups, size, device=device)
         self.windows = torch.zeros(n_groups, size, window, device=device)
 
-    def offer(self, groups: torch.Tensor, rank: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def offer(
+        self, groups: torch.Tensor, rank: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Decide which of the candidates replace which examples.
 
         Args:

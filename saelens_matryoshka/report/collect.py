@@ -126,7 +126,14 @@ class _Collector:
     """What has been kept so far, and how a batch is added to it."""
 
     def __init__(
-        self, sae: SAE[Any], n_top: int, n_intervals: int, per_interval: int, before: int, after: int, seed: int
+        self,
+        sae: SAE[Any],
+        n_top: int,
+        n_intervals: int,
+        per_interval: int,
+        before: int,
+        after: int,
+        seed: int,
     ) -> None:
         self.sae, self.n_intervals, self.before, self.after = sae, n_intervals, before, after
         device, d_sae = torch.device(sae.device), int(sae.cfg.d_sae)
