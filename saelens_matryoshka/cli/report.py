@@ -42,13 +42,13 @@ def report(
     batch_size_prompts: Annotated[int, typer.Option(min=1, help="Prompts per forward pass.")] = 8,
     device: Annotated[str | None, typer.Option(help="Default: cuda if there is one.")] = None,
 ) -> None:
-    """Write one self-contained HTML page about a run: quality of every prefix, training curves, levels, latents.
+    """Write one self-contained HTML page about a run: quality, training curves, levels, latents.
 
     It takes metrics.jsonl, metrics.json and samples from the run's folder, each if it is there, and collects
     the samples if they are not. The page opens without a network.
 
       saelens-matryoshka report output/demo-tiny-layer-2
-      saelens-matryoshka report gpt2-small-res-jb:blocks.8.hook_resid_pre --dataset NeelNanda/pile-10k --out gpt2.html
+      saelens-matryoshka report gpt2-small-res-jb:blocks.8.hook_resid_pre --out gpt2.html
     """
     console = Console(highlight=False)
     quieten()

@@ -71,7 +71,7 @@ def samples(
     features: Annotated[
         Path | None,
         typer.Option(
-            help="Where circuit-tracer's feature files go, one call per layer. Default: in the samples' folder."
+            help="Folder of circuit-tracer's feature files, one call per layer. Default: with the samples."
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
@@ -80,10 +80,10 @@ def samples(
         Path | None, typer.Option("--json", help='Write a summary to this file; "-" prints it.')
     ] = None,
 ) -> None:
-    """Collect where every latent fires: its strongest examples, and a uniform sample from each range of strength.
+    """Collect where every latent fires: its strongest examples, and random ones of every strength.
 
-    They are of the trained model, BOS and the like left out. Called again with the same settings, it takes what
-    is there, and only writes further formats.
+    They are of the trained model, BOS and the like left out. Called again with the same settings, it takes
+    what is there, and only writes further formats.
 
       saelens-matryoshka samples output/demo-tiny-layer-2 --tokens 200000
       saelens-matryoshka samples output/transcoder --format json --format neuronpedia
@@ -133,7 +133,7 @@ def obtain_samples(
     overwrite: bool,
     **settings: Any,
 ) -> Samples:
-    """The samples stored in a folder, if they are of these settings; else they are collected and stored there.
+    """The samples stored in a folder, if of these settings; else they are collected and stored there.
 
     Args:
         console: For the progress bar.

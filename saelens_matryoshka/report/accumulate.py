@@ -2,9 +2,9 @@
 
 A latent's strongest examples, uniform samples of its firings in equal intervals of activation, and a
 histogram. The largest activation is not known while the stream runs, so histogram and intervals span
-[0, scale], and the scale doubles when an activation exceeds it: then neighbouring bins are joined in pairs. Counts add
-up exactly. An interval's sample are the firings with the highest random keys, and the highest keys of two
-intervals together are among the highest of each: the joined sample is again a uniform one.
+[0, scale], and the scale doubles when an activation exceeds it: then neighbouring bins are joined in pairs.
+Counts add up exactly. An interval's sample are the firings with the highest random keys, and the highest keys
+of two intervals together are among the highest of each: the joined sample is again a uniform one.
 """
 
 from __future__ import annotations

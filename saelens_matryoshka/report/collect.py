@@ -46,8 +46,8 @@ def collect_samples(
 ) -> Samples:
     """The strongest examples of every latent, and a uniform sample of its firings in intervals of strength.
 
-    Memory is that of one batch's activations, of the examples (`d_sae * (n_top + n_intervals * per_interval) *
-    (before + 1 + after)` float32) and of the tokens (4 bytes each).
+    Memory is that of one batch's activations, of the examples (`d_sae * (n_top + n_intervals * per_interval)
+    * (before + 1 + after)` float32) and of the tokens (4 bytes each).
 
     Args:
         sae: SAE or transcoder, ours or stock; a training object is taken as the model it would be saved as.

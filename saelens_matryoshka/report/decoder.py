@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,8 @@ class DecoderRelations:
     parent_cosine: torch.Tensor
     """`[d_sae]` 0 in the first level"""
     mean_cosine: torch.Tensor
-    """`[n_levels, n_levels]` mean over a level's latents (row) of the cosine to the nearest one of another, coarser or
-    the same, level (column); 0 above the diagonal"""
+    """`[n_levels, n_levels]` mean over a level's latents (row) of the cosine to the nearest other one of a
+    coarser level, or of the same (column); 0 above the diagonal"""
     parents_in: torch.Tensor
     """`[n_levels, n_levels]` share of a level's latents (row) whose parent is in a coarser level (column)"""
 
@@ -56,7 +57,7 @@ def decoder_relations(W_dec: torch.Tensor, widths: Sequence[int], n: int = 5) ->
         ids.append(best.indices.cpu())
         cosines.append(best.values.cpu())
         # the nearest of every level, [rows, n_levels]
-        per_level = [block[:, low:high].max(dim=1) for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+        per_level = [block[:, low:high].max(dim=1) for low, high in pairwise(bounds)]
         value = torch.stack([found.values for found in per_level], dim=1).cpu()
         index = torch.stack([found.indices for found in per_level], dim=1).cpu() + torch.tensor(bounds[:-1])
         own = level[start : start + len(block)]

@@ -1,11 +1,11 @@
-"""circuit-tracer's feature files: what its graph viewer shows beside a graph, read from the hub by byte range.
+"""circuit-tracer's feature files: what its graph viewer shows beside a graph, read by byte range.
 
     features/index.json.gz   {"8": {"filename": "layer_8.bin", "offsets": [F + 1 numbers]}, ...}, per layer
     features/layer_8.bin     per latent a uint32 (little-endian) length and so much of zlib-compressed JSON
 
-A latent's JSON: its strongest examples and those of each interval of activation, top and bottom logits, the histogram of its activations over
-[act_min, act_max], their percentiles, and the share of tokens it fires on. `act_max` is the upper end of the last filled
-bin.
+A latent's JSON: its strongest examples and those of each interval of activation, top and bottom logits, the
+histogram of its activations over [act_min, act_max], their percentiles, and the share of tokens it fires on.
+`act_max` is the upper end of the last filled bin.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The page of a run: one HTML file that holds everything it shows, and asks for nothing.
 
-Data are embedded as JSON in which no markup can begin, and as base64; the script puts text into the page as text,
-never as HTML.
+Data are embedded as JSON in which no markup can begin, and as base64; the script puts text into the page as
+text, never as HTML.
 """
 
 from __future__ import annotations
@@ -235,22 +235,23 @@ def _measured(evaluation: dict[str, Any] | None) -> str:
     said = f"The inference model on {evaluation['n_tokens']:,} held-out tokens"
     if evaluation.get("ce_clean") is not None:
         said += (
-            f"; cross-entropy on {evaluation['n_ce_tokens']:,} of them: {evaluation['ce_clean']:.3f} nats untouched, "
-            f"{evaluation['ce_zero']:.3f} with the target zero-ablated, {evaluation['ce_mean']:.3f} mean-ablated"
+            f"; cross-entropy on {evaluation['n_ce_tokens']:,} of them: {evaluation['ce_clean']:.3f} nats "
+            f"untouched, {evaluation['ce_zero']:.3f} with the target zero-ablated, "
+            f"{evaluation['ce_mean']:.3f} mean-ablated"
         )
     return said + "."
 
 
 def _density_lead(samples: Samples) -> str:
     return (
-        f"On {samples.n_tokens:,} tokens, special tokens left out. A level holds the latents that its prefix adds to the "
-        "one before."
+        f"On {samples.n_tokens:,} tokens, special tokens left out. A level holds the latents that its prefix "
+        "adds to the one before."
     )
 
 
 def _latents_lead(samples: Samples) -> str:
     return (
-        f"Where each latent fires on {samples.n_tokens:,} tokens of {samples.about.get('text', 'text')}. The darker a token, the nearer "
-        "to the latent's largest activation; the token the context was chosen for is underlined. "
-        "Beside each: the logits its decoder direction raises most."
+        f"Where each latent fires on {samples.n_tokens:,} tokens of {samples.about.get('text', 'text')}. The "
+        "stronger a token's colour, the nearer to the latent's largest activation; the token a context was "
+        "chosen for is underlined. Beside each latent: the logits its decoder direction raises most."
     )

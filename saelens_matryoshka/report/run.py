@@ -60,8 +60,8 @@ def page_content(
     )
     if content.evaluation is not None and content.evaluation["prefixes"][-1]["width"] != sae.cfg.d_sae:
         raise ValueError(
-            f"{folder}: its evaluation is of {content.evaluation['prefixes'][-1]['width']} latents, and the model has "
-            f"{sae.cfg.d_sae}: evaluate it again."
+            f"{folder}: its evaluation is of {content.evaluation['prefixes'][-1]['width']} latents, and the "
+            f"model has {sae.cfg.d_sae}: evaluate it again."
         )
     if samples is not None:
         content.text = TokenText(getattr(model, "tokenizer", None))

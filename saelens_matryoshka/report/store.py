@@ -30,7 +30,7 @@ def fingerprint(sae: SAE[Any]) -> str:
 
 
 def stored_samples(folder: Path, settings: dict[str, Any]) -> Samples | None:
-    """The samples in a folder, if they were collected with these settings; None if the folder is empty or missing.
+    """The samples in a folder, if of these settings; None if the folder is empty or missing.
 
     Raises:
         ValueError: the folder holds other samples, or something else.
@@ -47,7 +47,8 @@ def stored_samples(folder: Path, settings: dict[str, Any]) -> Samples | None:
             _SHOWN.get(name, f"{name} {found.get(name)!r}, not {settings[name]!r}") for name in different
         )
         raise ValueError(
-            f"{folder} holds samples of other settings ({said}): give --overwrite to replace them, or another --out."
+            f"{folder} holds samples of other settings ({said}): give --overwrite to replace them, or another "
+            "--out."
         )
     return samples
 

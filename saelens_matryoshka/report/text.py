@@ -33,7 +33,7 @@ class TokenText:
         return self._bytes[token]
 
     def string_of(self, token: int) -> str:
-        r"""The token as a string; bytes that are not whole characters as `\xe2`, as circuit-tracer has them."""
+        r"""The token as a string; bytes that are no whole characters as `\xe2`, as circuit-tracer has them."""
         return self.bytes_of(token).decode("utf-8", errors="backslashreplace")
 
     def text_of(self, tokens: Iterable[int]) -> str:
@@ -61,7 +61,7 @@ def _is_byte_level(tokenizer: Any) -> bool:
 
 
 def _byte_characters() -> dict[str, int]:
-    """The character by which byte-level BPE writes each byte: printable ones as they are, the others from 256."""
+    """How byte-level BPE writes each byte: printable ones as they are, the others from 256."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),

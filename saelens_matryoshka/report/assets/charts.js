@@ -107,7 +107,7 @@ function drawChart(figure, drawing, tip, { series, x, y, lines = [], height = 19
   const px = scale(x.kind, x0, x1, left, right), py = scale(y.kind, y0, y1, bottom, top);
   drawing.append(svg("text", { x: 0, y: 8 }, y.label));
   yTicks.forEach((t, i) => drawing.append(svg("line", { class: "grid", x1: left, x2: right, y1: py(t), y2: py(t) }), svg("text", { x: left - 7, y: py(t) + 3.5, "text-anchor": "end" }, labels[i])));
-  const candidates = x.ticks ? x.ticks.filter((t) => t >= x0 && t <= x1) : x.kind === "log" ? logTicks(x0, x1, width / 70) : niceTicks(x0, x1, Math.floor(width / 85));
+  const candidates = x.ticks ? x.ticks.filter((t) => t >= x0 && t <= x1) : x.kind === "log" ? logTicks(x0, x1, width / 70) : niceTicks(x0, x1, Math.floor(width / 65));
   let reach = -Infinity;
   for (const t of candidates) {
     const label = fx(t), half = label.length * 3.2, centre = Math.min(Math.max(px(t), half), width - half);
@@ -127,7 +127,7 @@ function drawChart(figure, drawing, tip, { series, x, y, lines = [], height = 19
       const v = s.y[i];
       if (v === null || !Number.isFinite(v) || (y.kind === "log" && v <= 0)) { pen = false; return; }
       const at = `${px(value).toFixed(1)} ${py(v).toFixed(1)}`;
-      path += !pen ? `M${at}` : s.step ? `H${px(value).toFixed(1)}V${py(v).toFixed(1)}` : `L${at}`;
+      path += !pen ? (s.step ? `M${px(value).toFixed(1)} ${bottom}V${py(v).toFixed(1)}` : `M${at}`) : s.step ? `H${px(value).toFixed(1)}V${py(v).toFixed(1)}` : `L${at}`;
       pen = true;
     });
     drawing.append(svg("path", { d: path, fill: "none", stroke: s.colour, "stroke-width": s.dots ? 1.5 : 1.8, "stroke-linejoin": "round", "stroke-opacity": s.dots ? 0.45 : 1 }));

@@ -5,18 +5,30 @@ const PER_PAGE = 20;
 
 function shade(value, largest = 255) { return value ? `rgb(var(--heat) / calc(${(0.08 + 0.92 * value / largest).toFixed(3)} * var(--heat-max)))` : ""; }
 
-// Line breaks and tabs get a faint sign; in a single line it stands for them.
-function tokenSpan(text, props, single) {
+// Line breaks and tabs get a faint sign, which stands for them unless they are kept.
+function tokenSpan(text, props, breaks) {
   const span = el("span", props);
   for (const part of visible(text).split(/(\n|\t)/)) {
-    if (part === "\n") span.append(el("span", { class: "sub" }, "↵"), single ? "" : "\n");
-    else if (part === "\t") span.append(el("span", { class: "sub" }, "⇥"), single ? " " : "\t");
+    if (part === "\n") span.append(el("span", { class: "sub" }, "↵"), breaks ? "\n" : "");
+    else if (part === "\t") span.append(el("span", { class: "sub" }, "⇥"), breaks ? "\t" : "");
     else if (part) span.append(part);
   }
   return span;
 }
 
+// A token by itself: its spaces at the ends are shown, too.
+function tokenCode(text, props = {}) {
+  const code = el("code", props);
+  for (const part of visible(text).split(/(^ +| +$|\n|\t)/)) {
+    if (part === "") continue;
+    const sign = part === "\n" ? "↵" : part === "\t" ? "⇥" : /^ +$/.test(part) ? (part.length > 4 ? `·${part.length}·` : "·".repeat(part.length)) : null;
+    code.append(sign ? el("span", { class: "sub" }, sign) : part);
+  }
+  return code;
+}
+
 function contextNode(latents, example, single) {
+  const breaks = !single && document.getElementById("breaks").checked;
   const node = el("div", { class: single ? "ctx line" : "ctx" });
   const from = single ? Math.max(0, example.peak - 7) : 0;
   for (const piece of latents.pieces(example.ids, from, example.length)) {
@@ -24,7 +36,7 @@ function contextNode(latents, example, single) {
     for (let i = piece.from; i < piece.to; i++) act = Math.max(act, example.acts[i]);
     const peak = piece.from <= example.peak && example.peak < piece.to;
     const props = { class: peak ? "tok peak" : "tok", style: act ? { background: shade(act) } : {} };
-    node.append(tokenSpan(piece.text, props, single));
+    node.append(tokenSpan(piece.text, props, breaks));
   }
   return node;
 }
@@ -33,7 +45,7 @@ function levelName(meta, level) { return `level ${level + 1}`; }
 function levelDot(meta, level) { return el("i", { class: "dot", style: { background: levelColour(level, meta.widths.length) } }); }
 
 function jump(latents, j, note) {
-  const code = el("code", {}, visible(latents.label(j)).replace(/\n/g, "↵").replace(/\t/g, "⇥"));
+  const code = tokenCode(latents.label(j));
   return el("a", { class: "jump", href: `#latent-${j}`, title: levelName(latents.meta, latents.level[j]) }, levelDot(latents.meta, latents.level[j]), el("b", {}, `#${j}`), code, note ? el("span", {}, note) : null);
 }
 
@@ -54,9 +66,15 @@ function logitColumn(latents, j, tokens, values, tint) {
   return column;
 }
 function tinted(text, tint) {
-  const code = el("code", {}, visible(text).replace(/\n/g, "↵").replace(/\t/g, "⇥"));
+  const code = tokenCode(text);
   code.style.setProperty("--tint", `var(--${tint})`);
   return code;
+}
+
+function logitChips(latents, j, most) {
+  const n = latents.meta.n_logits, chips = el("span", { class: "chips" });
+  for (let i = j * n; i < j * n + Math.min(most, n); i++) chips.append(tokenCode(latents.tokenText(latents.topToken[i]), { class: "chip" }));
+  return chips;
 }
 
 function histogramNode(latents, j) {
@@ -73,10 +91,11 @@ function histogramNode(latents, j) {
 }
 
 function exampleList(latents, j, from, to) {
-  const box = document.createDocumentFragment();
+  const box = document.createDocumentFragment(), shown = new Set();
+  for (let e = 0; e < from; e++) { const other = latents.example(j, e); if (other) shown.add(other.start + other.peak); }
   for (let e = from; e < to; e++) {
     const example = latents.example(j, e);
-    if (example) box.append(el("div", { class: "example" }, el("span", { class: "val" }, short(example.value)), contextNode(latents, example, false)));
+    if (example && !shown.has(example.start + example.peak)) box.append(el("div", { class: "example" }, el("span", { class: "val" }, example.value < 1000 ? example.value.toPrecision(3) : short(example.value)), contextNode(latents, example, false)));
   }
   return box;
 }
@@ -114,6 +133,7 @@ class Browser {
     this.defaults = { search: "", "search-in": "all", "filter-level": "all", "filter-state": "live", "density-low": "0", "density-high": "1", sort: "id" };
     let timer = 0;
     for (const id of Object.keys(this.defaults)) this.get(id).addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(() => this.update(), id === "search" ? 160 : 0); });
+    this.get("breaks").addEventListener("input", () => document.querySelectorAll(".latent.open").forEach((box) => box.querySelector(".detail").replaceWith(detailNode(this.latents, +box.dataset.latent))));
     this.get("reset").addEventListener("click", () => { this.reset(); this.update(); });
     this.reset();
   }
@@ -166,8 +186,7 @@ class Browser {
     const stat = el("span", { class: "stat" });
     if (latents.fired[j]) stat.append(el("b", {}, percent(latents.density(j))), " of tokens", el("br"), "max ", el("b", {}, short(latents.largest[j])));
     else stat.append("dead");
-    const chips = el("span", { class: "chips" });
-    for (let i = j * meta.n_logits; i < j * meta.n_logits + Math.min(5, meta.n_logits); i++) chips.append(el("span", { class: "chip" }, visible(latents.tokenText(latents.topToken[i])).replace(/\n/g, "↵").replace(/\t/g, "⇥")));
+    const chips = logitChips(latents, j, 5);
     const button = el("button", { class: "row", type: "button", "aria-expanded": "false" }, name, stat, chips, best ? contextNode(latents, best, true) : el("span"));
     const box = el("article", { class: "latent", "data-latent": String(j) }, button);
     const toggle = () => {

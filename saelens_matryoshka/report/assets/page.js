@@ -40,9 +40,9 @@ function densityChart(density) {
     const size = PAGE.widths[l] - (l ? PAGE.widths[l - 1] : 0), x = [], y = [];
     counts.forEach((count, i) => { x.push(10 ** density.edges[i]); y.push(count / size); });
     x.push(10 ** density.edges[counts.length]); y.push(0);
-    return { name: `level ${l + 1}:`, x, y: [0, ...y.slice(0, -1)], colour: colours[l], step: true };
+    return { name: `level ${l + 1}:`, x, y, colour: colours[l], step: true };
   });
-  chart(byId("density-chart"), { title: "Firing density by level", height: 230, x: { label: "share of tokens a latent fires on (log scale)", kind: "log", format: percent, unit: "of tokens" }, y: { label: "share of the level's latents", low: 0, format: percent }, series });
+  chart(byId("density-chart"), { title: "Firing density by level", height: 230, x: { label: "share of tokens a latent fires on (log scale)", kind: "log", format: percent, exact: (v) => `from ${percent(v)}`, unit: "of tokens on" }, y: { label: "share of the level's latents", low: 0, format: percent }, series });
   legend(byId("density-legend"), density.dead.map((dead, l) => {
     const size = PAGE.widths[l] - (l ? PAGE.widths[l - 1] : 0);
     return `level ${l + 1}: ${WHOLE.format(size)} latents, ${WHOLE.format(dead)} dead (${percent(dead / size)})`;
@@ -77,7 +77,7 @@ function families(latents) {
     const least = +byId("family-cosine").value || 0;
     byId("families").replaceChildren(...found.slice(page * PER, (page + 1) * PER).map(({ j, count }) => {
       const children = near(j, least);
-      return el("div", { class: "family" }, el("div", {}, jump(latents, j), el("span", { class: "badge" }, `refined by ${WHOLE.format(count)}`)),
+      return el("div", { class: "family" }, el("div", {}, jump(latents, j), el("span", { class: "badge" }, `refined by ${WHOLE.format(count)}`), logitChips(latents, j, 4)),
         el("div", { class: "children" }, ...children.slice(0, 12).map((c) => jump(latents, c, latents.cosine(c).toFixed(2))), children.length > 12 ? el("span", { class: "badge" }, `and ${WHOLE.format(children.length - 12)} more`) : null));
     }));
     pager(byId("family-pager"), page, Math.max(1, Math.ceil(found.length / PER)), show);
@@ -101,13 +101,26 @@ function families(latents) {
   update();
 }
 
+// The section under the navigation bar is marked in it.
+function followScroll() {
+  const links = [...document.querySelectorAll("nav a")];
+  const mark = () => {
+    const here = links.filter((a) => document.querySelector(a.hash).getBoundingClientRect().top < 140).pop();
+    links.forEach((a) => a.classList.toggle("here", a === here));
+  };
+  let waiting = false;
+  addEventListener("scroll", () => {
+    if (!waiting) { waiting = true; requestAnimationFrame(() => { waiting = false; mark(); }); }
+  }, { passive: true });
+  mark();
+}
+
 async function start() {
   if (PAGE.prefixes) prefixCharts(PAGE.prefixes);
   if (PAGE.log) trainingCharts(PAGE.log);
   if (PAGE.density) densityChart(PAGE.density);
   if (PAGE.widths.length > 1) matrix(PAGE.relations);
-  const links = [...document.querySelectorAll("nav a")], seen = new IntersectionObserver((entries) => entries.forEach((entry) => entry.isIntersecting && links.forEach((a) => a.classList.toggle("here", a.hash === `#${entry.target.id}`))), { rootMargin: "-20% 0px -70% 0px" });
-  document.querySelectorAll("main section").forEach((section) => seen.observe(section));
+  followScroll();
   if (!PAGE.latents) return;
   await new Promise((done) => setTimeout(done));  // what is above is shown first
   const block = byId("latent-data");
