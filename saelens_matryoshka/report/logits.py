@@ -1,10 +1,10 @@
 """Which tokens a latent's decoder direction makes likelier, read off the unembedding.
 
-A direction `v` in the residual stream changes the logits by about `(v - mean(v)) * gain @ W_U`, times a positive
-number that depends on the token it is read at: the final norm divides by the length of the residual. A
-LayerNorm takes the mean away, an RMSNorm does not; the gain is 1 where it was folded into `W_U`. The layers in
-between are left out, and so is a soft cap, which changes no order. (nostalgebraist's "logit lens"; Dar et al.,
-2022, https://arxiv.org/abs/2209.02535.)
+A direction `v` in the residual stream changes the logits by about `(v - mean(v)) * gain @ W_U`, times a
+positive number that depends on the token it is read at: the final norm divides by the length of the residual.
+A LayerNorm takes the mean away, an RMSNorm does not; the gain is 1 where it was folded into `W_U`. The layers
+in between are left out, and so is a soft cap, which changes no order. (nostalgebraist's "logit lens"; Dar et
+al., 2022, https://arxiv.org/abs/2209.02535.)
 """
 
 from __future__ import annotations

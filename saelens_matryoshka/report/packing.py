@@ -1,7 +1,7 @@
 """The latents of a page as one compressed block of typed arrays, and the layout its script reads them by.
 
-Contexts overlap, so the tokens are stored once: those that some context covers, in their order, and an example
-is a place among them. Activations are stored in 255 steps of the latent's largest, values in 65535.
+Contexts overlap, so the tokens are stored once: those that some context covers, in their order, and an
+example is a place among them. Activations are stored in 255 steps of the latent's largest, values in 65535.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _chosen(samples: Samples, n_examples: int) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], int]:
-    """Positions, values, windows `[d_sae, n, ...]`: the strongest, then one of each interval, highest first."""
+    """Positions, values, windows `[d_sae, n, ...]`: the strongest, then one of each interval."""
     top, drawn = samples.top, samples.intervals
     n_top = min(n_examples, top.positions.shape[1])
     per_interval = drawn.positions.shape[1] // samples.n_intervals

@@ -47,8 +47,8 @@ def stored_samples(folder: Path, settings: dict[str, Any]) -> Samples | None:
             _SHOWN.get(name, f"{name} {found.get(name)!r}, not {settings[name]!r}") for name in different
         )
         raise ValueError(
-            f"{folder} holds samples of other settings ({said}): give --overwrite to replace them, or another "
-            "--out."
+            f"{folder} holds samples of other settings ({said}): give --overwrite to replace them, or "
+            "another --out."
         )
     return samples
 

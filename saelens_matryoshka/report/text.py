@@ -33,7 +33,7 @@ class TokenText:
         return self._bytes[token]
 
     def string_of(self, token: int) -> str:
-        r"""The token as a string; bytes that are no whole characters as `\xe2`, as circuit-tracer has them."""
+        r"""The token as a string; what is no whole character as `\xe2`, as circuit-tracer has it."""
         return self.bytes_of(token).decode("utf-8", errors="backslashreplace")
 
     def text_of(self, tokens: Iterable[int]) -> str:
