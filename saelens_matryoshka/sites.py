@@ -280,6 +280,19 @@ def _gain_of(model: Any, norm: Any) -> NormGain | None:
     return NormGain(gain.clone(), None if offset is None else offset.clone())
 
 
+@torch.no_grad()
+def hf_norm_gain(norm: nn.Module) -> NormGain:
+    """What a norm module of transformers multiplies by and adds, in float32; Gemma's 1 + weight included.
+
+    Raises:
+        ValueError: it has no weight.
+    """
+    weight, offset = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    if weight is None:
+        raise ValueError(f"a {type(norm).__name__} has no weight.")
+    return NormGain(weight.float() + _is_zero_centred(norm, weight, offset), offset)
+
+
 def _is_zero_centred(norm: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Whether an HF norm multiplies by 1 + its weight, as Gemma's do, and not by its weight.
 

@@ -211,7 +211,7 @@ class _Evaluation:
             hook_name=self.source_hook,
             hook_name_out=self.target_hook,
             input_frame=self.frame,
-            train_l0=_trained_k(self.sae),
+            train_l0=trained_k(self.sae),
             ce_clean=clean,
             ce_zero=zero,
             ce_mean=mean,
@@ -277,7 +277,7 @@ def hooks_and_frame(sae: SAE[Any], model: Any) -> tuple[str, str, str]:
     return source_hook, target_hook, frame
 
 
-def _trained_k(sae: SAE[Any]) -> float | None:
+def trained_k(sae: SAE[Any]) -> float | None:
     """The k of the whole dictionary in training, if `sae` is the whole dictionary."""
     details = sae.cfg.metadata.training_architecture_details or {}
     widths = details.get("matryoshka_widths")
