@@ -1,7 +1,8 @@
 """From training to an attribution graph: transcoders of every MLP, exported for circuit-tracer.
 
-Trains a nested transcoder of each MLP of the tiny embedded model, exports the prefixes of 256 latents as a
-set that circuit-tracer loads, and, where circuit-tracer is installed, attributes a prediction to latents:
+Takes the transcoders of train_many_layers.py (and trains them first if they are not there), exports the
+prefixes of 256 latents as a set that circuit-tracer loads, and, where circuit-tracer is installed, attributes
+a prediction to latents:
 
     pip install circuit-tracer "nnsight<0.8"
 
@@ -9,12 +10,11 @@ Runs offline in a minute or two on a laptop.
 """
 
 import importlib.util
+import runpy
 from pathlib import Path
 
 import torch
-from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
 
-import saelens_matryoshka as sm
 from saelens_matryoshka import tiny
 from saelens_matryoshka.formats.export import export_models
 
@@ -22,34 +22,8 @@ PROMPT = "<bos>import os\nimport sys\n\nclass Reader:\n    def __init__(self, pa
 LAYERS, WIDTH = range(4), 256
 stock, graphs = Path("output/layers"), Path("output/graphs")
 
-model, text = tiny.load_hooked_transformer(), tiny.text.dataset("train")
-size = dict(training_tokens=200_000, train_batch_size_tokens=1024)
-for layer in LAYERS:
-    if (stock / f"layer_{layer}").exists():
-        continue
-    sae_cfg = sm.MatryoshkaTrainingTranscoderConfig.recommended(
-        d_in=128,
-        d_sae=1024,
-        k=16,
-        hook_name_out=f"blocks.{layer}.hook_mlp_out",
-        input_gain="norm_weight",
-    )
-    cfg = LanguageModelSAERunnerConfig(
-        sae=sae_cfg,
-        hook_name=f"blocks.{layer}.ln2.hook_normalized",
-        model_name="tiny",
-        dataset_path="the Python standard library",
-        context_size=256,
-        **size,
-        **sm.recommended_runner_fields(sae_cfg, **size),
-        store_batch_size_prompts=8,
-        n_batches_in_buffer=32,
-        exclude_special_tokens=True,
-        logger=LoggingConfig(log_to_wandb=False),
-        checkpoint_path=None,
-        output_path=str(stock / f"layer_{layer}"),
-    )
-    LanguageModelSAETrainingRunner(cfg, override_model=model, override_dataset=text).run()
+if not all((stock / f"layer_{layer}").exists() for layer in LAYERS):
+    runpy.run_path(str(Path(__file__).with_name("train_many_layers.py")))
 
 # The same as: saelens-matryoshka export output/layers --to circuit-tracer --width 256 --out output/graphs
 if not graphs.exists():
@@ -80,8 +54,9 @@ def attribution_graph() -> None:
     )
     graph = attribute(PROMPT, replacement, max_n_logits=3, batch_size=64, verbose=False)
 
+    tokenizer = tiny.load_tokenizer()
     n_features, n_logits = len(graph.active_features), len(graph.logit_probabilities)
-    tokens = model.to_str_tokens(graph.input_tokens.reshape(1, -1))
+    tokens = [repr(tokenizer.decode([token])) for token in graph.input_tokens.tolist()]
     predictions = [
         f"{target.token_str!r} {probability:.2f}"
         for target, probability in zip(graph.logit_targets, graph.logit_probabilities.tolist(), strict=True)
@@ -95,8 +70,8 @@ def attribution_graph() -> None:
     print("The latents behind these predictions, by their influence through all paths:")
     for node in influence.topk(10).indices.tolist():
         layer, position, latent = graph.active_features[node].tolist()
-        token = tokens[position]
-        print(f"  {influence[node]:.3f}  layer {layer}, latent {latent:>3}, on token {position} {token!r}")
+        where = f"on token {position} {tokens[position]}"
+        print(f"  {influence[node]:.3f}  layer {layer}, latent {latent:>3}, {where}")
 
 
 if importlib.util.find_spec("circuit_tracer") is None:

@@ -14,7 +14,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHORTER = {"training_tokens=200_000": "training_tokens=20_480", "n_tokens=20_000": "n_tokens=4_000"}
 SHORTER["n_ce_tokens=4_000"] = "n_ce_tokens=1_000"
-USES_ANOTHERS = ("load_and_truncate.py", "steer_and_ablate.py")
+USES_ANOTHERS = ("load_and_truncate.py", "steer_and_ablate.py", "circuit_tracing.py")
 PRINTED = {
     "train_sae.py": "blocks.2.hook_resid_post → blocks.2.hook_resid_post",
     "train_transcoder.py": "blocks.2.ln2.hook_normalized → blocks.2.hook_mlp_out",
@@ -23,6 +23,7 @@ PRINTED = {
     "load_and_truncate.py": "Relative error on each token, as the prefix grows:",
     "evaluate_and_compare.py": "FVU of the first latents of each:",
     "steer_and_ablate.py": "Ablating one at a time",
+    "train_many_layers.py": "FVU of every prefix, by layer:",
     "circuit_tracing.py": "layer_3.safetensors",
 }
 """Every script, and something that it prints at its end. Those that use another's result come after it."""
