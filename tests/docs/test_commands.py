@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
 import typer.main
 
 from saelens_matryoshka.cli import app
-from saelens_matryoshka.seams import parse_runner_config
+from saelens_matryoshka.runs.fields import Given
+from saelens_matryoshka.runs.mappings import NoModelConfigError
+from saelens_matryoshka.runs.presets import load_preset
+from saelens_matryoshka.runs.settings import read_flags, resolve
 from tests.docs.pages import PAGES, Command, commands
 
 SHOWN = [command for page in PAGES for command in commands(page)]
@@ -19,11 +23,20 @@ def _parse(arguments: list[str]) -> None:
     group: Any = typer.main.get_command(app)
     name, rest = arguments[0], arguments[1:]
     assert name in group.commands, f"there is no command {name!r}"
-    if "--help" in rest:
+    if "--help" in rest or "--help-all" in rest:
         return
     context = group.commands[name].make_context(name, list(rest))
-    if name == "train":
-        parse_runner_config(context.args)
+    if name in ("train", "estimate") and (context.args or context.params["preset"]):
+        _resolve(context)
+
+
+def _resolve(context: Any) -> None:
+    """The settings that a call of `train` or `estimate` describes."""
+    own = {name: Given(context.params[name], "flag") for name in ("mapping", "layer") if context.params[name]}
+    preset = context.params["preset"]
+    below = {} if preset is None else load_preset(preset).settings
+    with contextlib.suppress(NoModelConfigError):  # raised when all flags are known
+        resolve([below, read_flags(context.args) | own])
 
 
 def test_the_pages_show_commands() -> None:
@@ -37,10 +50,17 @@ def test_a_shown_command_is_taken_by_the_command_line(command: Command) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["evaluate", "x"], ["eval"], ["eval", "x", "--width", "3"], ["demo", "--k", "many"]]
+    "arguments",
+    [
+        ["evaluate", "x"],
+        ["eval"],
+        ["eval", "x", "--width", "3"],
+        ["demo", "--k", "many"],
+        ["train", "--preset", "tiny", "--widht", "3"],
+    ],
 )
 def test_a_command_that_does_not_exist_would_be_found(arguments: list[str]) -> None:
     with pytest.raises(
-        (AssertionError, SystemExit, Exception), match=r"there is no|[Mm]issing|[Nn]o such|valid"
+        (AssertionError, SystemExit, Exception), match=r"there is no|[Mm]issing|[Nn]o such|valid|widht"
     ):
         _parse(arguments)
