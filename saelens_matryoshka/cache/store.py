@@ -16,8 +16,7 @@ from sae_lens import SAE, LanguageModelSAERunnerConfig
 from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformer_lens.hook_points import HookedRootModule
-from transformer_lens.hook_points import HookPoint
+from transformer_lens.hook_points import HookedRootModule, HookPoint
 from typing_extensions import override
 
 from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig
