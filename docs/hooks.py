@@ -30,6 +30,11 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Links to the results, which read on GitHub as they are, lead to the page of the site."""
+    return markdown.replace("](../benchmarks/RESULTS.md", "](RESULTS.md")
+
+
 def command_line_page() -> str:
     """What typer says of the commands, with their examples as code."""
     typer = f"-W ignore -m typer saelens_matryoshka.cli utils docs --name {PROGRAM}"
