@@ -10,6 +10,7 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import datasets
+import hypothesis
 import pytest
 import torch
 from transformer_lens import HookedTransformer
@@ -18,6 +19,10 @@ import saelens_matryoshka  # noqa: F401  (registers the architectures)
 from saelens_matryoshka import tiny
 from saelens_matryoshka.cache import write_cache
 from tests.cache.helpers import settings as small_cache
+
+# The same examples in every run: a failure is a change's own.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None, max_examples=60)
+hypothesis.settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,6 @@ if TYPE_CHECKING:
 
 TINY = "tiny"
 _TINY_NAMES = (TINY, "saelens_matryoshka.tiny")
-_FILE_FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 def pick_device(device: str | None) -> str:
@@ -166,46 +164,10 @@ def _after(documents: Any, skip: int) -> Any:
 
 
 def open_dataset(name: str, split: str) -> Any:
-    """The documents of a dataset of the hub, a folder or a file, streamed where that can be.
+    """The documents of a dataset, see `open_text`; what is wrong with it is said of --dataset."""
+    from saelens_matryoshka.text_files import TextError, open_text
 
-    Raises:
-        ValueError: there is no such dataset or split, it cannot be read, or it is empty.
-    """
-    from datasets import load_dataset, load_from_disk
-
-    path = Path(name).expanduser()
-    if path.suffix in _FILE_FORMATS:
-        if not path.is_file():
-            raise ValueError(f"--dataset {name!r}: there is no such file.")
-        kind = _FILE_FORMATS[path.suffix]
-        files = {split: str(path)}
-        return _readable(name, lambda: load_dataset(kind, data_files=files, split=split, streaming=True))
-    if path.is_file():
-        raise ValueError(f"--dataset {name!r}: a file must be of text and end in {', '.join(_FILE_FORMATS)}.")
-    if (path / "dataset_info.json").is_file():
-        return _readable(name, lambda: load_from_disk(str(path)))
-    if (path / "dataset_dict.json").is_file():
-        saved = _readable(name, lambda: load_from_disk(str(path)))
-        if split not in saved:
-            raise ValueError(f"--split {split!r} is none of {name!r}, which has {', '.join(saved)}.")
-        return saved[split]
-    return _readable(name, lambda: load_dataset(name, split=split, streaming=True))
-
-
-def _readable(name: str, read: Callable[[], Any]) -> Any:
-    """A dataset, once its first row has been read.
-
-    Raises:
-        ValueError: it cannot be read, or is empty.
-    """
     try:
-        documents = read()
-        empty = next(iter(documents), None) is None
-    except StopIteration:  # a file without a line
-        empty = True
-    except (ValueError, OSError, TypeError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"--dataset {name!r} cannot be read: {reason}") from None
-    if empty:
-        raise ValueError(f"--dataset {name!r}: it is empty.")
-    return documents
+        return open_text(name, split)
+    except TextError as error:
+        raise ValueError(f"--dataset {error}") from None

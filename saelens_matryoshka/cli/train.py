@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from click.core import ParameterSource
 from rich import box
 from rich.console import Console
 
-from saelens_matryoshka.cli.output import quieten
+from saelens_matryoshka.cli.output import plain, quieten
 
 if TYPE_CHECKING:
+    from saelens_matryoshka.evaluation.result import EvalResult
     from saelens_matryoshka.runs.folder import RunFolder
     from saelens_matryoshka.runs.settings import Settings
 
@@ -51,6 +56,31 @@ def train(
     layer: Annotated[
         int | None, typer.Option(help="Of the mapping; alone, the layer whose output an SAE reconstructs.")
     ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="The folder of a run that was stopped: go on with it, exactly. Settings are the run's own.",
+            rich_help_panel=_FOLDER,
+        ),
+    ] = None,
+    keep: Annotated[
+        int | None,
+        typer.Option(help="Checkpoints kept, 0 for all. Default: 2.", rich_help_panel=_FOLDER),
+    ] = None,
+    checkpoint_minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Between two checkpoints, beside SAELens's --n_checkpoints. Default: 15.",
+            rich_help_panel=_FOLDER,
+        ),
+    ] = None,
+    skip_bad_batches: Annotated[
+        int | None,
+        typer.Option(
+            help="Batches of NaN or Inf to leave out before the run stops. Default: 0.",
+            rich_help_panel=_MORE,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")
     ] = False,
@@ -69,7 +99,7 @@ def train(
         ),
     ] = None,
     log_every: Annotated[
-        int, typer.Option(help="Steps between two lines of metrics.jsonl.", rich_help_panel=_MORE)
+        int, typer.Option(min=1, help="Steps between two lines of metrics.jsonl.", rich_help_panel=_MORE)
     ] = 20,
     wandb: Annotated[
         bool, typer.Option("--wandb", help="Log to Weights & Biases as well.", rich_help_panel=_MORE)
@@ -101,33 +131,87 @@ def train(
       saelens-matryoshka train --model_name gpt2 --mapping mlp --layer 8 -k 64
         --d_sae 12288 --dataset_path Skylion007/openwebtext --training_tokens 5e7
       saelens-matryoshka train --config results/gpt2/mlp-8/first/config.yaml
+      saelens-matryoshka train --resume results/gpt2/mlp-8/first
     """
     console = Console(stderr=as_json, highlight=False)
     quieten()
     if help_all:
         _print_all_help(context)
         return
+    from saelens_matryoshka.runs.keeper import Upkeep
+
+    given = {"keep": keep, "checkpoint_minutes": checkpoint_minutes, "skip_bad_batches": skip_bad_batches}
+    upkeep = {field: value for field, value in given.items() if value is not None}
+    Upkeep(**upkeep)
+    if resume is not None:
+        others = [
+            f"--{parameter.replace('_', '-')}"
+            for parameter in context.params
+            if parameter not in {*given, "resume", "as_json"}
+            and context.get_parameter_source(parameter) is ParameterSource.COMMANDLINE
+        ]
+        if others := others + context.args:
+            raise ValueError(f"--resume goes on with the run's own settings: leave out {' '.join(others)}.")
+        _resume(resume, upkeep, console, as_json=as_json)
+        return
     with console.status("resolving the settings"):
         from saelens_matryoshka.runs.fields import Given
         from saelens_matryoshka.runs.folder import require_name
         from saelens_matryoshka.runs.presets import load_preset
-        from saelens_matryoshka.runs.settings import read_file, read_flags, resolve
+        from saelens_matryoshka.runs.settings import read_file, read_flags, require_devices, resolve
 
         flags = read_flags(context.args)
         own = {"mapping": mapping, "layer": layer, "log_to_wandb": wandb or None}
         flags |= {key: Given(value, "flag") for key, value in own.items() if value is not None}
         file = {} if config is None else read_file(config)
-        preset = preset or _text(file.pop("preset", None))
+        of_file = {key: _text(key, file.pop(key, None)) for key in ("preset", "name")}
+        preset = of_file["preset"] if preset is None else preset
+        name = of_file["name"] if name is None else name
         layers = [{} if preset is None else load_preset(preset).settings, file, flags]
         if name is not None:
             require_name(name)
         settings = resolve(layers, recommended=not saelens_defaults)
         folder = _folder(settings, out, name)
         folder.require_unused()
+        if not dry_run:
+            require_devices(settings.cfg)
     if dry_run:
         _show_plan(settings, folder, console, as_json=as_json)
         return
-    _train(settings, folder, console, log_every=log_every, as_json=as_json)
+    from saelens_matryoshka.runs.training import train_run
+
+    console.print(f"[bold]Training[/] {_summary(settings)}\n  in {folder.path}")
+    with _told_how_to_go_on(folder, console):
+        result = train_run(
+            settings, folder, log_every=log_every, upkeep=Upkeep(**upkeep), command=sys.argv[1:]
+        )
+    _show_result(result, folder, console, as_json=as_json)
+
+
+def _resume(path: Path, upkeep: dict[str, Any], console: Console, *, as_json: bool) -> None:
+    from saelens_matryoshka.runs.folder import RunFolder
+    from saelens_matryoshka.runs.training import resume_run
+
+    folder = RunFolder(path)
+    console.print(f"[bold]Going on[/] with {folder.path}")
+    with _told_how_to_go_on(folder, console):
+        result = resume_run(folder, **upkeep)
+    _show_result(result, folder, console, as_json=as_json)
+
+
+@contextmanager
+def _told_how_to_go_on(folder: RunFolder, console: Console) -> Iterator[None]:
+    from saelens_matryoshka.runs.keeper import RunStopped
+
+    try:
+        yield
+    except RunStopped as stopped:
+        console.print(
+            f"{plain(stopped)}\nTo go on: saelens-matryoshka train --resume {shlex.quote(str(folder.path))}",
+            soft_wrap=True,
+            markup=False,
+        )
+        raise typer.Exit(stopped.exit_code) from None
 
 
 def _folder(settings: Settings, out: Path | None, name: str | None) -> RunFolder:
@@ -149,17 +233,13 @@ def _folder(settings: Settings, out: Path | None, name: str | None) -> RunFolder
     return RunFolder(Path(given.value))
 
 
-def _text(given: Any) -> str | None:
+def _text(key: str, given: Any) -> str | None:
     from saelens_matryoshka.runs.fields import read_value
 
-    return None if given is None else read_value("preset", given, str)
+    return None if given is None else read_value(key, given, str)
 
 
-def _train(settings: Settings, folder: RunFolder, console: Console, *, log_every: int, as_json: bool) -> None:
-    from saelens_matryoshka.runs.training import train_run
-
-    console.print(f"[bold]Training[/] {_summary(settings)}\n  in {folder.path}")
-    result = train_run(settings, folder, log_every=log_every, command=sys.argv[1:])
+def _show_result(result: EvalResult | None, folder: RunFolder, console: Console, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"folder": str(folder.path), "metrics": result.to_dict() if result else None}))
         return
@@ -168,8 +248,11 @@ def _train(settings: Settings, folder: RunFolder, console: Console, *, log_every
     else:
         console.print(result.table())
     console.print(
-        f"Saved in {folder.path}, as SAELens saves it: SAE.load_from_disk({str(folder.path)!r}).\n"
-        "`saelens-matryoshka runs` lists all runs."
+        f"Saved in {folder.path}, as SAELens saves it:\n"
+        f"  sae = SAE.load_from_disk({str(folder.path)!r})\n"
+        "`saelens-matryoshka runs` lists all runs.",
+        soft_wrap=True,
+        markup=False,
     )
 
 
@@ -189,7 +272,9 @@ def _summary(settings: Settings) -> str:
 def _show_plan(settings: Settings, folder: RunFolder, console: Console, *, as_json: bool) -> None:
     values = settings.values()
     if as_json:
-        print(json.dumps({"folder": str(folder.path), "mapping": settings.mapping, "settings": values}))
+        estimate = _estimate(settings)
+        plan = {"folder": str(folder.path), "mapping": settings.mapping, "settings": values}
+        print(json.dumps({**plan, "estimate": estimate and estimate.to_dict()}, indent=2))
         return
     from rich.table import Table
 
@@ -203,6 +288,20 @@ def _show_plan(settings: Settings, folder: RunFolder, console: Console, *, as_js
     console.print(table)
     n_left = len(values) - len(settings.given)
     console.print(f"{n_left} other settings are SAELens's defaults; --json prints them too.")
+    with console.status("estimating memory and time"):
+        estimate = _estimate(settings)
+    if estimate is not None:
+        console.print(estimate.tables())
+
+
+def _estimate(settings: Settings) -> Any:
+    """What the run will take, an `Estimate`; None in a release without `saelens_matryoshka.runs.estimate`."""
+    from importlib import import_module
+    from importlib.util import find_spec
+
+    if find_spec("saelens_matryoshka.runs.estimate") is None:
+        return None
+    return import_module("saelens_matryoshka.runs.estimate").estimate(settings.cfg)
 
 
 def _print_all_help(context: typer.Context) -> None:
@@ -223,7 +322,7 @@ def presets(
     """List the presets of `train`, or show one.
 
     saelens-matryoshka presets
-    saelens-matryoshka presets gemma-2-2b-8-18k
+    saelens-matryoshka presets gemma-2-2b-layer-8
     """
     from rich.table import Table
 
@@ -243,7 +342,11 @@ def presets(
         console.print(table)
         console.print(f"`saelens-matryoshka train --preset {name} --dry-run` shows what it resolves to.")
         return
-    table = Table("preset", "model", "layer", "latents", "k", "tokens", **_PLAIN)
+    table = Table(**_PLAIN)
+    table.add_column("preset", no_wrap=True)
+    table.add_column("model", overflow="fold")
+    for heading in ("layer", "latents", "k", "tokens"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for preset in found:
         values = preset.to_dict()
         table.add_row(

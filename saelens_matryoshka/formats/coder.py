@@ -167,8 +167,11 @@ def to_saelens(coder: SparseCoder, device: str = "cpu", dtype: str | None = None
         FormatError: SAELens has no class for such a coder.
     """
     dtype = dtype or DTYPE_TO_STR.get(coder.W_enc.dtype, "float32")
+    architecture = _architecture(coder)
+    if "transcoder" in architecture:  # whose encoder reads x as it is
+        coder = move_b_dec(coder, subtract=False)
     cfg: dict[str, Any] = {
-        "architecture": _architecture(coder),
+        "architecture": architecture,
         "d_in": coder.d_in,
         "d_sae": coder.d_sae,
         "dtype": dtype,
@@ -179,7 +182,7 @@ def to_saelens(coder: SparseCoder, device: str = "cpu", dtype: str | None = None
         # SAELens takes a config without the version for one of before 6.0
         "metadata": {**_TEXT_DEFAULTS, **coder.metadata, "sae_lens_version": sae_lens_version},
     }
-    if "transcoder" in cfg["architecture"]:
+    if "transcoder" in architecture:
         cfg["d_out"] = coder.d_out
     state = {"W_enc": coder.W_enc, "b_enc": coder.b_enc, "W_dec": coder.W_dec, "b_dec": coder.b_dec}
     if coder.k is not None:

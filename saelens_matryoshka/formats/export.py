@@ -110,7 +110,7 @@ def _names(coders: Sequence[SparseCoder]) -> list[str]:
         names = hooks
     if len(set(names)) < len(names):
         names = [f"{hook}_{index}" for index, hook in enumerate(hooks)]
-    return [re.sub(r"[^\w.-]", "_", name).lstrip(".") for name in names]
+    return [re.sub(r"[^\w.-]", "_", name).strip(".") or "model" for name in names]
 
 
 # ---- out

@@ -27,6 +27,8 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 MAX_CONFIG_BYTES = 4 << 20
+MAX_YAML_BYTES = 1 << 16
+"""YAML is read a thousand times more slowly than JSON"""
 # A compressed .npz of weights is about as large as the weights; this leaves room for many zeros.
 MAX_COMPRESSION = 20
 _MAX_MESSAGE = 1000
@@ -79,8 +81,9 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         FormatError: it is larger than any config, or not a JSON object.
     """
+    text = _config_text(path, MAX_CONFIG_BYTES)
     try:
-        loaded = json.loads(_config_text(path))
+        loaded = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not valid JSON: {error}.") from None
     return _mapping(loaded, path)
@@ -92,18 +95,31 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         FormatError: it is larger than any config, or not a mapping of plain values.
     """
+    text = _config_text(path, MAX_YAML_BYTES)
     try:
-        loaded = yaml.safe_load(_config_text(path))
+        loaded = yaml.load(text, Loader=PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not a plain YAML file: {' '.join(str(error).split())}.") from None
     return _mapping(loaded, path)
 
 
-def _config_text(path: Path) -> str:
+class PlainLoader(yaml.SafeLoader):
+    """Without aliases, by which a few lines stand for more than any memory holds once they are printed."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias (*name): write the value out")
+        return super().compose_node(parent, index)
+
+
+def _config_text(path: Path, limit: int) -> str:
     size = path.stat().st_size
-    if size > MAX_CONFIG_BYTES:
-        raise FormatError(f"{path} has {size:,} bytes, and a config has at most {MAX_CONFIG_BYTES:,}.")
-    return path.read_text(encoding="utf-8")
+    if size > limit:
+        raise FormatError(f"{path} has {size:,} bytes, and a config has at most {limit:,}.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise FormatError(f"{path} is no text in UTF-8, as a config is.") from None
 
 
 def _mapping(loaded: Any, path: Path) -> dict[str, Any]:

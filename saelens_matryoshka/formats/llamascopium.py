@@ -60,7 +60,7 @@ def load(source: Source, item: str) -> SparseCoder:
         d_sae = d_model * field(config, "expansion_factor", (int, float), config_path)
     except OverflowError:
         d_sae = math.inf
-    if not math.isfinite(d_sae) or d_sae != int(d_sae):
+    if isinstance(d_sae, float) and not d_sae.is_integer():
         raise FormatError(f"{config_path}: d_model · expansion_factor = {d_sae} is no whole number.")
     if config.get("use_glu_encoder"):
         raise FormatError(f"{config_path}: use_glu_encoder is on, which no class of SAELens has.")

@@ -185,7 +185,8 @@ class Converter:
         # From the folder above, because some formats keep part of their settings there. A link is not
         # followed: in a hub cache it is to a file whose name says nothing.
         absolute = Path(os.path.abspath(Path(path).expanduser()))
-        return self._convert(Folder(absolute.parent), absolute.name, device, cfg_overrides)
+        source = Folder(absolute.parent, named=absolute)
+        return self._convert(source, absolute.name, device, cfg_overrides)
 
     def _convert(
         self, source: Source, item: str, device: str | None, overrides: dict[str, Any] | None

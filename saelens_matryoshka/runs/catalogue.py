@@ -69,14 +69,15 @@ def _run_folders(root: Path) -> Iterator[RunFolder]:
 
 
 def _read(folder: RunFolder) -> Run | None:
-    config, log = folder.read(), read_metrics_log(folder.metrics_log)
+    config = folder.read()
     evaluated = folder.metrics.is_file()
     if config.get("completed_at"):
         status = "done"
     else:
         status = "running" if _is_locked(folder.path) else "interrupted"
     try:
-        return Run(
+        log = read_metrics_log(folder.metrics_log)
+        run = Run(
             folder=str(folder.path),
             model=config["model_name"],
             mapping=folder.path.parent.name,
@@ -92,8 +93,17 @@ def _read(folder: RunFolder) -> Run | None:
             evaluated=evaluated,
             prefixes=_evaluated(folder.metrics) if evaluated else _logged(log),
         )
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError):
         return None  # damaged
+    return run if _is_sound(run) else None
+
+
+def _is_sound(run: Run) -> bool:
+    """Whether texts and numbers are where they are expected."""
+    metrics = [value for row in run.prefixes for value in row.values() if value is not None]
+    numbers = [run.d_sae, run.k, run.tokens, run.training_tokens, *metrics]
+    texts = [run.model, run.architecture, run.started_at]
+    return all(isinstance(one, int | float) for one in numbers) and all(isinstance(one, str) for one in texts)
 
 
 def _evaluated(path: Path) -> list[dict[str, Any]]:
@@ -130,7 +140,7 @@ def runs_table(runs: list[Run], *, prefixes: bool = False) -> Table:
         runs: As `find_runs` gives them.
         prefixes: A row for every prefix, and not for the whole dictionary alone.
     """
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("run", overflow="fold")
     table.add_column("status", no_wrap=True)
     for heading in ("tokens", "FVU", "L0", "dead", "CE rec."):
@@ -151,15 +161,15 @@ def runs_table(runs: list[Run], *, prefixes: bool = False) -> Table:
 
 
 def _metrics(row: dict[str, Any], evaluated: bool) -> list[str]:
-    mark = "" if evaluated else "~"
     formats = {"fvu": "{:.3f}", "l0": "{:.1f}", "dead_fraction": "{:.1%}", "ce_recovered": "{:.1%}"}
-    return ["-" if row[name] is None else mark + form.format(row[name]) for name, form in formats.items()]
+    fvu, *others = ["-" if row[name] is None else form.format(row[name]) for name, form in formats.items()]
+    return [fvu if evaluated else f"~{fvu}", *others]
 
 
 def _tokens(run: Run) -> str:
     if run.status == "done":
         return _short(run.tokens)
-    return f"{run.tokens / run.training_tokens:.0%} of {_short(run.training_tokens)}"
+    return f"{_short(run.tokens)}/{_short(run.training_tokens)}"
 
 
 def _short(n: int) -> str:

@@ -124,8 +124,8 @@ def model_shape(cfg: LanguageModelSAERunnerConfig[Any]) -> ModelShape:
         config = _hf_config(cfg.model_name) if as_hf else hooked_config(cfg.model_name, **wanted)
     except OSError as error:
         raise ValueError(
-            f"model_name={cfg.model_name!r}: its shape is not known here, and its config.json cannot be fetched "
-            "from the hub. Give a folder with a config.json in it, or try again with access to the hub."
+            f"model_name={cfg.model_name!r}: its shape is not known here, and its config.json cannot be "
+            "fetched from the hub. Give a folder with a config.json, or try again with access to the hub."
         ) from error
     except ValueError as error:
         if "not found" not in str(error):

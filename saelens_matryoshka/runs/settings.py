@@ -16,9 +16,11 @@ from typing import Any
 import torch
 import yaml
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
+from sae_lens.constants import DTYPE_MAP
 from sae_lens.training.optim import get_lr_scheduler
 
 from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig, recommended_runner_fields
+from saelens_matryoshka.formats.files import MAX_YAML_BYTES, PlainLoader
 from saelens_matryoshka.runs.fields import (
     OUR_CONFIGS,
     Field,
@@ -37,17 +39,20 @@ from saelens_matryoshka.runs.mappings import (
     find_mapping,
     skeleton,
 )
+from saelens_matryoshka.text_files import is_text_file
 
 Layer = Mapping[str, Given]
 
 # Settings of ours, beside SAELens's: name and type.
 _OURS: dict[str, Any] = {"mapping": str, "layer": int, "architecture": str}
+# Flags of the command that are no settings, for suggestions.
+_OF_THE_COMMAND = ("preset", "config", "name", "out", "dry_run", "resume", "wandb")
 # What SAELens is given here, and where it comes from instead.
 _RESERVED = {"checkpoint_path": "checkpoints are kept in the run's folder. Choose it with --out and --name."}
 # What another run must not repeat.
 _OF_ONE_FOLDER = {*_RESERVED, "output_path", "resume_from_checkpoint", "wandb_id", "run_name"}
 # What the file of a finished run says beside its settings.
-RECORDS = ("started_at", "completed_at", "versions", "command", "wandb")
+RECORDS = ("started_at", "completed_at", "versions", "command", "wandb", "upkeep")
 
 TINY_TEXT = "the Python standard library"
 
@@ -118,6 +123,8 @@ def read_file(path: Path) -> dict[str, Given]:
     Raises:
         ValueError: it cannot be read, or is not a mapping of names to values.
     """
+    if path.is_file() and path.stat().st_size > MAX_YAML_BYTES:
+        raise ValueError(f"--config {str(path)!r} is larger than any settings: name a YAML file of them.")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -134,8 +141,8 @@ def parse_yaml(text: str, origin: str) -> dict[str, Given]:
     """
     try:
         values = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{origin} is not YAML: {reason}") from None
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ValueError(f"{origin} must be a mapping of settings to values, e.g. `d_sae: 18432`.")
@@ -150,7 +157,7 @@ def parse_yaml(text: str, origin: str) -> dict[str, Given]:
     return flat
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(PlainLoader):
     """YAML in which a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -200,7 +207,7 @@ def resolve(layers: Sequence[Layer], *, recommended: bool = True) -> Settings:
         if name in _RESERVED:
             raise ValueError(f"{one.called(name)}: {_RESERVED[name]}")
         if name not in known and name not in _OURS:
-            raise unknown(name, one, architecture, _OURS)
+            raise unknown(name, one, architecture, [*_OURS, *_OF_THE_COMMAND])
         hint = _OURS[name] if name in _OURS else known[name].hint
         given[name] = Given(read_value(name, one, hint), one.origin)
     given.setdefault("architecture", Given(architecture, "default"))
@@ -217,8 +224,23 @@ def resolve(layers: Sequence[Layer], *, recommended: bool = True) -> Settings:
             given.setdefault(name, Given(value, "recommended"))
             values.setdefault(name, value)
     cfg = _build(config_class, values)
-    _check_schedule(cfg)
+    _check(cfg)
     return Settings(cfg, given, label)
+
+
+def require_devices(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Refuse devices that this machine does not have.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    for name in ("device", "llm_device", "act_store_device"):
+        device = getattr(cfg, name)
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, ImportError) as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise ValueError(f"--{name} {device!r} cannot be used here: {reason}.") from None
 
 
 def _architecture(given: Mapping[str, Given]) -> str:
@@ -255,7 +277,7 @@ def _apply_mapping(given: dict[str, Given], transcoder: bool) -> str:
     origin = f"mapping {found.label}"
     for name, value in found.settings().items():
         if name.startswith("hook_name") and name in given and given[name].value != value:
-            label += f"+{given[name].value}"
+            label = f"{label}+{given[name].value}" if transcoder else given[name].value
         given.setdefault(name, Given(value, origin))
     _check_and_label(given, transcoder, stock_model)
     return label
@@ -281,7 +303,12 @@ def _check_and_label(given: Mapping[str, Given], transcoder: bool, stock_model: 
 def _apply_defaults(given: dict[str, Given]) -> None:
     """Where this command's defaults are not SAELens's."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    defaults: dict[str, Any] = {"device": device, "log_to_wandb": False, "verbose": False}
+    defaults: dict[str, Any] = {
+        "device": device,
+        "log_to_wandb": False,
+        "verbose": False,
+        "dataset_trust_remote_code": False,
+    }
     if given["model_name"].value in TINY:
         defaults |= {"dataset_path": TINY_TEXT, "is_dataset_tokenized": False}
     for name, value in defaults.items():
@@ -319,8 +346,8 @@ def _build(config_class: type, values: Mapping[str, Any]) -> LanguageModelSAERun
     )
 
 
-def _check_schedule(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
-    """Refuse what SAELens's trainer would refuse later, or a schedule that is longer than the run."""
+def _check(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Refuse what would be refused later, or a schedule that is longer than the run."""
     n_steps, parts = cfg.total_training_steps, ("lr_warm_up_steps", "lr_decay_steps")
     if n_steps < 1:
         raise ValueError(
@@ -332,6 +359,11 @@ def _check_schedule(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     if sum(getattr(cfg, part) for part in parts) > n_steps:
         said = " and ".join(f"{part} {getattr(cfg, part)}" for part in parts)
         raise ValueError(f"{said} do not fit a run of {n_steps} steps: lower them, or raise training_tokens.")
+    for name in ("resume_from_checkpoint", "from_pretrained_path"):
+        if (path := getattr(cfg, name)) is not None and not Path(path).is_dir():
+            raise ValueError(f"--{name} {path!r} is no folder.")
+    if is_text_file(cfg.dataset_path) and not Path(cfg.dataset_path).is_file():
+        raise ValueError(f"--dataset_path {cfg.dataset_path!r}: there is no such file.")
     trainer = cfg.to_sae_trainer_config()
     assert trainer.lr_end is not None  # the config has put lr / 10
     try:
@@ -351,6 +383,17 @@ def _check_schedule(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
             f"the learning-rate schedule (lr {trainer.lr:g}, lr_end {trainer.lr_end:g}, "
             f"lr_scheduler_name {trainer.lr_scheduler_name!r} of {schedulers}): {error}."
         ) from None
+
+
+def _check_place(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Refuse devices and data types that there are nowhere."""
+    for name in ("device", "act_store_device", "llm_device"):
+        try:
+            torch.device(getattr(cfg, name))
+        except RuntimeError:
+            raise ValueError(f"--{name} {getattr(cfg, name)!r} is no device: cpu, cuda or cuda:0.") from None
+    if cfg.dtype not in DTYPE_MAP:
+        raise ValueError(f"--dtype {cfg.dtype!r} must be one of {', '.join(DTYPE_MAP)}.")
 
 
 def _parts(fields: Mapping[str, Field], values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ TO_ALL = [
     ("cfg-empty", r"cfg\.json is not valid JSON"),
     ("cfg-cut", r"cfg\.json is not valid JSON"),
     ("cfg-list", r"cfg\.json holds a list, where settings by name are expected"),
-    ("cfg-latin-1", r"cfg\.json is not valid JSON: 'utf-8'"),
+    ("cfg-latin-1", r"cfg\.json is no text in UTF-8"),
     ("cfg-huge", r"cfg\.json has [\d,]+ bytes, and a config has at most"),
     ("cfg-deep", r"cfg\.json is not valid JSON"),
     ("architecture-absent", r"cfg\.json: architecture=None, where str is expected"),
