@@ -11,7 +11,7 @@ Nothing is trained or moved: a training object is converted to the inference mod
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -97,6 +97,23 @@ def evaluate(
     return run.result()
 
 
+@torch.no_grad()
+def evaluate_activations(
+    sae: SAE[Any], model: Any, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]
+) -> EvalResult:
+    """The metrics that need no language model: all but cross-entropy and KL.
+
+    Args:
+        sae: As in `evaluate`.
+        model: Says in which frame the source is; it is not run.
+        pairs: Sources `[n, d_in]` and targets `[n, d_out]`, on the SAE's device and in its dtype.
+    """
+    run = _Evaluation(inference_model(sae), model, {})
+    for source, target in pairs:
+        run.add_pairs(source, target)
+    return run.result()
+
+
 class _Evaluation:
     """The sums of one evaluation, and how a batch of tokens is added to them."""
 
@@ -119,8 +136,12 @@ class _Evaluation:
     def add_reconstruction(self, tokens: torch.Tensor) -> None:
         keep = self._evaluated(tokens)
         source, target = self._activations(tokens)
+        self.add_pairs(source[keep], target[keep])
+
+    def add_pairs(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Add sources `[n, d_in]` and targets `[n, d_out]`."""
         rows = max(1, _ACTIVATION_VALUES // self.sae.cfg.d_sae)
-        for x, y in zip(source[keep].split(rows), target[keep].split(rows), strict=True):
+        for x, y in zip(source.split(rows), target.split(rows), strict=True):
             acts = self.sae.encode(x)
             self.firing.add(acts)
             self.reconstruction.add(y, predict_prefixes(self.sae, x, acts))
@@ -190,7 +211,7 @@ class _Evaluation:
             hook_name=self.source_hook,
             hook_name_out=self.target_hook,
             input_frame=self.frame,
-            train_l0=_trained_k(self.sae),
+            train_l0=trained_k(self.sae),
             ce_clean=clean,
             ce_zero=zero,
             ce_mean=mean,
@@ -256,7 +277,7 @@ def hooks_and_frame(sae: SAE[Any], model: Any) -> tuple[str, str, str]:
     return source_hook, target_hook, frame
 
 
-def _trained_k(sae: SAE[Any]) -> float | None:
+def trained_k(sae: SAE[Any]) -> float | None:
     """The k of the whole dictionary in training, if `sae` is the whole dictionary."""
     details = sae.cfg.metadata.training_architecture_details or {}
     widths = details.get("matryoshka_widths")
