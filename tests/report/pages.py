@@ -116,7 +116,7 @@ def made_up_page(widths: list[int], *, n_tokens: int = 4_096, vocabulary: int = 
             "loss": [100 / (i + 1) for i in range(40)],
             "fvu": [1 / (i + 1) for i in range(40)],
             "l0": [8.0] * 40,
-            "dead": [None, *range(39)],
+            "dead": [None, *(i / 100 for i in range(39))],
             "threshold": [0.5] * 40,
             "lr": [3e-4] * 40,
             "fvu_per_prefix": {str(width): [1 / (i + 1) for i in range(40)] for width in widths},
