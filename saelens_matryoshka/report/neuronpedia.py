@@ -2,8 +2,8 @@
 
 As there, the first group of a latent's activations are its strongest (bin_min -1, bin_contains -1, bin_max
 the largest), and the others lie in equal intervals of activation, the highest first. What differs: an example
-is a context of some tokens, not its whole prompt; there are half to all of `n_intervals` intervals (their ends
-are fractions of a power of two); correlations between latents and with neurons are left empty.
+is a context of some tokens, not its whole prompt; there are half to all of `n_intervals` intervals (their
+ends are fractions of a power of two); correlations between latents and with neurons are left empty.
 """
 
 from __future__ import annotations

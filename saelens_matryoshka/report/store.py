@@ -29,8 +29,18 @@ def fingerprint(sae: SAE[Any]) -> str:
     return hash_of_tensors(sae.state_dict())[:16]
 
 
-def stored_samples(folder: Path, settings: dict[str, Any]) -> Samples | None:
+def stored_samples(
+    folder: Path,
+    settings: dict[str, Any],
+    *,
+    instead: str = "give --overwrite to replace them, or another --out",
+) -> Samples | None:
     """The samples in a folder, if of these settings; None if the folder is empty or missing.
+
+    Args:
+        folder: Where they are.
+        settings: All that must agree; "weights" is the `fingerprint`.
+        instead: What the user can do if they do not.
 
     Raises:
         ValueError: the folder holds other samples, or something else.
@@ -38,7 +48,7 @@ def stored_samples(folder: Path, settings: dict[str, Any]) -> Samples | None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     if not folder.is_dir() or not has_samples(folder):
-        raise ValueError(f"{folder} is there and holds something else than samples: give another --out.")
+        raise ValueError(f"{folder} is there and holds something else than samples: {instead}.")
     samples = Samples.load(folder)
     found = samples.about.get("settings", {})
     different = [name for name, value in settings.items() if found.get(name) != value]
@@ -46,10 +56,7 @@ def stored_samples(folder: Path, settings: dict[str, Any]) -> Samples | None:
         said = ", ".join(
             _SHOWN.get(name, f"{name} {found.get(name)!r}, not {settings[name]!r}") for name in different
         )
-        raise ValueError(
-            f"{folder} holds samples of other settings ({said}): give --overwrite to replace them, or "
-            "another --out."
-        )
+        raise ValueError(f"{folder} holds samples of other settings ({said}): {instead}.")
     return samples
 
 
@@ -84,4 +91,5 @@ def stored_with(folder: Path, sae: SAE[Any]) -> Samples | None:
     Raises:
         ValueError: they are of other weights.
     """
-    return stored_samples(folder, {"weights": fingerprint(sae)})
+    instead = "collect them again with `saelens-matryoshka samples ... --overwrite`, or remove them"
+    return stored_samples(folder, {"weights": fingerprint(sae)}, instead=instead)

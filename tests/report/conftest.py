@@ -16,12 +16,12 @@ D_SAE, CONTEXT = 96, 24
 
 
 def random_sae(d_sae: int = D_SAE, hook: str = "blocks.1.hook_resid_post") -> JumpReLUSAE:
-    """Random directions, with thresholds high enough that most latents are silent on a token; the last is dead."""
+    """Random directions, with thresholds that leave most latents silent on a token; the last is dead."""
     generator = torch.Generator().manual_seed(0)
     sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=128, d_sae=d_sae))
     directions = torch.randn(d_sae, 128, generator=generator)
     sae.W_dec.data = directions / directions.norm(dim=1, keepdim=True)
-    sae.W_enc.data = sae.W_dec.data.T.clone()
+    sae.W_enc.data = sae.W_dec.data.T.contiguous()
     sae.b_enc.data.zero_()
     sae.b_dec.data.zero_()
     sae.threshold.data.fill_(2.0)

@@ -29,7 +29,7 @@ function trainingCharts(log) {
   if (perPrefix.length) chart(box, { title: "FVU of every prefix", x, y: { label: "fraction of variance unexplained", low: 0 }, series: perPrefix });
   else if (has("fvu")) chart(box, { title: "FVU", x, y: { label: "fraction of variance unexplained", low: 0 }, series: one("fvu") });
   if (has("l0")) chart(box, { title: "L0", x, y: { label: "active latents per token", low: 0 }, series: one("l0"), lines: PAGE.k ? [{ y: PAGE.k, name: `k = ${PAGE.k}` }] : [] });
-  if (has("dead")) chart(box, { title: "Dead latents", x, y: { label: "latents", low: 0 }, series: one("dead") });
+  if (has("dead")) chart(box, { title: "Dead latents", x, y: { label: "share of all latents", low: 0, format: percent }, series: one("dead") });
   if (has("threshold")) chart(box, { title: "Threshold", x, y: { label: "activation, moving average", low: 0 }, series: one("threshold") });
   if (has("lr")) chart(box, { title: "Learning rate", x, y: { label: "learning rate", low: 0 }, series: one("lr") });
   if (perPrefix.length) legend(byId("training-legend"), PAGE.widths.map((w) => `prefix of ${prefixName(w)}`), colours);
