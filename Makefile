@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-interop lint clean
+.PHONY: setup demo test test-interop lint docs clean
 
 setup: $(STAMP)
 
@@ -28,5 +28,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html; or, with the search: $(BIN)/mkdocs serve"
+
 clean:
-	rm -rf $(VENV) .nox
+	rm -rf $(VENV) .nox site

@@ -62,6 +62,14 @@ def circuit_tracer(session: nox.Session) -> None:
     session.run("pytest", "tests/interop/test_circuit_tracer.py", *session.posargs)
 
 
+@nox.session
+def sae_dashboard(session: nox.Session) -> None:
+    """SAEDashboard's own classes read the batches for Neuronpedia that we write; its pins contradict ours."""
+    _install(session)
+    session.install("--no-deps", "sae-dashboard==0.8.0")
+    session.run("pytest", "tests/report/test_formats.py", *session.posargs)
+
+
 @nox.session(default=False)
 def quality_sparsify(session: nox.Session) -> None:
     """Train sparsify's contestants of benchmarks/quality, which calls this."""

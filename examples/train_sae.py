@@ -5,6 +5,7 @@ it has the recommended ones.
 Runs offline in under a minute on a laptop.
 """
 
+from rich.console import Console
 from sae_lens import SAE, LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
 
 import saelens_matryoshka as sm
@@ -32,4 +33,4 @@ LanguageModelSAETrainingRunner(cfg, override_model=model, override_dataset=tiny.
 
 sae = SAE.load_from_disk("output/sae")  # a stock JumpReLUSAE
 result = sm.evaluate(sae, model, tiny.text.dataset("held_out"), n_tokens=20_000, n_ce_tokens=4_000)
-print([f"{prefix.width} latents: FVU {prefix.fvu:.2f}" for prefix in result.prefixes])
+Console().print(result.table())  # a row per prefix

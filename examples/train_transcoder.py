@@ -1,10 +1,11 @@
-"""Train a Matryoshka transcoder of an MLP with SAELens's stock runner, and use its prefixes.
+"""Train a Matryoshka transcoder of an MLP with SAELens's stock runner, and evaluate its prefixes.
 
 Runs offline in under a minute on a laptop: the language model and its text are inside the package.
 For another model drop the two `override_` arguments and set `model_name` ("gpt2", "gemma-2-2b", ...),
 `dataset_path`, `d_in` and the layer in the hook names.
 """
 
+from rich.console import Console
 from sae_lens import SAE, LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
 
 import saelens_matryoshka as sm
@@ -38,7 +39,5 @@ model = tiny.load_hooked_transformer()
 LanguageModelSAETrainingRunner(cfg, override_model=model, override_dataset=tiny.text.dataset("train")).run()
 
 transcoder = SAE.load_from_disk("output/transcoder")  # a stock JumpReLUTranscoder
-small = sm.truncate(transcoder, 256)  # a prefix is a stock transcoder of its own
-for which in (transcoder, small):
-    result = sm.evaluate(which, model, tiny.text.dataset("held_out"), n_tokens=20_000, n_ce_tokens=4_000)
-    print([f"{prefix.width} latents: FVU {prefix.fvu:.2f}" for prefix in result.prefixes])
+result = sm.evaluate(transcoder, model, tiny.text.dataset("held_out"), n_tokens=20_000, n_ce_tokens=4_000)
+Console().print(result.table())  # a row per prefix

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from sae_lens import ActivationsStore, LanguageModelSAERunnerConfig
@@ -70,17 +70,50 @@ def paired_store(
     """
     if cfg.use_cached_activations:
         raise ValueError(
-            "use_cached_activations=True: SAELens's activation caches hold one hook, a transcoder needs "
-            "pairs. Set use_cached_activations=False."
+            f"use_cached_activations=True: {cfg.cached_activations_path!r} is not a cache of "
+            "saelens-matryoshka. SAELens's own caches hold one hook, and a transcoder needs pairs."
         )
     target_hook, sae = cfg.sae.hook_name_out, cfg.sae
+    widths = {target_hook: sae.d_out, cfg.hook_name: sae.d_in}
+    heads = {cfg.hook_name: cfg.hook_head_index}
+    store = multi_hook_store(
+        PairedActivationsStore, model, cfg, [cfg.hook_name, target_hook], widths, override_dataset, heads
+    )
+    store.source, store.target_hook = source, target_hook
+    store.d_in = sae.d_in + sae.d_out  # the width of a row, which the stock methods reshape to
+    return store
+
+
+S = TypeVar("S", bound=ResumableStore)
+
+
+def multi_hook_store(
+    store_class: type[S],
+    model: HookedRootModule,
+    cfg: LanguageModelSAERunnerConfig[Any],
+    hook_names: list[str],
+    widths: dict[str, int],
+    override_dataset: HfDataset | None = None,
+    head_indices: dict[str, int | None] | None = None,
+) -> S:
+    """A store of several hooks, with the settings of a runner config.
+
+    Args:
+        store_class: Whose.
+        model: The language model.
+        cfg: Says which text, and how it is read.
+        hook_names: The hooks.
+        widths: Of each.
+        override_dataset: Used in place of `cfg.dataset_path`.
+        head_indices: Where a hook has heads, the one to read; else all, flattened.
+    """
     device = torch.device(cfg.act_store_device or cfg.device)
-    store = PairedActivationsStore.from_config_multi_hook(
+    store = store_class.from_config_multi_hook(
         model,
         dataset=override_dataset if override_dataset is not None else cfg.dataset_path,
-        hook_names=[cfg.hook_name, target_hook],
-        hook_d_ins={target_hook: sae.d_out, cfg.hook_name: sae.d_in},
-        hook_head_indices={cfg.hook_name: cfg.hook_head_index},
+        hook_names=hook_names,
+        hook_d_ins=widths,
+        hook_head_indices=head_indices,
         streaming=cfg.streaming,
         context_size=cfg.context_size,
         n_batches_in_buffer=cfg.n_batches_in_buffer,
@@ -88,7 +121,7 @@ def paired_store(
         store_batch_size_prompts=cfg.store_batch_size_prompts,
         train_batch_size_tokens=cfg.train_batch_size_tokens,
         prepend_bos=cfg.prepend_bos,
-        normalize_activations=sae.normalize_activations,
+        normalize_activations=cfg.sae.normalize_activations,
         device=device,
         dtype=cfg.dtype,
         model_kwargs=cfg.model_kwargs,
@@ -101,9 +134,7 @@ def paired_store(
         activations_mixing_fraction=cfg.activations_mixing_fraction,
         use_chat_formatting=cfg.use_chat_formatting,
     )
-    assert isinstance(store, PairedActivationsStore)
-    store.source, store.target_hook = source, target_hook
-    store.d_in = sae.d_in + sae.d_out  # the width of a row, which the stock methods reshape to
+    assert isinstance(store, store_class)
     return store
 
 

@@ -122,7 +122,14 @@ def decode_prefixes(sae: SAE[Any], feature_acts: torch.Tensor) -> torch.Tensor:
     Returns:
         `[n_levels, *batch, d_out]`, narrowest prefix first; the last equals `sae.decode(feature_acts)`.
         Like `decode`, it is without the skip of a skip transcoder.
+
+    Raises:
+        ValueError: `feature_acts` is not of all the latents.
     """
+    if feature_acts.shape[-1] != sae.cfg.d_sae:
+        raise ValueError(
+            f"feature_acts has shape {list(feature_acts.shape)}, expected [*batch, d_sae={sae.cfg.d_sae}]."
+        )
     if feature_acts.is_sparse:
         feature_acts = feature_acts.to_dense()
     widths = matryoshka_widths(sae)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,23 +21,25 @@ from sae_lens import LanguageModelSAERunnerConfig, SAETrainer
 from sae_lens.config import HfDataset
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.llm_sae_training_runner import LLMSaeEvaluator
-from sae_lens.load_model import HookedProxyLM, get_hook_fn
 from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.prefetch import PrefetchingIterator
 from tqdm.auto import tqdm
-from transformer_lens.hook_points import HookPoint
 
 from saelens_matryoshka.adam import fuse_adam
 from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig
-from saelens_matryoshka.evaluation.training_evaluator import HeldOutEvaluator, hold_out_prompts
+from saelens_matryoshka.cache.store import CachedActivationsStore, cached_store, is_cache
+from saelens_matryoshka.evaluation.training_evaluator import (
+    CachedEvaluator,
+    HeldOutEvaluator,
+    hold_out_prompts,
+)
 from saelens_matryoshka.pairs import (
-    PairedActivationsStore,
     paired_store,
     probe_hooks,
     require_enough_text,
 )
 from saelens_matryoshka.seams import defer_checkpoints, replace_progress_bar
-from saelens_matryoshka.sites import Site, check_hook, norm_frame, norm_gain
+from saelens_matryoshka.sites import Site, check_hook, make_readable, norm_frame, norm_gain
 from saelens_matryoshka.store import PrefetchedBatches, ResumableStore
 
 # Entries of a runner config that differ between two starts of the same run.
@@ -58,6 +61,7 @@ _VOLATILE = frozenset(
 )
 _BAR_REFRESH_SECONDS = 0.5
 
+T = TypeVar("T", bound=ResumableStore)
 Observer = Callable[[SAETrainer[Any, Any], TrainStepOutput], None]
 _observers: WeakKeyDictionary[SAETrainer[Any, Any], list[Observer]] = WeakKeyDictionary()
 
@@ -85,12 +89,12 @@ def build_store(
             the field. Raised before the dataset is opened where possible, and before anything is written.
     """
     require_own_output_path(cfg)
-    check_hook(model, cfg.hook_name, "hook_name")
-    is_transcoder = isinstance(cfg.sae, MatryoshkaTrainingTranscoderConfig)
-    source = _check_transcoder(model, cfg) if is_transcoder else _check_sae(model, cfg)
+    if cfg.use_cached_activations and is_cache(cfg.cached_activations_path):
+        return _expecting_prefetching(cached_store(cfg, model), cfg)
+    source = check_source(model, cfg)
     store: ResumableStore
     try:
-        if is_transcoder:
+        if isinstance(cfg.sae, MatryoshkaTrainingTranscoderConfig):
             store = paired_store(model, cfg, source, override_dataset)
         else:
             store = stock_from_config(model, cfg, override_dataset)
@@ -98,9 +102,25 @@ def build_store(
         raise ValueError(f"dataset_path={cfg.dataset_path!r}: the dataset is empty.") from None
     require_enough_text(store, cfg)
     hold_out_prompts(store, cfg)
+    return _expecting_prefetching(store, cfg)
+
+
+def _expecting_prefetching(store: T, cfg: LanguageModelSAERunnerConfig[Any]) -> T:
     if cfg.prefetch_llm_batches:
         store.expect_prefetching(int(cfg.prefetch_llm_batches))
     return store
+
+
+def check_source(model: Any, cfg: LanguageModelSAERunnerConfig[Any]) -> Site:
+    """Check a config's hooks and widths on its model; return the source, with its gain if it has one.
+
+    Raises:
+        ValueError: a hook does not exist or is not as wide as the config says, or the target comes first.
+    """
+    check_hook(model, cfg.hook_name, "hook_name")
+    make_readable(model, cfg.hook_name)
+    is_transcoder = isinstance(cfg.sae, MatryoshkaTrainingTranscoderConfig)
+    return _check_transcoder(model, cfg) if is_transcoder else _check_sae(model, cfg)
 
 
 def _check_sae(model: Any, cfg: LanguageModelSAERunnerConfig[Any]) -> Site:
@@ -113,8 +133,7 @@ def _check_transcoder(model: Any, cfg: LanguageModelSAERunnerConfig[Any]) -> Sit
     """Check hooks, their order and widths; return the source with its gain."""
     sae: MatryoshkaTrainingTranscoderConfig = cfg.sae
     check_hook(model, sae.hook_name_out, "hook_name_out")
-    if isinstance(model, HookedProxyLM):
-        _instrument(model, sae.hook_name_out)
+    make_readable(model, sae.hook_name_out)
     site = Site(cfg.hook_name)
     if sae.input_gain == "norm_weight":
         site = Site(cfg.hook_name, *norm_gain(model, cfg.hook_name))
@@ -144,18 +163,6 @@ def _require_width(field: str, configured: int | None, hook: str, actual: int) -
         )
 
 
-def _instrument(model: HookedProxyLM, name: str) -> None:
-    """Make a module readable that the runner, which knows one hook, left without a hook point."""
-    if name in model.hook_dict:
-        return
-    module = model.model.get_submodule(name)
-    hook_point = HookPoint()
-    hook_point.name = name
-    module.register_forward_hook(get_hook_fn(hook_point))
-    model.hook_dict[name] = model.mod_dict[name] = hook_point
-    model.named_modules_dict[name] = module
-
-
 def require_own_output_path(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     """Refuse an output_path that holds the result of another run.
 
@@ -164,6 +171,10 @@ def require_own_output_path(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     if cfg.output_path is None:
         return
     folder = Path(cfg.output_path)
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir() or (not folder.exists() and not os.access(above, os.W_OK)):
+        fault = "is read-only" if above.is_dir() else "is a file"
+        raise ValueError(f"output_path={cfg.output_path!r} cannot be made: {above} {fault}.")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_path={cfg.output_path!r} is a file: name a folder.")
     if not any((folder / name).exists() for name in (RUNNER_CFG_FILENAME, SAE_WEIGHTS_FILENAME)):
@@ -223,9 +234,26 @@ def prepare_trainer(trainer: SAETrainer[Any, Any]) -> None:
     if isinstance(trainer.data_provider, PrefetchingIterator) and isinstance(store, ResumableStore):
         trainer.data_provider = PrefetchedBatches(trainer.data_provider, store)
     trainer.sae.cfg.metadata.input_frame = norm_frame(store.model, store.hook_name)
-    if isinstance(store, PairedActivationsStore) and store.source.gain is not None:
-        trainer.sae.set_input_gain(store.source.gain, store.source.offset)
-    trainer.evaluator = HeldOutEvaluator.in_place_of(stock)
+    source: Site | None = getattr(store, "source", None)
+    if source is not None and source.gain is not None:
+        trainer.sae.set_input_gain(source.gain, source.offset)
+    trainer.evaluator = held_out_evaluator(stock)
+
+
+def held_out_evaluator(stock: LLMSaeEvaluator[Any]) -> HeldOutEvaluator | CachedEvaluator | None:
+    """What evaluates on text held out of the training data; None if there is none."""
+    store: Any = stock.activations_store
+    if isinstance(store, CachedActivationsStore):
+        return CachedEvaluator(store.evaluate)
+    return HeldOutEvaluator.in_place_of(stock)
+
+
+def complete_step(trainer: SAETrainer[Any, Any], step_output: TrainStepOutput) -> None:
+    """What is done after every step, when its counters have advanced."""
+    if trainer.n_training_samples >= trainer.cfg.total_training_samples:
+        trainer.sae.finite.settle()
+    for observer in _observers.get(trainer, []):
+        observer(trainer, step_output)
 
 
 def _after_step(
@@ -237,10 +265,7 @@ def _after_step(
     update_interval: int = 100,  # noqa: ARG001  (the stock signature)
 ) -> None:
     _update_bar(trainer, step_output, pbar, last_shown)
-    if trainer.n_training_samples >= trainer.cfg.total_training_samples:
-        trainer.sae.finite.settle()
-    for observer in _observers.get(trainer, []):
-        observer(trainer, step_output)
+    complete_step(trainer, step_output)
     save_if_due()
 
 

@@ -20,6 +20,7 @@ import torch
 from sae_lens import (
     ActivationsStore,
     LanguageModelSAERunnerConfig,
+    LanguageModelSAETrainingRunner,
     SAETrainer,
     llm_sae_training_runner,
 )
@@ -72,6 +73,11 @@ def defer_checkpoints(trainer: SAETrainer[Any, Any]) -> Callable[[], None]:
     while thresholds and thresholds[0] < trainer.n_training_samples:
         thresholds.pop(0)
     return save_if_due
+
+
+def set_sae_metadata(runner: LanguageModelSAETrainingRunner) -> None:
+    """Write into a runner's SAE what it is trained on, as the runner does before it trains."""
+    runner._set_sae_metadata()
 
 
 def token_sequences(store: ActivationsStore) -> Generator[torch.Tensor, None, None]:

@@ -26,9 +26,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from sae_lens.load_model import HookedProxyLM
+from sae_lens.load_model import HookedProxyLM, get_hook_fn
 from torch import nn
 from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 try:
@@ -215,6 +216,18 @@ def check_hook(model: Any, hook_name: str, field: str) -> None:
     raise ValueError(f"{field}={hook_name!r} is not a hook of this {type(model).__name__}{near}")
 
 
+def make_readable(model: Any, hook_name: str) -> None:
+    """Give a module of a HookedProxyLM a hook point, if it was made without one. Others have theirs."""
+    if not isinstance(model, HookedProxyLM) or hook_name in model.hook_dict:
+        return
+    module = model.model.get_submodule(hook_name)
+    hook_point = HookPoint()
+    hook_point.name = hook_name
+    module.register_forward_hook(get_hook_fn(hook_point))
+    model.hook_dict[hook_name] = model.mod_dict[hook_name] = hook_point
+    model.named_modules_dict[hook_name] = module
+
+
 def _unwrap(model: Any) -> Any:
     """The module inside torch.compile's wrapper, if it is in one."""
     while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
@@ -265,6 +278,19 @@ def _gain_of(model: Any, norm: Any) -> NormGain | None:
         if idle and model.compatibility_mode:
             return None
     return NormGain(gain.clone(), None if offset is None else offset.clone())
+
+
+@torch.no_grad()
+def hf_norm_gain(norm: nn.Module) -> NormGain:
+    """What a norm module of transformers multiplies by and adds, in float32; Gemma's 1 + weight included.
+
+    Raises:
+        ValueError: it has no weight.
+    """
+    weight, offset = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    if weight is None:
+        raise ValueError(f"a {type(norm).__name__} has no weight.")
+    return NormGain(weight.float() + _is_zero_centred(norm, weight, offset), offset)
 
 
 def _is_zero_centred(norm: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:

@@ -12,7 +12,7 @@ has one entry, for which they mean the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 
 import torch
@@ -33,6 +33,11 @@ def cumulative_widths(sizes: Sequence[int], d_sae: int) -> list[int]:
         ValueError: `sizes` is empty, has an entry that is not a positive integer, or is neither
             cumulative widths nor group sizes; the message prints both readings.
     """
+    if isinstance(sizes, str) or not isinstance(sizes, Iterable):
+        raise ValueError(
+            f"matryoshka_widths={sizes!r} must be a list of integers, the last one d_sae={d_sae}, e.g. "
+            f"{_example(d_sae)}."
+        )
     sizes = list(sizes)
     if not sizes:
         raise ValueError(

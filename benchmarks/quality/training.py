@@ -17,13 +17,20 @@ from benchmarks.quality.contestants import Contestant
 
 
 def train(
-    contestant: Contestant, activations: Activations, *, batch_size: int, seed: int, device: str = "cpu"
+    contestant: Contestant,
+    activations: Activations,
+    *,
+    batch_size: int,
+    seed: int,
+    device: str = "cpu",
+    sae_class: type[TrainingSAE[Any]] | None = None,
 ) -> TrainingSAE[Any]:
-    """One pass over all training rows, in their order."""
+    """One pass over all training rows, in their order; `sae_class` in place of the architecture's own."""
     torch.manual_seed(seed)
     config = copy.deepcopy(contestant.config)  # training writes to it
     config.device = device
-    sae_class, _ = get_sae_training_class(config.architecture())
+    if sae_class is None:
+        sae_class, _ = get_sae_training_class(config.architecture())
     sae = sae_class(config)
     hooks = activations.hooks
     if getattr(config, "input_gain", "none") == "norm_weight":

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from sae_lens import MatryoshkaBatchTopKTrainingSAEConfig
+from sae_lens.constants import DTYPE_MAP
 from typing_extensions import Self, override
 
 from saelens_matryoshka.architectures.recipe import recommended_widths
@@ -76,8 +78,15 @@ class MatryoshkaTrainingConfig(MatryoshkaBatchTopKTrainingSAEConfig, ABC):
             require_positive_int("aux_k", self.aux_k)
         for name in ("aux_loss_coefficient", "l1_coefficient"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}={value} must be a finite number, 0 or larger.")
+            if not (_is_number(value) and value >= 0):
+                raise ValueError(f"{name}={value!r} must be a finite number, 0 or larger.")
+        norm, rate = self.decoder_init_norm, self.topk_threshold_lr
+        if norm is not None and not (_is_number(norm) and norm > 0):
+            raise ValueError(f"decoder_init_norm={norm!r} must be a number larger than 0, or None.")
+        if not (_is_number(rate) and 0 <= rate <= 1):
+            raise ValueError(f"topk_threshold_lr={rate!r} must be a number from 0 to 1.")
+        if self.dtype not in DTYPE_MAP:
+            raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPE_MAP)}.")
         if self.normalize_activations in _PER_ROW_NORMALISATIONS:
             raise ValueError(
                 f"normalize_activations={self.normalize_activations!r} is not supported: the auxiliary "
@@ -97,6 +106,8 @@ class MatryoshkaTrainingConfig(MatryoshkaBatchTopKTrainingSAEConfig, ABC):
             **overrides: Any other field. Without `matryoshka_widths`, the levels are 1/16, 1/4, 1/2 and
                 all of the latents.
         """
+        require_positive_int("d_sae", d_sae)
+        _require_k(k, d_sae)
         settings = {"matryoshka_widths": recommended_widths(d_sae), **cls._recommended_fields(k)}
         return cls(**{"d_in": d_in, "d_sae": d_sae, "k": k, **settings, **overrides})
 
@@ -133,11 +144,7 @@ class MatryoshkaTrainingConfig(MatryoshkaBatchTopKTrainingSAEConfig, ABC):
     def _check_k(self) -> None:
         if self.selection not in ("batch", "token"):
             raise ValueError(f"selection={self.selection!r} must be 'batch' or 'token'.")
-        if not (math.isfinite(self.k) and 0 < self.k <= self.d_sae):
-            raise ValueError(
-                f"k={self.k} must be larger than 0 and at most d_sae={self.d_sae}: it is the number of "
-                "latents kept per token."
-            )
+        _require_k(self.k, self.d_sae)
         if self.selection == "token" and self.k != int(self.k):
             raise ValueError(
                 f"k={self.k} must be a whole number with selection='token', which keeps k latents of "
@@ -148,13 +155,27 @@ class MatryoshkaTrainingConfig(MatryoshkaBatchTopKTrainingSAEConfig, ABC):
         weights, n_levels = self.level_weights, len(self.matryoshka_widths)
         if weights is None:
             return
+        if not isinstance(weights, Sequence) or not all(_is_number(weight) for weight in weights):
+            raise ValueError(f"level_weights={weights!r} must be a list of finite numbers, one per level.")
         if len(weights) != n_levels:
             raise ValueError(
                 f"level_weights={weights} has {len(weights)} entries for the {n_levels} levels of "
                 f"matryoshka_widths={self.matryoshka_widths}: give one per level."
             )
-        if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or sum(weights) == 0:
-            raise ValueError(f"level_weights={weights} must be finite, 0 or larger, and not all 0.")
+        if not all(weight >= 0 for weight in weights) or sum(weights) == 0:
+            raise ValueError(f"level_weights={weights} must be 0 or larger, and not all 0.")
+
+
+def _require_k(k: object, d_sae: int) -> None:
+    if not (_is_number(k) and 0 < k <= d_sae):
+        raise ValueError(
+            f"k={k!r} must be a number larger than 0 and at most d_sae={d_sae}: it is the number of latents "
+            "kept per token."
+        )
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def require_positive_int(name: str, value: object) -> None:

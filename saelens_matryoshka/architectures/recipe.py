@@ -42,6 +42,12 @@ def recommended_runner_fields(
     Returns:
         lr, adam_beta1, and in steps lr_warm_up_steps, lr_decay_steps and dead_feature_window.
     """
+    for name, value in (
+        ("training_tokens", training_tokens),
+        ("train_batch_size_tokens", train_batch_size_tokens),
+    ):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be a positive number of tokens.")
     n_steps = max(training_tokens // train_batch_size_tokens, 1)
     return {
         "lr": float(f"{_LR_TIMES_ROOT_D / sae.d_in**0.5:.1g}"),

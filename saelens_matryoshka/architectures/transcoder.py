@@ -71,6 +71,11 @@ class MatryoshkaTrainingTranscoderConfig(MatryoshkaTrainingConfig):
         if self.d_out is None:
             self.d_out = self.d_in
         require_positive_int("d_out", self.d_out)
+        if not isinstance(self.hook_name_out, str):
+            raise ValueError(
+                f"hook_name_out={self.hook_name_out!r} must be the name of a hook, e.g. "
+                "'blocks.8.hook_mlp_out'."
+            )
         if not self.hook_name_out:
             raise ValueError(
                 "hook_name_out is empty: name the hook of the transcoder's target, e.g. "

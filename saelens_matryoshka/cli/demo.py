@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,11 +11,12 @@ import typer
 from rich.console import Console
 
 from saelens_matryoshka.atomic import write_atomically
-from saelens_matryoshka.cli.inputs import TINY, load_language_model, pick_device
+from saelens_matryoshka.cli.inputs import TINY, load_language_model, open_dataset, pick_device
 from saelens_matryoshka.cli.output import quieten
 
 _TINY = "the embedded tiny model"
 _CONTEXT_SIZE = 256
+_HELD_OUT_DOCUMENTS = 500
 
 
 def register(app: typer.Typer) -> None:
@@ -30,7 +32,7 @@ def demo(
     layer: Annotated[int | None, typer.Option(help="Default: the middle one.")] = None,
     d_sae: Annotated[int | None, typer.Option(help="Latents. Default: 8 per input dimension.")] = None,
     k: Annotated[float, typer.Option(help="Active latents per token.")] = 16,
-    tokens: Annotated[int, typer.Option(help="Training tokens.")] = 400_000,
+    tokens: Annotated[int, typer.Option(min=1, help="Training tokens.")] = 400_000,
     lr: Annotated[float | None, typer.Option(help="Default: the recommended one.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Where to save. Default: output/demo-MODEL-layer-LAYER.")
@@ -38,8 +40,9 @@ def demo(
     dataset: Annotated[
         str | None,
         typer.Option(
-            help="Text to train on, as datasets.load_dataset takes it; the first documents are held "
-            "out. Default: the Python standard library's sources, by file."
+            help="Text to train on: a dataset of the hub, a folder, or a .txt, .jsonl, .parquet or .csv "
+            "file; its first 500 documents are held out. Default: the Python standard library's sources, "
+            "by file."
         ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="Default: cuda if there is one.")] = None,
@@ -54,6 +57,8 @@ def demo(
     """
     console = Console()
     quieten()
+    if lr is not None and not 0 < lr < math.inf:
+        raise ValueError(f"--lr {lr:g} must be a number above 0.")
     with console.status("loading"):
         import torch
         from sae_lens import SAE, LanguageModelSAETrainingRunner
@@ -137,7 +142,7 @@ def _runner_config(
         **size,
         store_batch_size_prompts=8,
         n_batches_in_buffer=32,
-        **{**recommended, "lr": lr or recommended["lr"]},
+        **{**recommended, "lr": recommended["lr"] if lr is None else lr},
         device=device,
         seed=seed,
         logger=LoggingConfig(log_to_wandb=False),
@@ -153,7 +158,10 @@ def _text(dataset: str | None) -> tuple[Any, Any]:
         from saelens_matryoshka.tiny import text
 
         return text.dataset("train"), text.dataset("held_out")
-    from datasets import load_dataset
-
-    stream = load_dataset(dataset, split="train", streaming=True)
-    return stream.skip(500), stream.take(500)
+    documents = open_dataset(dataset, "train")
+    left = documents.skip(_HELD_OUT_DOCUMENTS)
+    if next(iter(left), None) is None:
+        raise ValueError(
+            f"--dataset {dataset!r} has no more than the {_HELD_OUT_DOCUMENTS} documents that are held out."
+        )
+    return left, documents.take(_HELD_OUT_DOCUMENTS)

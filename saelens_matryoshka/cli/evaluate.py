@@ -15,7 +15,7 @@ from saelens_matryoshka.cli.inputs import (
     load_text,
     pick_device,
 )
-from saelens_matryoshka.cli.output import quieten, write_result
+from saelens_matryoshka.cli.output import quieten, require_writable, write_result
 
 Model = Annotated[
     str | None,
@@ -79,6 +79,7 @@ def evaluate(
     saelens-matryoshka eval gpt2-small-res-jb:blocks.8.hook_resid_pre --dataset NeelNanda/pile-10k
     """
     console = Console(stderr=True)
+    require_writable(json)
     quieten()
     _require_writable(plot, table)
     device = pick_device(device)
@@ -128,6 +129,7 @@ def compare(
           gemma-scope-2b-pt-transcoders:layer_8/width_16k/average_l0_61 --dataset NeelNanda/pile-10k
     """
     console = Console(stderr=True)
+    require_writable(json)
     quieten()
     _require_writable(plot, table)
     device = pick_device(device)

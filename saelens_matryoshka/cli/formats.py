@@ -33,7 +33,7 @@ CalibrateOption = Annotated[
 L0Option = Annotated[
     float | None, typer.Option(help="Active latents per token to fit to. Default: the model's own k.")
 ]
-TokensOption = Annotated[int, typer.Option(help="Tokens to fit thresholds on.")]
+TokensOption = Annotated[int, typer.Option(min=1, help="Tokens to fit thresholds on.")]
 FrameOption = Annotated[
     str | None,
     typer.Option(

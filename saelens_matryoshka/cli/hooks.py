@@ -24,7 +24,7 @@ def hooks(
     l0: Annotated[
         float | None, typer.Option(help="Its L0 in training. Default: what its files say, if they do.")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to measure on.")] = 4_096,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to measure on.")] = 4_096,
     dataset: Annotated[
         str | None,
         typer.Option(
@@ -43,11 +43,9 @@ def hooks(
     quieten()
     with console.status("measuring"):
         from saelens_matryoshka.evaluation.frames import measure_frames
-        from saelens_matryoshka.formats import Folder
-        from saelens_matryoshka.formats.saelens import read
+        from saelens_matryoshka.formats.saelens import open_folder
 
-        folder = transcoder.expanduser().resolve()
-        sae = read(Folder(folder.parent), folder.name)
+        sae = open_folder(transcoder.expanduser())
         text, _ = load_text(sae, dataset, model=model)
         report = measure_frames(sae, load_language_model(model, pick_device(None)), layer, text, tokens, l0)
     console.print(report.table())

@@ -13,12 +13,22 @@ _TINY_NAMES = (TINY, "saelens_matryoshka.tiny")
 
 
 def pick_device(device: str | None) -> str:
-    """The device asked for, else cuda if there is one."""
-    if device is not None:
-        return device
+    """The device asked for, else cuda if there is one.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+        if torch.device(device).type != "meta":
+            return device
+    except (RuntimeError, AssertionError):
+        pass
+    raise ValueError(f"--device {device!r} is not one that this machine has. Try cpu, or leave it out.")
 
 
 def is_tiny(model_name: str | None) -> bool:
@@ -61,7 +71,7 @@ def load_language_model_for(sae: SAE[Any], name: str | None, device: str, *, dty
         ValueError: no name is given and the SAE's metadata have none.
     """
     metadata = sae.cfg.metadata
-    name = name or metadata.model_name
+    name = metadata.model_name if name is None else name
     if not name:
         raise ValueError("--model is needed: this model's metadata do not say which language model it reads.")
     return load_language_model(
@@ -83,11 +93,11 @@ def load_sae(where: str, device: str) -> SAE[Any]:
     """
     from sae_lens import SAE
 
-    folder = Path(where)
-    if folder.is_dir():
-        if not (folder / "cfg.json").is_file():
-            raise ValueError(f"{where!r} holds no SAE: a folder saved by SAELens has a cfg.json in it.")
-        return _load_folder(folder, device)
+    folder = Path(where).expanduser()
+    if where and folder.is_dir():
+        from saelens_matryoshka.formats.saelens import open_folder
+
+        return open_folder(folder, device)
     release, colon, sae_id = where.partition(":")
     if not colon or not sae_id or folder.exists():
         raise ValueError(
@@ -95,20 +105,6 @@ def load_sae(where: str, device: str) -> SAE[Any]:
             "releases or a repository of the hub."
         )
     return SAE.from_pretrained(release, sae_id, device=device)
-
-
-def _load_folder(folder: Path, device: str) -> SAE[Any]:
-    import json
-
-    from sae_lens import SAE, TrainingSAE
-    from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
-
-    import saelens_matryoshka as sm
-
-    architecture = json.loads((folder / "cfg.json").read_text()).get("architecture")
-    if architecture in SAE_TRAINING_CLASS_REGISTRY and architecture not in SAE_CLASS_REGISTRY:
-        return sm.inference_model(TrainingSAE.load_from_disk(folder, device=device))  # a checkpoint
-    return SAE.load_from_disk(folder, device=device)
 
 
 def results_folder(where: str, out: Path | None, name: str) -> Path:
@@ -126,11 +122,11 @@ def results_folder(where: str, out: Path | None, name: str) -> Path:
 
 def load_saes(places: list[str], device: str) -> dict[str, SAE[Any]]:
     """Several, each under the shortest name that tells it from the others."""
+    if len({Path(place).resolve() for place in places}) < len(places):
+        raise ValueError(f"The same model is given twice: {', '.join(places)}.")
     names = [Path(place.rstrip("/")).name for place in places]
     if len(set(names)) < len(names):
         names = places
-    if len(set(names)) < len(names):
-        raise ValueError(f"The same model is given twice: {', '.join(places)}.")
     return {name: load_sae(place, device) for name, place in zip(names, places, strict=True)}
 
 
@@ -152,13 +148,13 @@ def load_text(
         from saelens_matryoshka.tiny import text
 
         return _after(text.dataset("held_out"), skip), "held-out standard library files"
-    name = dataset or metadata.dataset_path
+    name = metadata.dataset_path if dataset is None else dataset
     if not name:
         raise ValueError("--dataset is needed: this model's metadata do not say what it was trained on.")
     described = f"{name}, split {split}" + (f", from document {skip:,} on" if skip else "")
     if dataset is None:
         described += " (its training data: give --dataset or --skip for text it has not seen)"
-    return _after(_stream(name, split), skip), described
+    return _after(open_dataset(name, split), skip), described
 
 
 def _after(documents: Any, skip: int) -> Any:
@@ -167,12 +163,11 @@ def _after(documents: Any, skip: int) -> Any:
     return documents.skip(skip) if skip else documents
 
 
-def _stream(name: str, split: str) -> Any:
-    from saelens_matryoshka.text_files import open_text
+def open_dataset(name: str, split: str) -> Any:
+    """The documents of a dataset, see `open_text`; what is wrong with it is said of --dataset."""
+    from saelens_matryoshka.text_files import TextError, open_text
 
     try:
         return open_text(name, split)
-    except FileNotFoundError as error:
-        if error.errno is None:  # ours, which says all
-            raise ValueError(f"--dataset {error}") from None
-        raise
+    except TextError as error:
+        raise ValueError(f"--dataset {error}") from None

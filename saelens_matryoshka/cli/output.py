@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,23 @@ def write_result(shown: RenderableType, numbers: str, described: str, json: Path
         console.print(f"written: {json}", markup=False)
 
 
+def require_writable(json: Path | None) -> None:
+    """Check, before any work, that `write_result` will be able to write.
+
+    Raises:
+        ValueError: the path is a folder, or below a file, or not writable.
+    """
+    if json is None or str(json) == "-":
+        return
+    if json.is_dir():
+        raise ValueError(f"--json {str(json)!r} is a folder: name a file.")
+    above = next(folder for folder in json.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ValueError(f"--json {str(json)!r} cannot be written: {above} is a file.")
+    if not os.access(above, os.W_OK):
+        raise ValueError(f"--json {str(json)!r} cannot be written: {above} is read-only.")
+
+
 def quieten() -> None:
     """Hide notices that tell the user of a command nothing."""
     warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -36,6 +54,7 @@ def quieten() -> None:
     ):
         warnings.filterwarnings("ignore", message)
     logging.getLogger("sae_lens").setLevel(logging.ERROR)
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it logs what it then raises
 
 
 def plain(error: BaseException) -> Any:

@@ -99,7 +99,7 @@ def train(
         ),
     ] = None,
     log_every: Annotated[
-        int, typer.Option(help="Steps between two lines of metrics.jsonl.", rich_help_panel=_MORE)
+        int, typer.Option(min=1, help="Steps between two lines of metrics.jsonl.", rich_help_panel=_MORE)
     ] = 20,
     wandb: Annotated[
         bool, typer.Option("--wandb", help="Log to Weights & Biases as well.", rich_help_panel=_MORE)
@@ -165,7 +165,8 @@ def train(
         flags |= {key: Given(value, "flag") for key, value in own.items() if value is not None}
         file = {} if config is None else read_file(config)
         of_file = {key: _text(key, file.pop(key, None)) for key in ("preset", "name")}
-        preset, name = preset or of_file["preset"], of_file["name"] if name is None else name
+        preset = of_file["preset"] if preset is None else preset
+        name = of_file["name"] if name is None else name
         layers = [{} if preset is None else load_preset(preset).settings, file, flags]
         if name is not None:
             require_name(name)

@@ -34,3 +34,23 @@ def hook_activations(
         **(model_kwargs or {}),
     )
     return cache
+
+
+def require_width(hook_name: str, activation: torch.Tensor, width: int, field: str) -> None:
+    """Check that a hook gives vectors of the width that an SAE was made for.
+
+    Args:
+        hook_name: The hook.
+        activation: `[prompts, context_size, ...]`, heads apart or not.
+        width: What the SAE reads or predicts.
+        field: The name of that width: "d_in" or "d_out".
+
+    Raises:
+        ValueError: it does not, so that the language model is another one than in training.
+    """
+    actual = activation[0, 0].numel()
+    if actual != width:
+        raise ValueError(
+            f"{field}={width}, but hook {hook_name!r} of this language model gives {actual} values per "
+            "token: it is not the model that this was trained on. Name that one with --model (model=)."
+        )

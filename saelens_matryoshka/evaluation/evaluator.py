@@ -11,14 +11,14 @@ Nothing is trained or moved: a training object is converted to the inference mod
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from sae_lens import SAE
 from sae_lens.config import HfDataset
 
-from saelens_matryoshka.evaluation.activations import hook_activations
+from saelens_matryoshka.evaluation.activations import hook_activations, require_width
 from saelens_matryoshka.evaluation.metrics import (
     FiringCounts,
     NextTokenSums,
@@ -71,7 +71,8 @@ def evaluate(
         ValueError: the model has no such hook, its norms are folded otherwise than those of the model the
             SAE was trained on, or the dataset has no tokens.
     """
-    _require_counts(n_tokens=n_tokens, batch_size_prompts=batch_size_prompts)
+    if n_ce_tokens < 0:
+        raise ValueError(f"n_ce_tokens={n_ce_tokens} must be at least 0.")
     sae = inference_model(sae)
     run = _Evaluation(sae, model, dict(model_kwargs or {}))
     run.excluded = special_token_ids(model, exclude_special_tokens)
@@ -93,6 +94,23 @@ def evaluate(
         model.train(was_training)
         if had_reshaping:
             sae.turn_on_forward_pass_hook_z_reshaping()
+    return run.result()
+
+
+@torch.no_grad()
+def evaluate_activations(
+    sae: SAE[Any], model: Any, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]
+) -> EvalResult:
+    """The metrics that need no language model: all but cross-entropy and KL.
+
+    Args:
+        sae: As in `evaluate`.
+        model: Says in which frame the source is; it is not run.
+        pairs: Sources `[n, d_in]` and targets `[n, d_out]`, on the SAE's device and in its dtype.
+    """
+    run = _Evaluation(inference_model(sae), model, {})
+    for source, target in pairs:
+        run.add_pairs(source, target)
     return run.result()
 
 
@@ -118,8 +136,12 @@ class _Evaluation:
     def add_reconstruction(self, tokens: torch.Tensor) -> None:
         keep = self._evaluated(tokens)
         source, target = self._activations(tokens)
+        self.add_pairs(source[keep], target[keep])
+
+    def add_pairs(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Add sources `[n, d_in]` and targets `[n, d_out]`."""
         rows = max(1, _ACTIVATION_VALUES // self.sae.cfg.d_sae)
-        for x, y in zip(source[keep].split(rows), target[keep].split(rows), strict=True):
+        for x, y in zip(source.split(rows), target.split(rows), strict=True):
             acts = self.sae.encode(x)
             self.firing.add(acts)
             self.reconstruction.add(y, predict_prefixes(self.sae, x, acts))
@@ -189,7 +211,7 @@ class _Evaluation:
             hook_name=self.source_hook,
             hook_name_out=self.target_hook,
             input_frame=self.frame,
-            train_l0=_trained_k(self.sae),
+            train_l0=trained_k(self.sae),
             ce_clean=clean,
             ce_zero=zero,
             ce_mean=mean,
@@ -228,6 +250,8 @@ class _Evaluation:
             source = source[:, :, self.source_head]
         if self.target_head is not None:
             target = target[:, :, self.target_head]
+        require_width(self.source_hook, source, self.sae.cfg.d_in, "d_in")
+        require_width(self.target_hook, target, self.sae.W_dec.shape[-1], "d_out")
         place = {"device": self.sae.device, "dtype": self.sae.dtype}
         return source.flatten(2).to(**place), target.flatten(2).to(**place)
 
@@ -253,19 +277,13 @@ def hooks_and_frame(sae: SAE[Any], model: Any) -> tuple[str, str, str]:
     return source_hook, target_hook, frame
 
 
-def _trained_k(sae: SAE[Any]) -> float | None:
+def trained_k(sae: SAE[Any]) -> float | None:
     """The k of the whole dictionary in training, if `sae` is the whole dictionary."""
     details = sae.cfg.metadata.training_architecture_details or {}
     widths = details.get("matryoshka_widths")
     if "k" not in details or (widths and sum(widths) != sae.cfg.d_sae and widths[-1] != sae.cfg.d_sae):
         return None
     return float(details["k"])
-
-
-def _require_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1.")
 
 
 def _read(

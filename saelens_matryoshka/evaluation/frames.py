@@ -168,6 +168,8 @@ def measure_frames(
             f"hook_name_out={target!r}: only of a transcoder, which predicts another tensor than it "
             "reads, can it be measured which tensor it was trained to read."
         )
+    if trained_l0 is not None and not 0 < trained_l0 <= coder.d_sae:
+        raise ValueError(f"l0={trained_l0:g} must be larger than 0 and at most d_sae={coder.d_sae}.")
     layer = _layer(declared) if layer is None else layer
     sites = candidate_sites(model, layer, declared)
     if declared == f"blocks.{layer}.mlp.hook_in" and declared not in sites:

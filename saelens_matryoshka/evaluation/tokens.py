@@ -31,9 +31,17 @@ def token_batches(
     context_size: int | None,
     batch_size: int,
 ) -> Iterator[torch.Tensor]:
-    """Batches `[prompts, context_size]` on the model's device, together about `n_tokens` tokens."""
+    """Batches `[prompts, context_size]` on the model's device, together about `n_tokens` tokens.
+
+    Raises:
+        ValueError: a number is out of range, or the dataset holds no tokens of this language model.
+    """
+    for name, value in (("n_tokens", n_tokens), ("batch_size_prompts", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
     device = token_device(model)
     if isinstance(dataset, torch.Tensor):
+        _require_token_ids(dataset, model)
         n_prompts = -(-n_tokens // dataset.shape[1])
         prompts = iter(dataset[:n_prompts])
     else:
@@ -57,9 +65,32 @@ def token_batches(
 def _prompts(store: ActivationsStore, n_prompts: int) -> Iterator[torch.Tensor]:
     for _ in range(n_prompts):
         try:
-            yield store.get_batch_tokens(1, raise_at_epoch_end=True)[0]
+            tokens = store.get_batch_tokens(1, raise_at_epoch_end=True)
         except StopIteration:
             return
+        except (ValueError, TypeError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"dataset: a row cannot be read as {'tokens' if store.is_dataset_tokenized else 'text'} "
+                f"(column {store.tokens_column!r}): {reason}"
+            ) from None
+        _require_token_ids(tokens, store.model)
+        yield tokens[0]
+
+
+def _require_token_ids(tokens: torch.Tensor, model: Any) -> None:
+    if tokens.dim() != 2 or tokens.is_floating_point() or tokens.numel() == 0:
+        raise ValueError(
+            f"dataset: a {tokens.dtype} tensor of shape {list(tokens.shape)}; expected integer token ids "
+            "[prompts, context_size], at least one."
+        )
+    d_vocab = getattr(getattr(model, "cfg", None), "d_vocab", None)
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or (isinstance(d_vocab, int) and high >= d_vocab):
+        raise ValueError(
+            f"dataset: it has token {low if low < 0 else high}, and this language model's ids are 0 to "
+            f"{d_vocab - 1 if isinstance(d_vocab, int) else '...'}: it was tokenised for another model."
+        )
 
 
 def _token_store(
@@ -72,13 +103,18 @@ def _token_store(
             "context_size: this model's metadata do not say with how many tokens per prompt it was trained. "
             "Give context_size."
         )
+    longest = getattr(getattr(model, "cfg", None), "n_ctx", None) or context_size
+    if not 2 <= context_size <= longest:
+        raise ValueError(
+            f"context_size={context_size} must be from 2 to {longest}, the longest this language model takes."
+        )
     if metadata.prepend_bos is None:
         metadata.prepend_bos = True  # SAELens's default
     cfg = copy.copy(sae.cfg)
     cfg.metadata = metadata
     described: Any = SimpleNamespace(cfg=cfg)  # all that is read of an SAE
     try:
-        return ActivationsStore.from_sae(
+        store = ActivationsStore.from_sae(
             model,
             described,
             dataset,
@@ -89,3 +125,22 @@ def _token_store(
         )
     except StopIteration:
         raise ValueError("dataset: it is empty, so there is nothing to evaluate on.") from None
+    except ValueError as error:
+        if "column" not in str(error):
+            raise
+        raise ValueError(f"dataset: {error} Name one with rows of 'text'.") from None
+    _require_text(store)
+    return store
+
+
+def _require_text(store: ActivationsStore) -> None:
+    """Check the first row: a tokenizer takes a list for a batch of texts."""
+    if store.is_dataset_tokenized or store.dataset is None:
+        return
+    first: Any = next(iter(store.dataset))
+    text = first[store.tokens_column]
+    if not isinstance(text, str):
+        raise ValueError(
+            f"dataset: a row cannot be read as text (column {store.tokens_column!r}): it holds "
+            f"{'nothing' if text is None else f'a {type(text).__name__}'}."
+        )

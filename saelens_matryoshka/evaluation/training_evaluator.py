@@ -7,6 +7,7 @@ prefix, and leaves everything as it was: a run with evaluations ends with the we
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,12 @@ def hold_out_prompts(store: ActivationsStore, cfg: LanguageModelSAERunnerConfig[
             f"dataset_path={cfg.dataset_path!r} has too little text for these and training. Lower "
             "n_eval_batches, or use more text."
         )
+
+
+def share_held_out(store: ActivationsStore, part: Any) -> None:
+    """Have what stands in for a part of a store evaluated on the prompts that were held out of the store."""
+    if store in _held_out:
+        _held_out[part] = _held_out[store]
 
 
 @dataclass
@@ -103,25 +110,45 @@ class HeldOutEvaluator:
         )
 
 
+@dataclass
+class CachedEvaluator:
+    """The same on a cache's held-out rows: what needs no language model."""
+
+    evaluate: Callable[[SAE[Any]], EvalResult | None]
+
+    def __call__(
+        self,
+        sae: MatryoshkaTraining,
+        data_provider: Any,  # noqa: ARG002  (held-out rows are read apart from the stream)
+        activation_scaler: ActivationScaler,
+    ) -> dict[str, Any]:
+        with sae.keeping_threshold():
+            result = self.evaluate(_unscaled(inference_model(sae), activation_scaler))
+        return {} if result is None else logged_metrics(result)
+
+
 def logged_metrics(result: EvalResult) -> dict[str, Any]:
     """What is logged: the whole dictionary under SAELens's names, every prefix under `held_out/`."""
     full = result.prefixes[-1]
     metrics: dict[str, Any] = {
-        "model_performance_preservation": {
-            "ce_loss_score": full.ce_recovered,
-            "ce_loss_with_ablation": result.ce_zero,
-            "ce_loss_with_sae": full.ce,
-            "ce_loss_without_sae": result.ce_clean,
-        },
         "reconstruction_quality": {
             "explained_variance": full.explained_variance,
             "cossim": full.cosine,
         },
         "sparsity": {"l0": full.l0},
-        "held_out/ce_clean": result.ce_clean,
     }
+    per_prefix = ["fvu", "l0", "dead_fraction"]
+    if result.ce_clean is not None:
+        metrics["model_performance_preservation"] = {
+            "ce_loss_score": full.ce_recovered,
+            "ce_loss_with_ablation": result.ce_zero,
+            "ce_loss_with_sae": full.ce,
+            "ce_loss_without_sae": result.ce_clean,
+        }
+        metrics["held_out/ce_clean"] = result.ce_clean
+        per_prefix += ["ce_recovered", "kl"]
     for prefix in result.prefixes:
-        for name in ("fvu", "l0", "dead_fraction", "ce_recovered", "kl"):
+        for name in per_prefix:
             metrics[f"held_out/{name}_w{prefix.width}"] = getattr(prefix, name)
     return metrics
 

@@ -101,7 +101,9 @@ def _metrics(sets: Sequence[tuple[str, Sequence[Model]]]) -> list[str]:
     tokens = set()
     for model in evaluated:
         assert model.evaluation is not None
-        tokens.add(model.evaluation.get("n_tokens"))
+        n_tokens = model.evaluation.get("n_tokens")
+        if isinstance(n_tokens, int):
+            tokens.add(n_tokens)
         for row in model.evaluation.get("prefixes", []):
             cells = [
                 f"{row['width']:,}",
@@ -112,7 +114,7 @@ def _metrics(sets: Sequence[tuple[str, Sequence[Model]]]) -> list[str]:
                 _number(row.get("kl"), ".3f"),
             ]
             lines.append(f"| {model.name} | {' | '.join(cells)} |")
-    counts = ", ".join(f"{count:,}" for count in sorted(n for n in tokens if isinstance(n, int)))
+    counts = ", ".join(f"{count:,}" for count in sorted(tokens))
     lines += [
         "",
         f"Each row is a prefix, the first latents of the model on their own, on {counts} held-out tokens.",
@@ -122,7 +124,7 @@ def _metrics(sets: Sequence[tuple[str, Sequence[Model]]]) -> list[str]:
 
 
 def _number(value: Any, spec: str) -> str:
-    return format(value, spec) if isinstance(value, int | float) else "-"
+    return format(value, spec) if isinstance(value, int | float) and abs(value) < 1e12 else "-"
 
 
 def _how_to_load(

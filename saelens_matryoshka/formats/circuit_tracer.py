@@ -29,8 +29,8 @@ from saelens_matryoshka.formats.files import (
     field,
     read_safetensors,
     read_yaml,
-    safetensors_names,
     safetensors_note,
+    safetensors_shapes,
 )
 from saelens_matryoshka.formats.layout import (
     NOTE,
@@ -88,7 +88,7 @@ def load(source: Source, item: str) -> SparseCoder:
     path = _fetch(source, folder, reference or f"layer_{layer}.safetensors")
     if path.suffix == ".npz":
         coder = gemma_scope.from_npz(path)
-    elif "w_enc" in safetensors_names(path):
+    elif "w_enc" in safetensors_shapes(path):
         coder = gemma_scope.from_params(path)
     else:
         tensors = read_safetensors(path, _SHAPES, (_THRESHOLD, "W_skip"))

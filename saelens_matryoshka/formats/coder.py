@@ -60,6 +60,7 @@ _NOTE_FIELDS: dict[str, type | tuple[type, ...]] = {
     "matryoshka_widths": list,
     "model_from_pretrained_kwargs": dict,
 }
+_METADATA_FIELDS = {**_NOTE_FIELDS, "training_architecture_details": dict, "model_class_name": str}
 
 
 @dataclass(frozen=True)
@@ -166,8 +167,11 @@ def to_saelens(coder: SparseCoder, device: str = "cpu", dtype: str | None = None
         FormatError: SAELens has no class for such a coder.
     """
     dtype = dtype or DTYPE_TO_STR.get(coder.W_enc.dtype, "float32")
+    architecture = _architecture(coder)
+    if "transcoder" in architecture:  # whose encoder reads x as it is
+        coder = move_b_dec(coder, subtract=False)
     cfg: dict[str, Any] = {
-        "architecture": _architecture(coder),
+        "architecture": architecture,
         "d_in": coder.d_in,
         "d_sae": coder.d_sae,
         "dtype": dtype,
@@ -178,7 +182,7 @@ def to_saelens(coder: SparseCoder, device: str = "cpu", dtype: str | None = None
         # SAELens takes a config without the version for one of before 6.0
         "metadata": {**_TEXT_DEFAULTS, **coder.metadata, "sae_lens_version": sae_lens_version},
     }
-    if "transcoder" in cfg["architecture"]:
+    if "transcoder" in architecture:
         cfg["d_out"] = coder.d_out
     state = {"W_enc": coder.W_enc, "b_enc": coder.b_enc, "W_dec": coder.W_dec, "b_dec": coder.b_dec}
     if coder.k is not None:
@@ -339,6 +343,27 @@ def believe(written: Mapping[str, Any] | None) -> dict[str, Any]:
     return {key: value for key, value in written.items() if _believed(key, value)}
 
 
+def check_metadata(metadata: Any, label: str) -> dict[str, Any]:
+    """SAELens's metadata, in which the fields that are used here have the types they should have.
+
+    Raises:
+        FormatError: they have not, or the metadata are no fields by name.
+    """
+    if not isinstance(metadata, dict):
+        raise FormatError(f"{label}: metadata={metadata!r}, where settings by name are expected.")
+    for key, value in metadata.items():
+        kind = _METADATA_FIELDS.get(key)
+        if value is not None and kind is not None and not _is(value, kind):
+            expected = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+            raise FormatError(f"{label}: metadata has {key}={value!r}, where {expected} is expected.")
+    return metadata
+
+
 def _believed(key: str, value: Any) -> bool:
     kind = _NOTE_FIELDS.get(key)
-    return kind is not None and isinstance(value, kind)
+    return kind is not None and _is(value, kind)
+
+
+def _is(value: Any, kind: type | tuple[type, ...]) -> bool:
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import validate_repo_id
+
 from saelens_matryoshka.formats.card import write_card
 from saelens_matryoshka.formats.coder import SparseCoder, build, from_saelens
 from saelens_matryoshka.formats.files import FormatError, new_folder, read_json, require_new
@@ -108,7 +110,7 @@ def _names(coders: Sequence[SparseCoder]) -> list[str]:
         names = hooks
     if len(set(names)) < len(names):
         names = [f"{hook}_{index}" for index, hook in enumerate(hooks)]
-    return [re.sub(r"[^\w.-]", "_", name).lstrip(".") for name in names]
+    return [re.sub(r"[^\w.-]", "_", name).strip(".") or "model" for name in names]
 
 
 # ---- out
@@ -168,7 +170,10 @@ def export_models(
     if make_writer is None:
         writable = [name for name, other in FORMATS.items() if other.writer]
         raise FormatError(f"{format!r} is only read; {', '.join(writable)} can be written.")
+    if repo_id is not None:
+        validate_repo_id(repo_id)  # before anything is written
     stock = stock_models(path)
+    widths = list(dict.fromkeys(widths))
     names = {width: f"width_{width}" if len(widths) > 1 else "" for width in widths} or {None: ""}
     # The hub's SAELens repositories keep every model in a folder of its own.
     several = len(stock) > 1 or (format == "saelens" and repo_id is not None)

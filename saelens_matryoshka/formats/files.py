@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import lzma
 import math
 import os
 import pickle
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -25,8 +27,11 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 MAX_CONFIG_BYTES = 4 << 20
+MAX_YAML_BYTES = 1 << 16
+"""YAML is read a thousand times more slowly than JSON"""
 # A compressed .npz of weights is about as large as the weights; this leaves room for many zeros.
 MAX_COMPRESSION = 20
+_MAX_MESSAGE = 1000
 
 _UNPICKLING_ERRORS = (
     pickle.UnpicklingError,
@@ -39,12 +44,32 @@ _UNPICKLING_ERRORS = (
     AttributeError,
     IndexError,
 )
+_ARCHIVE_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+)
 Dims = dict[str, int]
 Shapes = Mapping[str, tuple[str | int, ...]]
 
 
 class FormatError(ValueError):
-    """A file that is not what its format says, or a model that a format cannot carry."""
+    """A file that is not what its format says, or a model that a format cannot carry.
+
+    The message may quote a file, which may hold anything: it is cut to a length that can be read, and what
+    would steer a terminal is written out.
+    """
+
+    def __init__(self, message: str) -> None:
+        if len(message) > _MAX_MESSAGE:
+            message = f"{message[: _MAX_MESSAGE // 2]} ... {message[-_MAX_MESSAGE // 2 :]}"
+        super().__init__("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message))
 
 
 # ---- configs
@@ -56,8 +81,9 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         FormatError: it is larger than any config, or not a JSON object.
     """
+    text = _config_text(path, MAX_CONFIG_BYTES)
     try:
-        loaded = json.loads(_config_text(path))
+        loaded = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not valid JSON: {error}.") from None
     return _mapping(loaded, path)
@@ -69,18 +95,31 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         FormatError: it is larger than any config, or not a mapping of plain values.
     """
+    text = _config_text(path, MAX_YAML_BYTES)
     try:
-        loaded = yaml.safe_load(_config_text(path))
+        loaded = yaml.load(text, Loader=PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not a plain YAML file: {' '.join(str(error).split())}.") from None
     return _mapping(loaded, path)
 
 
-def _config_text(path: Path) -> str:
+class PlainLoader(yaml.SafeLoader):
+    """Without aliases, by which a few lines stand for more than any memory holds once they are printed."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias (*name): write the value out")
+        return super().compose_node(parent, index)
+
+
+def _config_text(path: Path, limit: int) -> str:
     size = path.stat().st_size
-    if size > MAX_CONFIG_BYTES:
-        raise FormatError(f"{path} has {size:,} bytes, and a config has at most {MAX_CONFIG_BYTES:,}.")
-    return path.read_text(encoding="utf-8")
+    if size > limit:
+        raise FormatError(f"{path} has {size:,} bytes, and a config has at most {limit:,}.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise FormatError(f"{path} is no text in UTF-8, as a config is.") from None
 
 
 def _mapping(loaded: Any, path: Path) -> dict[str, Any]:
@@ -128,15 +167,15 @@ def read_safetensors(path: Path, shapes: Shapes, optional: Iterable[str] = ()) -
         raise FormatError(f"{path} is truncated or not a safetensors file: {error}.") from None
 
 
-def safetensors_names(path: Path) -> set[str]:
-    """Names of the tensors in a safetensors file.
+def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a safetensors file, by name.
 
     Raises:
         FormatError: the file is truncated or no safetensors file.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return set(file.keys())
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path} is truncated or not a safetensors file: {error}.") from None
 
@@ -155,17 +194,14 @@ def read_npz(path: Path, shapes: Shapes, optional: Iterable[str] = ()) -> dict[s
             for info in archive.infolist():
                 name = info.filename.removesuffix(".npy")
                 with archive.open(info) as file:
-                    version = np.lib.format.read_magic(file)
-                    read_header = {
-                        (1, 0): np.lib.format.read_array_header_1_0,
-                        (2, 0): np.lib.format.read_array_header_2_0,
-                    }[version]
-                    shape, _, dtype = read_header(file)
-                if dtype.kind != "f":
+                    shape, dtype = _array_header(file, name, path)
+                if name in found:
+                    raise FormatError(f"{path} holds two arrays {name!r}.")
+                if dtype.kind != "f" or dtype.itemsize > 8:
                     raise FormatError(f"{path}: array {name!r} holds {dtype}, and weights are floats.")
                 found[name] = shape
                 total += math.prod(shape) * dtype.itemsize
-    except (zipfile.BadZipFile, OSError, ValueError, KeyError, EOFError) as error:
+    except _ARCHIVE_ERRORS as error:
         if isinstance(error, FormatError):
             raise
         raise FormatError(f"{path} is truncated or not an .npz file: {error}.") from None
@@ -175,10 +211,24 @@ def read_npz(path: Path, shapes: Shapes, optional: Iterable[str] = ()) -> dict[s
     check_shapes(found, shapes, optional, path)
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            loaded = {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in found}
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
+            loaded = {name: _to_torch(arrays[name]) for name in found}
+    except _ARCHIVE_ERRORS as error:
         raise FormatError(f"{path} is truncated or not an .npz file: {error}.") from None
     return _finite(loaded, path)
+
+
+def _array_header(file: IO[bytes], name: str, path: Path) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type that an array of an .npz file declares."""
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    try:
+        shape, _, dtype = readers[np.lib.format.read_magic(file)](file)
+    except Exception:  # a header is a Python literal, and numpy's parser fails on it in every way there is
+        raise FormatError(f"{path}: array {name!r} has a damaged header; is it of numpy.savez?") from None
+    return shape, dtype
+
+
+def _to_torch(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))
 
 
 def read_pickle(
@@ -210,7 +260,7 @@ def _unpickle(path: Path) -> dict[str, torch.Tensor]:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError):
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         raise FormatError(
             f"{path} is truncated, or not a file of torch.save (of version 1.6 or later)."
         ) from None
@@ -230,6 +280,9 @@ def _unpickle(path: Path) -> dict[str, torch.Tensor]:
             loaded = loaded[wrapper]
     if not isinstance(loaded, dict) or not loaded:
         raise FormatError(f"{path} holds a {type(loaded).__name__}, where tensors by name are expected.")
+    unnamed = [name for name in loaded if not isinstance(name, str)]
+    if unnamed:
+        raise FormatError(f"{path}: a tensor is called {unnamed[0]!r}, where a name is expected.")
     odd = [name for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
     if odd:
         raise FormatError(f"{path}: {odd[0]!r} is a {type(loaded[odd[0]]).__name__}, not a tensor.")
@@ -327,7 +380,11 @@ def require_new(out: Path) -> None:
 
     Raises:
         FileExistsError: `out` is a file, or a folder that is not empty.
+        NotADirectoryError: something above it is a file.
     """
+    above = next(folder for folder in Path(os.path.abspath(out)).parents if folder.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(f"--out {out} cannot be made: {above} is a file.")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise FileExistsError(f"--out {out} exists and is no folder: name another one.")
     if out.is_dir() and any(out.iterdir()):

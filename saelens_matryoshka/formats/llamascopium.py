@@ -56,8 +56,11 @@ def load(source: Source, item: str) -> SparseCoder:
     for name in ("hook_point_in", "hook_point_out", "act_fn", "norm_activation"):
         field(config, name, str, config_path)
     d_model = field(config, "d_model", int, config_path)
-    d_sae = d_model * field(config, "expansion_factor", (int, float), config_path)
-    if d_sae != int(d_sae):
+    try:
+        d_sae = d_model * field(config, "expansion_factor", (int, float), config_path)
+    except OverflowError:
+        d_sae = math.inf
+    if isinstance(d_sae, float) and not d_sae.is_integer():
         raise FormatError(f"{config_path}: d_model · expansion_factor = {d_sae} is no whole number.")
     if config.get("use_glu_encoder"):
         raise FormatError(f"{config_path}: use_glu_encoder is on, which no class of SAELens has.")

@@ -121,6 +121,9 @@ class Given:
         block = block_hook(coder.metadata.get("hook_name"))
         layer = block[0] if block else layer
         hooks = {"hook_name": self.hook_name, "hook_name_out": self.hook_name_out}
+        for name, hook in hooks.items():
+            if hook is not None and not hook.strip():
+                raise FormatError(f"{name}={hook!r} is no hook: name one, e.g. 'blocks.3.hook_resid_post'.")
         given: dict[str, Any] = {name: _at_layer(hook, layer, name) for name, hook in hooks.items() if hook}
         if any(coder.metadata.get(name) != hook for name, hook in given.items()):
             # what the file says of its own hooks is not said of these
@@ -182,7 +185,8 @@ class Converter:
         # From the folder above, because some formats keep part of their settings there. A link is not
         # followed: in a hub cache it is to a file whose name says nothing.
         absolute = Path(os.path.abspath(Path(path).expanduser()))
-        return self._convert(Folder(absolute.parent), absolute.name, device, cfg_overrides)
+        source = Folder(absolute.parent, named=absolute)
+        return self._convert(source, absolute.name, device, cfg_overrides)
 
     def _convert(
         self, source: Source, item: str, device: str | None, overrides: dict[str, Any] | None

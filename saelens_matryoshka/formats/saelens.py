@@ -9,15 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens import SAE
+from sae_lens import SAE, TrainingSAE
 from sae_lens import __version__ as sae_lens_version
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
-from saelens_matryoshka.formats.coder import SparseCoder, build, from_saelens
-from saelens_matryoshka.formats.files import FormatError, read_json, read_safetensors
+from saelens_matryoshka.formats.coder import SparseCoder, build, check_metadata, from_saelens
+from saelens_matryoshka.formats.files import (
+    FormatError,
+    field,
+    read_json,
+    read_safetensors,
+    safetensors_shapes,
+)
 from saelens_matryoshka.formats.layout import folders_with, join
 from saelens_matryoshka.formats.sources import Source
+from saelens_matryoshka.prefixes import inference_model, matryoshka_widths
 
 _SHAPES = {
     "W_enc": ("d_in", "d_sae"),
@@ -74,20 +82,95 @@ def read(source: Source, item: str, device: str = "cpu") -> SAE[Any]:
     """
     config_path = source.file(join(item, SAE_CFG_FILENAME))
     path = source.file(join(item, SAE_WEIGHTS_FILENAME))
+    cfg = _config(config_path)
+    _check_sizes(cfg, path, config_path)
     tensors = read_safetensors(path, _SHAPES, set(_SHAPES) - {"W_enc", "W_dec", "b_dec"})
     scaling = tensors.pop("scaling_factor", None)
     if scaling is not None and not torch.equal(scaling, torch.ones_like(scaling)):
         raise FormatError(f"{path}: has a fine-tuned scaling_factor, which SAELens itself has to load.")
+    # so that SAELens does not take it for a config of before 6.0 once more, and drop the metadata
+    cfg["metadata"] = {**cfg["metadata"], "sae_lens_version": sae_lens_version}
     try:
-        cfg = handle_config_defaulting(read_json(config_path))
-        # so that SAELens does not take it for a config of before 6.0 once more, and drop the metadata
-        cfg["metadata"] = {**cfg.get("metadata", {}), "sae_lens_version": sae_lens_version}
         sae = SAE.load_from_disk(
             config_path.parent,
             converter=lambda path, device, cfg_overrides: (cfg | {"device": device}, tensors),  # noqa: ARG005
             device=device,
         )
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise FormatError(f"{config_path} and {path.name} make no model: {reason}") from None
+        matryoshka_widths(sae)
+    except _LOADING_ERRORS as error:
+        raise _no_model(config_path, error) from None
     return sae.eval()
+
+
+def open_folder(folder: Path, device: str = "cpu") -> SAE[Any]:
+    """The model of a folder of SAELens's, of any architecture it has.
+
+    Args:
+        folder: A stock folder, or a checkpoint in training, which gives the model it would be saved as.
+        device: Where to put it.
+
+    Raises:
+        FormatError: the folder holds no model, or not what its config says.
+    """
+    config_path, path = folder / SAE_CFG_FILENAME, folder / SAE_WEIGHTS_FILENAME
+    if not config_path.is_file():
+        raise FormatError(
+            f"'{folder}' holds no SAE: a folder saved by SAELens has a {SAE_CFG_FILENAME} in it."
+        )
+    if not path.is_file():
+        raise FormatError(f"'{folder}' holds no weights: there is no {SAE_WEIGHTS_FILENAME} in it.")
+    cfg = _config(config_path)
+    _check_sizes(cfg, path, config_path)
+    in_training = cfg["architecture"] not in SAE_CLASS_REGISTRY
+    try:
+        sae = (TrainingSAE if in_training else SAE).load_from_disk(folder, device=device)
+    except _LOADING_ERRORS as error:
+        raise _no_model(config_path, error) from None
+    for name, tensor in sae.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise FormatError(f"{path}: tensor {name!r} has NaN or infinite values.")
+    return inference_model(sae).eval()
+
+
+_LOADING_ERRORS = (
+    KeyError,
+    TypeError,
+    ValueError,
+    RuntimeError,
+    AttributeError,
+    OverflowError,
+    AssertionError,
+)
+
+
+def _no_model(config_path: Path, error: Exception) -> FormatError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return FormatError(f"{config_path} and {SAE_WEIGHTS_FILENAME} make no model: {reason}")
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """The config of a folder, whose architecture and metadata can be relied on."""
+    cfg = read_json(path)
+    check_metadata(cfg.get("metadata", {}), str(path))
+    try:
+        cfg = handle_config_defaulting(cfg)
+    except _LOADING_ERRORS as error:
+        raise _no_model(path, error) from None
+    cfg["metadata"] = check_metadata(cfg.get("metadata", {}), str(path))
+    architecture = field(cfg, "architecture", str, path)
+    if architecture not in SAE_CLASS_REGISTRY and architecture not in SAE_TRAINING_CLASS_REGISTRY:
+        raise FormatError(f"{path}: architecture={architecture!r} is none that SAELens has.")
+    return cfg
+
+
+def _check_sizes(cfg: dict[str, Any], path: Path, config_path: Path) -> None:
+    """Compare the config with the tensors' shapes, before anything of the config's size is made."""
+    shapes = safetensors_shapes(path)
+    sizes = {name: field(cfg, name, int, config_path) for name in ("d_in", "d_sae")}
+    for tensor, dim, name in (("W_enc", 0, "d_in"), ("W_enc", 1, "d_sae"), ("W_dec", 0, "d_sae")):
+        shape = shapes.get(tensor)
+        if shape is not None and (len(shape) != 2 or shape[dim] != sizes[name]):
+            raise FormatError(
+                f"{config_path} and {path.name} make no model: {name}={sizes[name]}, but tensor {tensor!r} "
+                f"has shape {list(shape)}."
+            )

@@ -57,19 +57,23 @@ class Folder(Source):
     Args:
         root: The folder.
         label: What to call it; None: its path.
+        named: A path in it that the user named: if that is a link, it is followed.
     """
 
-    def __init__(self, root: Path | str, label: str | None = None) -> None:
+    def __init__(self, root: Path | str, label: str | None = None, named: Path | None = None) -> None:
         self.root = Path(root).resolve()
         self.label = label or str(root)
         # The files of a cached hub snapshot are links into the cache's folder of that repository.
         above = (self.root, *self.root.parents)
         caches = [folder.parent / "blobs" for folder in above if folder.name == "snapshots"]
-        self._allowed = [self.root, *caches]
+        self._allowed = [self.root, *caches, *([] if named is None else [named.resolve()])]
 
     def _find(self, relative: str) -> Path | None:
         path = self.root / relative
-        if not path.is_file():
+        try:
+            if not path.is_file():
+                return None
+        except OSError:  # a name that no file system takes
             return None
         resolved = path.resolve()
         if not any(resolved.is_relative_to(folder) for folder in self._allowed):
@@ -178,7 +182,7 @@ def open_source(src: str) -> tuple[Source, str]:
     if path.exists():
         # From the folder above, because some formats keep part of their settings there.
         path = Path(os.path.abspath(path))
-        return Folder(path.parent, label=str(path.parent)), path.name
+        return Folder(path.parent, label=str(path.parent), named=path), path.name
     if artifact := _WANDB.fullmatch(src):
         return wandb_artifact(artifact[1]), ""
     repo_id, inside = "/".join(src.split("/")[:2]), "/".join(src.split("/")[2:])

@@ -75,6 +75,7 @@ def load(source: Source, item: str) -> SparseCoder:
     config["d_in"] = field(config, "d_in", int, config_path)
     if not config.get("num_latents"):
         config["num_latents"] = config["d_in"] * field(config, "expansion_factor", int, config_path)
+    field(config, "num_latents", int, config_path)
     config["k"] = field(config, "k", int, config_path)
     optional = () if config.get("skip_connection") else ("W_skip",)
     tensors = read_safetensors(path, _sized(config), optional)

@@ -13,7 +13,7 @@ import torch
 from sae_lens import SAE
 
 from saelens_matryoshka.architectures.calibration import threshold_for_l0
-from saelens_matryoshka.evaluation.activations import hook_activations
+from saelens_matryoshka.evaluation.activations import hook_activations, require_width
 from saelens_matryoshka.evaluation.tokens import special_token_ids, token_batches
 from saelens_matryoshka.formats.coder import SparseCoder, build
 from saelens_matryoshka.formats.files import FormatError
@@ -35,10 +35,12 @@ def fit_threshold(coder: SparseCoder, rows: torch.Tensor, l0: float) -> SparseCo
         l0: Wanted mean number of active latents.
 
     Raises:
-        FormatError: l0 is not between 0 and d_sae.
+        FormatError: l0 is not between 0 and d_sae, or there are no rows.
     """
     if not 0 < l0 <= coder.d_sae:
         raise FormatError(f"l0={l0:g} must be larger than 0 and at most d_sae={coder.d_sae}.")
+    if rows.dim() != 2 or len(rows) == 0 or rows.shape[1] != coder.d_in:
+        raise FormatError(f"rows has shape {list(rows.shape)}, expected [at least 1, d_in={coder.d_in}].")
     rows = rows.float()
     if coder.layer_norm:
         rows = rows - rows.mean(dim=-1, keepdim=True)
@@ -105,6 +107,8 @@ def hook_rows(
     try:
         for tokens in token_batches(sae, model, dataset, n_tokens, context_size, 8):
             seen = hook_activations(model, tokens, names)
+            if hooks is None:
+                require_width(names[0], seen[names[0]], coder.d_in, "d_in")
             keep = torch.ones_like(tokens, dtype=torch.bool)
             if excluded is not None:
                 keep = ~torch.isin(tokens, excluded.to(tokens.device))
@@ -129,7 +133,7 @@ def calibrate(
         FormatError: there is no k, and l0 is not given.
         ValueError: the model has no such hook, or the dataset no tokens.
     """
-    l0 = l0 or coder.k or coder.trained_k
+    l0 = (coder.k or coder.trained_k) if l0 is None else l0
     if l0 is None:
         raise FormatError("This model does not say its k: give the wanted number of active latents (--l0).")
     hook = coder.metadata["hook_name"]

@@ -69,14 +69,15 @@ def _run_folders(root: Path) -> Iterator[RunFolder]:
 
 
 def _read(folder: RunFolder) -> Run | None:
-    config, log = folder.read(), read_metrics_log(folder.metrics_log)
+    config = folder.read()
     evaluated = folder.metrics.is_file()
     if config.get("completed_at"):
         status = "done"
     else:
         status = "running" if _is_locked(folder.path) else "interrupted"
     try:
-        return Run(
+        log = read_metrics_log(folder.metrics_log)
+        run = Run(
             folder=str(folder.path),
             model=config["model_name"],
             mapping=folder.path.parent.name,
@@ -92,8 +93,17 @@ def _read(folder: RunFolder) -> Run | None:
             evaluated=evaluated,
             prefixes=_evaluated(folder.metrics) if evaluated else _logged(log),
         )
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError):
         return None  # damaged
+    return run if _is_sound(run) else None
+
+
+def _is_sound(run: Run) -> bool:
+    """Whether texts and numbers are where they are expected."""
+    metrics = [value for row in run.prefixes for value in row.values() if value is not None]
+    numbers = [run.d_sae, run.k, run.tokens, run.training_tokens, *metrics]
+    texts = [run.model, run.architecture, run.started_at]
+    return all(isinstance(one, int | float) for one in numbers) and all(isinstance(one, str) for one in texts)
 
 
 def _evaluated(path: Path) -> list[dict[str, Any]]:

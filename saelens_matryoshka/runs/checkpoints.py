@@ -26,6 +26,7 @@ from typing import Any
 
 from sae_lens import SAETrainer
 from sae_lens.constants import SPARSITY_FILENAME, TRAINER_STATE_FILENAME
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from safetensors.torch import save_file
 
 MANIFEST = "manifest.json"
@@ -146,7 +147,8 @@ def why_unusable(path: Path) -> str | None:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
-    return None if TRAINER_STATE_FILENAME in files else f"{TRAINER_STATE_FILENAME} is missing"
+    has_state = any(Path(name).name == TRAINER_STATE_FILENAME for name in files)
+    return None if has_state else f"{TRAINER_STATE_FILENAME} is missing"
 
 
 def warn_of_other_versions(checkpoint: Checkpoint) -> None:
@@ -175,7 +177,17 @@ def package_versions() -> dict[str, str]:
 
 
 def _write(trainer: SAETrainer[Any, Any], folder: Path) -> None:
-    """What SAELens puts into a checkpoint, without its upload to W&B in the middle."""
+    """What SAELens puts into a checkpoint, without its upload to W&B in the middle.
+
+    Of trainers in lockstep, each has a folder, and what they share lies beside these.
+    """
+    if isinstance(trainer, MultiSAETrainer):
+        for name, one in trainer.trainers.items():
+            (folder / name).mkdir()
+            _write(one, folder / name)
+        if trainer.save_checkpoint_fn is not None:
+            trainer.save_checkpoint_fn(checkpoint_path=folder)
+        return
     trainer.sae.save_model(folder)
     save_file({"sparsity": trainer.log_feature_sparsity}, folder / SPARSITY_FILENAME)
     trainer.save_trainer_state(folder)
@@ -185,15 +197,16 @@ def _write(trainer: SAETrainer[Any, Any], folder: Path) -> None:
 
 def _seal(folder: Path, trainer: SAETrainer[Any, Any]) -> None:
     """Write the manifest, and force everything to the disk."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    found = sorted(folder.rglob("*"))
+    files = [path for path in found if path.is_file()]
     manifest = {
         "n_steps": trainer.n_training_steps,
         "n_tokens": trainer.n_training_samples,
         "versions": package_versions(),
-        "files": {path.name: _sha256(path) for path in files},
+        "files": {path.relative_to(folder).as_posix(): _sha256(path) for path in files},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for path in [*files, folder / MANIFEST, folder]:
+    for path in [*found, folder / MANIFEST, folder]:
         _sync(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 import yaml
 
 from saelens_matryoshka.atomic import write_atomically
+from saelens_matryoshka.formats.files import PlainLoader
 from saelens_matryoshka.runs.fields import Given
 from saelens_matryoshka.runs.lock import LOCK
 from saelens_matryoshka.runs.settings import RECORDS, Settings
@@ -65,8 +67,12 @@ class RunFolder:
         """Refuse a folder that holds anything.
 
         Raises:
-            ValueError: it does, or is a file.
+            ValueError: it does, or is a file, or cannot be made.
         """
+        above = next(folder for folder in self.path.absolute().parents if folder.exists())
+        if not above.is_dir() or (not self.path.exists() and not os.access(above, os.W_OK)):
+            fault = "is read-only" if above.is_dir() else "is a file"
+            raise ValueError(f"{self.path} cannot be made: {above} {fault}. Choose another --out.")
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file, and was to be the run's folder: choose another --name.")
         if not self.path.exists() or all(child.name == LOCK for child in self.path.iterdir()):
@@ -112,8 +118,8 @@ class RunFolder:
             ValueError: it is not there, or is not what `write_config` wrote.
         """
         try:
-            found = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            found = yaml.load(self.config.read_text(encoding="utf-8"), PlainLoader)
+        except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
             found = None
         if not isinstance(found, dict):
             raise ValueError(

@@ -74,7 +74,7 @@ def find_mapping(model: Any, name: str | None, layer: int | None, *, transcoder:
         ValueError: the name is none of them, a layer is missing or not the model's.
     """
     width, n_layers = model.cfg.d_model, model.cfg.n_layers
-    name = name or ("mlp" if transcoder else None)
+    name = ("mlp" if transcoder else None) if name is None else name
     crossing = _CROSS_LAYER.fullmatch(name or "")
     if crossing:
         return _cross_layer(model, int(crossing[1]), int(crossing[2]), layer, transcoder)

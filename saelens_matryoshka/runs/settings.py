@@ -16,9 +16,11 @@ from typing import Any
 import torch
 import yaml
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
+from sae_lens.constants import DTYPE_MAP
 from sae_lens.training.optim import get_lr_scheduler
 
 from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig, recommended_runner_fields
+from saelens_matryoshka.formats.files import MAX_YAML_BYTES, PlainLoader
 from saelens_matryoshka.runs.fields import (
     OUR_CONFIGS,
     Field,
@@ -121,6 +123,8 @@ def read_file(path: Path) -> dict[str, Given]:
     Raises:
         ValueError: it cannot be read, or is not a mapping of names to values.
     """
+    if path.is_file() and path.stat().st_size > MAX_YAML_BYTES:
+        raise ValueError(f"--config {str(path)!r} is larger than any settings: name a YAML file of them.")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -137,8 +141,8 @@ def parse_yaml(text: str, origin: str) -> dict[str, Given]:
     """
     try:
         values = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{origin} is not YAML: {reason}") from None
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ValueError(f"{origin} must be a mapping of settings to values, e.g. `d_sae: 18432`.")
@@ -153,7 +157,7 @@ def parse_yaml(text: str, origin: str) -> dict[str, Given]:
     return flat
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(PlainLoader):
     """YAML in which a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -379,6 +383,17 @@ def _check(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
             f"the learning-rate schedule (lr {trainer.lr:g}, lr_end {trainer.lr_end:g}, "
             f"lr_scheduler_name {trainer.lr_scheduler_name!r} of {schedulers}): {error}."
         ) from None
+
+
+def _check_place(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Refuse devices and data types that there are nowhere."""
+    for name in ("device", "act_store_device", "llm_device"):
+        try:
+            torch.device(getattr(cfg, name))
+        except RuntimeError:
+            raise ValueError(f"--{name} {getattr(cfg, name)!r} is no device: cpu, cuda or cuda:0.") from None
+    if cfg.dtype not in DTYPE_MAP:
+        raise ValueError(f"--dtype {cfg.dtype!r} must be one of {', '.join(DTYPE_MAP)}.")
 
 
 def _parts(fields: Mapping[str, Field], values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -31,7 +31,7 @@ from saelens_matryoshka.runs.mappings import TINY
 from saelens_matryoshka.runs.metrics_log import MetricsLog
 from saelens_matryoshka.runs.settings import TINY_TEXT, Settings, resolve
 from saelens_matryoshka.runs.wandb_guard import wandb_cannot_stop_it
-from saelens_matryoshka.text_files import is_text_file, open_text
+from saelens_matryoshka.text_files import TextError, is_text_file, open_text
 
 _FINAL_FILES = (SAE_WEIGHTS_FILENAME, SAE_CFG_FILENAME, RUNNER_CFG_FILENAME, SPARSITY_FILENAME)
 
@@ -188,7 +188,10 @@ def _overrides(settings: Settings) -> dict[str, Any]:
     """The embedded model and its text, and text files, which SAELens cannot load by name."""
     cfg, found = settings.cfg, {}
     if is_text_file(cfg.dataset_path):
-        found["override_dataset"] = open_text(cfg.dataset_path, streaming=cfg.streaming)
+        try:
+            found["override_dataset"] = open_text(cfg.dataset_path, streaming=cfg.streaming)
+        except TextError as error:
+            raise ValueError(f"--dataset_path {error}") from None
     if cfg.model_name not in TINY:
         return found
     from saelens_matryoshka import tiny

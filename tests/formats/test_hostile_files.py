@@ -6,8 +6,10 @@ import io
 import json
 import os
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from saelens_matryoshka.formats import Folder, FormatError, open_source
+from saelens_matryoshka.formats import Folder, FormatError, build, open_source
+from saelens_matryoshka.formats.export import export_models
 from saelens_matryoshka.formats.files import MAX_CONFIG_BYTES, new_folder, read_safetensors
 from saelens_matryoshka.formats.registry import FORMATS, load
 from saelens_matryoshka.formats.sources import hub_uri, safe_relative
@@ -159,6 +162,21 @@ def _npz_that_lies(folder: Path) -> None:
         archive.writestr("W_enc.npy", buffer.getvalue())
 
 
+def _npz_with_header(header: bytes) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        with zipfile.ZipFile(folder / "params.npz", "w") as archive:
+            archive.writestr("W_enc.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header)
+
+    return write
+
+
+def _npz_twice(folder: Path) -> None:
+    _npz()(folder)
+    with zipfile.ZipFile(folder / "params.npz", "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        archive.writestr("W_enc.npy", archive.read("W_enc.npy"))
+
+
 def _compressed_pickle(folder: Path) -> None:
     _pickled(_batch_topk())(folder)
     with zipfile.ZipFile(folder / "ae.pt") as archive:
@@ -206,7 +224,10 @@ def _set(name: str, **fields: Any) -> Callable[[Path], None]:
 _HUGE = {"W_enc": {"dtype": "F32", "shape": [1 << 40, 1 << 20], "data_offsets": [0, 4]}}
 _SHORT = {"W_enc": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 8]}}
 _COLLIDING = {"b_enc": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, **_SHORT}
-_DEEP = "[" * 100_000
+_DEEP = "[" * 60_000
+_ALIASES = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join(9 * [f'*{before}'])}]\n" for before, name in pairwise("abcdefghijk")
+)
 _THRESHOLDS = {"activation_function.threshold": torch.ones(48)}
 _MANY, _NOTHING = 1 << 40, torch.zeros(1)
 _EXPANDED = {
@@ -294,6 +315,24 @@ TABLE: list[tuple[str, str, Callable[[Path], None], str]] = [
         "not a plain YAML",
     ),
     (TRACER, "YAML nested without end", _config("config.yaml", _DEEP, _circuit_tracer), "not a plain YAML"),
+    (
+        TRACER,
+        "YAML of a few lines that stands for gigabytes",
+        _config("config.yaml", f"{_ALIASES}feature_input_hook: *k", _circuit_tracer),
+        "it has an alias",
+    ),
+    (
+        TRACER,
+        "a file name that no file system takes",
+        lambda f: _circuit_tracer(f, {"transcoders": ["x" * 5000]}),
+        "has no file 'layers.0.mlp.xxx",
+    ),
+    (
+        TRACER,
+        "a megabyte in a field",
+        lambda f: _circuit_tracer(f, {"activation": "x" * 60_000}),
+        r"xxx \.\.\. xxx",
+    ),
     (TRACER, "a list for a config", _config("config.yaml", "[1, 2]", _circuit_tracer), "holds a list"),
     (
         TRACER,
@@ -305,6 +344,13 @@ TABLE: list[tuple[str, str, Callable[[Path], None], str]] = [
     (SPARSIFY, "broken JSON", _config("cfg.json", "{", _sparsify), "not valid JSON"),
     (SPARSIFY, "JSON nested without end", _config("cfg.json", _DEEP, _sparsify), "not valid JSON"),
     (SPARSIFY, "another number of latents", lambda f: _sparsify(f, num_latents=96), r"expected \[96, 16\]"),
+    (
+        SPARSIFY,
+        "settings for a number",
+        lambda f: _sparsify(f, num_latents={"a": 1}),
+        "where int is expected",
+    ),
+    (SPARSIFY, "an escape sequence", lambda f: _sparsify(f, activation="\x1b[31m"), r"activation='.x1b"),
     (SPARSIFY, "a width of text", lambda f: _sparsify(f, d_in="16"), "d_in='16', where int is expected"),
     (SPARSIFY, "k out of range", lambda f: _sparsify(f, k=49), "k=49"),
     (SPARSIFY, "k is no number", lambda f: _sparsify(f, k=True), "k=True"),
@@ -327,6 +373,7 @@ TABLE: list[tuple[str, str, Callable[[Path], None], str]] = [
     (DICTIONARY, "an old pickle", _pickled(_batch_topk(), zipped=False), "torch.save"),
     (DICTIONARY, "a compressed pickle", _compressed_pickle, "is compressed"),
     (DICTIONARY, "truncated", _truncated("ae.pt", _pickled(_batch_topk()), 0.6), "truncated"),
+    (DICTIONARY, "a number for a name", _pickled({**_batch_topk(), True: torch.ones(1)}), "is called True"),
     (DICTIONARY, "a list", _pickled([torch.ones(3)]), "holds a list"),
     (DICTIONARY, "a text among the tensors", _pickled(_batch_topk(b_dec="zeros")), "'b_dec' is a str"),
     (
@@ -356,16 +403,40 @@ TABLE: list[tuple[str, str, Callable[[Path], None], str]] = [
     (GEMMA, "no npz", lambda f: (f / "params.npz").write_bytes(b"not a zip"), "not an .npz"),
     (GEMMA, "truncated", _truncated("params.npz", _npz(), 0.5), "truncated"),
     (GEMMA, "thresholds missing", _npz(threshold=None), "no tensor 'threshold'"),
+    (
+        GEMMA,
+        "a header that calls",
+        _npz_with_header(b"__import__('os').mkdir('harm')"),
+        "has a damaged header",
+    ),
+    (GEMMA, "a header without end", _npz_with_header(b"{'descr': " + b"(" * 300), "has a damaged header"),
+    (GEMMA, "an array twice", _npz_twice, "holds two arrays 'W_enc'"),
+    (GEMMA, "sixteen bytes a number", _npz(b_enc=np.zeros(48, np.longdouble)), "weights are floats"),
     (GEMMA, "integers", _npz(b_enc=np.zeros(48, np.int64)), "holds int64"),
     # llamascopium
     (LLAMA, "a cross-layer transcoder", _llamascopium(sae_type="clt"), "sae_type='clt'"),
     (LLAMA, "selection across tokens", _llamascopium(act_fn="batchtopk"), "batchtopk"),
     (LLAMA, "norms declared and absent", _llamascopium(norm_activation="dataset-wise"), "no tensor"),
     (LLAMA, "normalisation per token", _llamascopium(norm_activation="token-wise"), "token-wise"),
+    (LLAMA, "latents without number", _llamascopium(expansion_factor=float("inf")), "no whole number"),
+    (LLAMA, "more latents than floats", _llamascopium(expansion_factor=1 << 2000), "expected"),
     (LLAMA, "half a latent", _llamascopium(expansion_factor=3.01), "no whole number"),
     # SAELens
     (SAELENS, "another number of latents", _saelens(_set("cfg.json", d_sae=47)), "make no model"),
-    (SAELENS, "an unknown architecture", _saelens(_set("cfg.json", architecture="x")), "make no model"),
+    (SAELENS, "an unknown architecture", _saelens(_set("cfg.json", architecture="x")), "none that SAELens"),
+    (
+        SAELENS,
+        "a terabyte declared",
+        _saelens(_set("cfg.json", d_sae=1 << 36)),
+        "d_sae=68719476736, but tensor",
+    ),
+    (SAELENS, "metadata that are a number", _saelens(_set("cfg.json", metadata=3)), "metadata=3"),
+    (
+        SAELENS,
+        "widths of text",
+        _saelens(_set("cfg.json", metadata={"sae_lens_version": "6", "matryoshka_widths": ["8", 48]})),
+        "every width must be a positive integer",
+    ),
     (SAELENS, "no config to speak of", _saelens(lambda f: (f / "cfg.json").write_text("[]")), "holds a list"),
 ]
 
@@ -386,6 +457,7 @@ def test_a_bad_file_gives_one_clear_error(
     with pytest.raises(FormatError, match=message) as caught:
         load(Folder(tmp_path), items.get(format, "layers.0.mlp"), format)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1500
     assert sorted(path.name for path in tmp_path.rglob("*")) == before, "it has run something"
 
 
@@ -455,3 +527,25 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="no folder"), new_folder(tmp_path / "file"):
         pass
     assert [path.name for path in out.iterdir()] == ["whole"]
+
+
+def test_a_big_endian_array_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "layers.0.mlp"
+    folder.mkdir()
+    _npz(b_enc=np.arange(48, dtype=">f4"))(folder)
+    coder = FORMATS["gemma-scope"].load(Folder(tmp_path), "layers.0.mlp")
+    assert coder.b_enc.tolist() == list(range(48))
+
+
+def test_an_evaluation_of_anything_is_left_out_of_the_card(tmp_path: Path) -> None:
+    build(random_coder()).save_model(tmp_path / "model")
+    row = {"width": 48, "fvu": 10**400, "l0": "many", "kl": None, "dead_fraction": 0.25}
+    (tmp_path / "model" / "evaluation.json").write_text(json.dumps({"prefixes": [row], "n_tokens": {"a": 1}}))
+    export_models(tmp_path / "model", "saelens", tmp_path / "out")
+    assert "| 48 | - | - | 25.0% | - | - |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_width_given_twice_is_one_set(tmp_path: Path) -> None:
+    build(random_coder()).save_model(tmp_path / "model")
+    assert export_models(tmp_path / "model", "saelens", tmp_path / "out", widths=[8, 8]) == [tmp_path / "out"]
+    assert (tmp_path / "out" / "cfg.json").is_file()

@@ -211,3 +211,24 @@ def test_the_exported_set_comes_back_as_stock_transcoders(exported: Path, tmp_pa
         original = _topk_transcoder(layer)
         assert torch.equal(sae.W_enc, original.W_enc)
         assert sae.cfg.metadata.matryoshka_widths == WIDTHS
+
+
+def test_its_viewers_model_reads_the_feature_files_of_every_layer(exported: Path, tmp_path: Path) -> None:
+    from circuit_tracer.frontend.feature_models import Model
+
+    from saelens_matryoshka.report import collect_samples
+    from saelens_matryoshka.report.feature_files import read_feature, write_feature_files
+    from saelens_matryoshka.report.logits import logit_effects
+    from saelens_matryoshka.report.text import TokenText
+
+    model, text = tiny.load_hooked_transformer(), tiny.text.dataset("held_out")
+    for layer in range(2):
+        path = exported / "width_192" / f"layer_{layer}"
+        sae = SAE.load_from_disk(path, converter=converter("circuit-tracer"))
+        found = collect_samples(sae, model, text, n_tokens=2_000, n_top=3, per_interval=1, context_size=64)
+        tokens, logits = TokenText(model.tokenizer), logit_effects(sae, model)
+        write_feature_files(found, tokens, tmp_path, layer=layer, transcoder_id="ours", logits=logits)
+    for layer in range(2):
+        for latent in range(192):
+            feature = read_feature(tmp_path, layer, latent)
+            assert Model.model_validate(feature, strict=True).model_dump() == feature

@@ -57,8 +57,7 @@ def test_checkpoint_is_named_by_its_tokens_and_found_again(name: str, tmp_path: 
     newest = kept.newest()
     assert newest is not None
     assert (newest.path, newest.n_steps, newest.n_tokens) == (path, 3, 96)
-    assert newest.versions["torch"] == torch.__version__.split("+")[0] or "torch" in newest.versions
-    assert newest.versions.keys() >= {"python", "sae-lens", "numpy"}
+    assert newest.versions.keys() >= {"python", "sae-lens", "torch", "numpy"}
     assert why_unusable(path) is None
 
 
@@ -192,7 +191,7 @@ def test_really_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path) -> Non
         with pytest.raises(CheckpointError, match="There is none before it"):
             kept.save(trainer)
         assert _names(disk) == []
-        small = _trainer(1, d_sae=2000)
+        small = _trainer(1, d_sae=3000)
         first = kept.save(small)
         _step(small)
         with pytest.raises(CheckpointError, match=str(first)):

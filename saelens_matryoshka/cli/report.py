@@ -1,0 +1,101 @@
+"""`saelens-matryoshka report`: one page about a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from saelens_matryoshka.cli.inputs import load_language_model_for, load_sae, load_text, pick_device
+from saelens_matryoshka.cli.output import quieten
+from saelens_matryoshka.cli.samples import obtain_samples
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("report")(report)
+
+
+def report(
+    path: Annotated[
+        str, typer.Argument(help="A run's folder, a folder saved by SAELens, or RELEASE:SAE_ID.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="The page. Default: PATH/report.html.")] = None,
+    title: Annotated[str | None, typer.Option(help="Default: the folder's name.")] = None,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens to take samples from, if PATH/samples is not there yet.")
+    ] = 1_000_000,
+    no_samples: Annotated[
+        bool, typer.Option("--no-samples", help="Leave the latents out; needs no language model.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="Language model. Default: the one it was trained on.")
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="Text, as for eval.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
+    skip: Annotated[int, typer.Option(min=0, help="Documents to leave out at its start.")] = 0,
+    context_size: Annotated[
+        int | None, typer.Option(min=2, help="Tokens per prompt. Default: that of the training.")
+    ] = None,
+    batch_size_prompts: Annotated[int, typer.Option(min=1, help="Prompts per forward pass.")] = 8,
+    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one.")] = None,
+) -> None:
+    """Write one self-contained HTML page about a run: quality, training curves, levels, latents.
+
+    It takes metrics.jsonl, metrics.json and samples from the run's folder, each if it is there, and collects
+    the samples if they are not. The page opens without a network.
+
+      saelens-matryoshka report output/demo-tiny-layer-2
+      saelens-matryoshka report gpt2-small-res-jb:blocks.8.hook_resid_pre --out gpt2.html
+    """
+    console = Console(highlight=False)
+    quieten()
+    device = pick_device(device)
+    folder = Path(path)
+    if not folder.is_dir() and out is None:
+        raise ValueError("--out is needed: the model is not in a folder that could take the page.")
+    target = out or folder / "report.html"
+    if target.is_dir():
+        raise ValueError(f"--out {str(target)!r} is a folder: give a file.")
+    with console.status("loading"):
+        from saelens_matryoshka.report.page import write_page
+        from saelens_matryoshka.report.run import page_content
+        from saelens_matryoshka.report.store import stored_with
+
+        sae = load_sae(path, device)
+        language_model = None if no_samples else load_language_model_for(sae, model, device)
+    found = None
+    if not no_samples:
+        # beside the page where the model is not in a folder
+        place = folder / "samples" if folder.is_dir() else target.with_suffix(".samples")
+        found = stored_with(place, sae)
+        if found is None:
+            found = obtain_samples(
+                console,
+                place,
+                sae,
+                language_model,
+                load=lambda: load_text(sae, dataset, split, skip, model=model),
+                overwrite=False,
+                n_tokens=tokens,
+                n_top=20,
+                n_intervals=8,
+                per_interval=3,
+                before=20,
+                after=20,
+                context_size=context_size,
+                batch_size_prompts=batch_size_prompts,
+                exclude_special_tokens=True,
+                seed=0,
+            )
+    with console.status("writing the page"):
+        content = page_content(
+            sae, folder, title or folder.resolve().name, samples=found, model=language_model
+        )
+        size = write_page(content, target)
+    console.print(f"written: {target}, {size / 1e6:.1f} MB", markup=False)
+    for missing, what in ((content.evaluation, "metrics.json"), (content.log, "metrics.jsonl")):
+        if missing is None:
+            console.print(f"left out: what {what} would show; there is none", markup=False)

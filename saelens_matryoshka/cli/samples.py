@@ -1,0 +1,263 @@
+"""`saelens-matryoshka samples`: where every latent fires, in the formats of the tools that show it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from saelens_matryoshka.cli.inputs import (
+    load_language_model_for,
+    load_sae,
+    load_text,
+    pick_device,
+    results_folder,
+)
+from saelens_matryoshka.cli.output import quieten, write_result
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+
+    from saelens_matryoshka.report.samples import Samples
+
+
+class Format(str, Enum):
+    """What `--format` takes."""
+
+    json = "json"
+    neuronpedia = "neuronpedia"
+    circuit_tracer = "circuit-tracer"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("samples")(samples)
+
+
+def samples(
+    path: Annotated[str, typer.Argument(help="A folder saved by SAELens, or RELEASE:SAE_ID.")],
+    format: Annotated[
+        list[Format] | None,
+        typer.Option(help="A format to write them in, too; may be repeated."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to run over.")] = 1_000_000,
+    top: Annotated[int, typer.Option(min=1, help="Strongest examples of each latent, one a prompt.")] = 20,
+    intervals: Annotated[
+        int, typer.Option(min=2, help="Equal intervals of activation to draw from; a power of two.")
+    ] = 8,
+    per_interval: Annotated[int, typer.Option(min=1, help="Examples drawn from each.")] = 3,
+    context: Annotated[int, typer.Option(min=0, help="Tokens of an example on either side.")] = 20,
+    model: Annotated[
+        str | None, typer.Option(help="Language model. Default: the one it was trained on.")
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="Text, as for eval.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
+    skip: Annotated[int, typer.Option(min=0, help="Documents to leave out at its start.")] = 0,
+    context_size: Annotated[
+        int | None, typer.Option(min=2, help="Tokens per prompt. Default: that of the training.")
+    ] = None,
+    batch_size_prompts: Annotated[int, typer.Option(min=1, help="Prompts per forward pass.")] = 8,
+    special_tokens: Annotated[
+        bool, typer.Option("--special-tokens", help="Take BOS, EOS and padding too.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder of the samples. Default: PATH/samples.")] = None,
+    features: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of circuit-tracer's feature files, one call per layer. Default: with the samples."
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one.")] = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", help='Write a summary to this file; "-" prints it.')
+    ] = None,
+) -> None:
+    """Collect where every latent fires: its strongest examples, and random ones of every strength.
+
+    They are of the trained model, BOS and the like left out. Called again with the same settings, it takes
+    what is there, and only writes further formats.
+
+      saelens-matryoshka samples output/demo-tiny-layer-2 --tokens 200000
+      saelens-matryoshka samples output/transcoder --format json --format neuronpedia
+      saelens-matryoshka samples output/layer_8 --format circuit-tracer --features graphs/features
+    """
+    console = Console(stderr=True, highlight=False)
+    quieten()
+    device = pick_device(device)
+    folder = results_folder(path, out, "samples")
+    with console.status("loading"):
+        sae = load_sae(path, device)
+        language_model = load_language_model_for(sae, model, device)
+    found = obtain_samples(
+        console,
+        folder,
+        sae,
+        language_model,
+        load=lambda: load_text(sae, dataset, split, skip, model=model),
+        overwrite=overwrite,
+        n_tokens=tokens,
+        n_top=top,
+        n_intervals=intervals,
+        per_interval=per_interval,
+        before=context,
+        after=context,
+        context_size=context_size,
+        batch_size_prompts=batch_size_prompts,
+        exclude_special_tokens=not special_tokens,
+        seed=seed,
+    )
+    written = [str(folder)]
+    for chosen in dict.fromkeys(format or []):
+        with console.status(f"writing {chosen.value}"):
+            written.append(
+                str(_write_format(chosen, found, sae, language_model, path, folder, features, overwrite))
+            )
+    _show(found, written, json)
+
+
+def obtain_samples(
+    console: Console,
+    folder: Path,
+    sae: SAE[Any],
+    language_model: Any,
+    *,
+    load: Callable[[], tuple[Any, str]],
+    overwrite: bool,
+    **settings: Any,
+) -> Samples:
+    """The samples stored in a folder, if of these settings; else they are collected and stored there.
+
+    Args:
+        console: For the progress bar.
+        folder: Where they are, or will be.
+        sae: What to sample.
+        language_model: Its language model.
+        load: Gives the text, and in words what it is.
+        overwrite: Replace what is there.
+        settings: Of `collect_samples`.
+
+    Raises:
+        ValueError: the folder holds something else.
+    """
+    from saelens_matryoshka.report.collect import collect_samples
+    from saelens_matryoshka.report.store import fingerprint, stored_samples, whole_folder
+
+    text, described = load()
+    batch_size = settings.pop("batch_size_prompts")
+    key = {**settings, "text": described, "weights": fingerprint(sae)}
+    if not overwrite and (found := stored_samples(folder, key)) is not None:
+        console.print(f"samples are there: {folder}", markup=False)
+        return found
+    with (
+        whole_folder(folder, overwrite=overwrite) as new,
+        _progress(console, settings["n_tokens"]) as progress,
+    ):
+        started = time.monotonic()
+        found = collect_samples(
+            sae, language_model, text, **settings, batch_size_prompts=batch_size, on_progress=progress
+        )
+        seconds = round(time.monotonic() - started, 1)
+        found.about = {"settings": key, "text": described, "seconds": seconds}
+        found.save(new)
+    return found
+
+
+@contextlib.contextmanager
+def _progress(console: Console, n_tokens: int) -> Iterator[Callable[[int], None]]:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("samples"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("samples", total=n_tokens, rate="")
+        started = time.monotonic()
+
+        def update(done: int) -> None:
+            rate = f"{done / max(time.monotonic() - started, 1e-9):,.0f} tokens/s"
+            bar.update(task, completed=min(done, n_tokens), rate=rate)
+
+        yield update
+
+
+def _write_format(
+    chosen: Format,
+    found: Samples,
+    sae: SAE[Any],
+    language_model: Any,
+    path: str,
+    folder: Path,
+    features: Path | None,
+    overwrite: bool,
+) -> Path:
+    from saelens_matryoshka.report.feature_files import require_new_layer, write_feature_files
+    from saelens_matryoshka.report.logits import logit_effects
+    from saelens_matryoshka.report.neuronpedia import write_neuronpedia
+    from saelens_matryoshka.report.seed_files import write_seed_files
+    from saelens_matryoshka.report.store import whole_folder
+    from saelens_matryoshka.report.text import TokenText
+
+    text = TokenText(getattr(language_model, "tokenizer", None))
+    target, name = folder / chosen.value, Path(path.replace(":", "/")).name
+    if chosen is Format.json:
+        with whole_folder(target, overwrite=overwrite) as new:
+            write_seed_files(found, text, new)
+        return target
+    layer = _layer(sae)
+    if features is not None and chosen is Format.circuit_tracer:
+        require_new_layer(features, layer)
+    try:
+        logits = logit_effects(sae, language_model)
+    except ValueError:
+        logits = None  # what it writes to has none; the formats allow for that
+    if chosen is Format.neuronpedia:
+        with whole_folder(target, overwrite=overwrite) as new:
+            write_neuronpedia(found, text, new, sae=sae, logits=logits, sae_set=name, layer=layer)
+    elif features is None:
+        with whole_folder(target, overwrite=overwrite) as new:
+            write_feature_files(found, text, new / "features", layer=layer, transcoder_id=name, logits=logits)
+    else:
+        write_feature_files(found, text, features, layer=layer, transcoder_id=name, logits=logits)
+        return features
+    return target
+
+
+def _layer(sae: SAE[Any]) -> int:
+    import re
+
+    hook = sae.cfg.metadata.hook_name
+    match = re.search(r"\.(\d+)(\.|$)", hook)
+    if match is None:
+        raise ValueError(f"hook_name={hook!r} does not say of which layer it is, which this format needs.")
+    return int(match[1])
+
+
+def _show(found: Samples, written: list[str], json: Path | None) -> None:
+    import json as json_module
+
+    from rich.table import Table
+
+    fired = int((found.fired > 0).sum())
+    summary = {
+        "n_tokens": found.n_tokens,
+        "n_latents": found.d_sae,
+        "n_fired": fired,
+        "n_examples": int((found.top.positions >= 0).sum() + (found.intervals.positions >= 0).sum()),
+        "seconds": found.about["seconds"],
+        "written": written,
+    }
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    table.add_row("tokens", f"{found.n_tokens:,}, in {found.about['seconds']:,} s")
+    table.add_row("latents", f"{found.d_sae:,}, of which {fired:,} fired")
+    table.add_row("examples", f"{summary['n_examples']:,}")
+    for place in written:
+        table.add_row("written", place)
+    write_result(table, json_module.dumps(summary, indent=2), found.about["text"], json)

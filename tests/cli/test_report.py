@@ -1,0 +1,191 @@
+"""`samples` and `report` as a user calls them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import saelens_matryoshka.report.collect as collect
+from saelens_matryoshka.cli import main
+from saelens_matryoshka.evaluation.result import EvalResult, PrefixMetrics
+from saelens_matryoshka.report import Samples
+from tests.report.conftest import D_SAE, random_sae
+
+FEW = ("--tokens", 1500, "--context", 5, "--top", 3)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run's folder with a stock SAE, a log and an evaluation."""
+    folder = tmp_path / "results" / "tiny" / "run"
+    sae = random_sae()
+    sae.save_model(folder)
+    widths = sae.cfg.metadata.matryoshka_widths
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps({"tokens": 10 * i, "loss": 1 / i}) + "\n" for i in range(1, 9))
+    )
+    rows = [PrefixMetrics(width, 0.5, 0.5, 0.9, 4.0, 0, [], 0.0, None, None, None, None) for width in widths]
+    result = EvalResult(rows, 100, 0, "blocks.1.hook_resid_post", "blocks.1.hook_resid_post", "raw")
+    (folder / "metrics.json").write_text(result.to_json())
+    return folder
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    def call_(*args: Any) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["saelens-matryoshka", *map(str, args)])
+        monkeypatch.setenv("COLUMNS", "80")
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        said = capsys.readouterr()
+        return int(stopped.value.code or 0), said.out + said.err
+
+    return call_
+
+
+def test_samples_are_written_in_every_format_asked_for(run: Path, call: Any) -> None:
+    formats = [arg for name in ("json", "neuronpedia", "circuit-tracer") for arg in ("--format", name)]
+    code, said = call("samples", run, *FEW, *formats, "--json", run / "summary.json")
+    assert code == 0, said
+    found = Samples.load(run / "samples")
+    assert found.d_sae == D_SAE
+    assert (run / "samples" / "json" / "collection_summary.json").is_file()
+    assert (run / "samples" / "neuronpedia" / "batch-0.json").is_file()
+    assert (run / "samples" / "circuit-tracer" / "features" / "layer_1.bin").is_file()
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["n_tokens"] == found.n_tokens
+    assert len(summary["written"]) == 4
+
+
+def test_a_second_call_takes_what_is_there_and_mixes_nothing(
+    run: Path, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call("samples", run, *FEW)[0] == 0
+    before = (run / "samples" / "samples.safetensors").read_bytes()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(collect, "collect_samples", None)  # not called
+        code, said = call("samples", run, *FEW, "--format", "json")
+    assert code == 0, said
+    assert "samples are there" in said
+    code, said = call("samples", run, *FEW, "--format", "json")
+    assert code == 1
+    assert "is there already: give --overwrite" in " ".join(said.split())
+    code, said = call("samples", run, "--tokens", 3000)
+    assert code == 1
+    assert "n_tokens 1500, not 3000" in " ".join(said.split())
+    assert (run / "samples" / "samples.safetensors").read_bytes() == before
+
+    sae = random_sae()
+    sae.W_enc.data *= 1.1
+    sae.save_model(run)
+    for command in ("samples", "report"):
+        code, said = call(command, run, *(FEW if command == "samples" else ()))
+        assert code == 1
+        assert "other weights" in said
+    assert call("samples", run, *FEW, "--overwrite")[0] == 0
+    assert (run / "samples" / "samples.safetensors").read_bytes() != before
+    assert not (run / "samples" / "json").exists(), "of the weights before"
+
+
+def test_an_interrupted_call_leaves_nothing(run: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: Any) -> None:
+        raise RuntimeError("interrupted")
+
+    monkeypatch.setattr(collect._Collector, "samples", interrupted)
+    before = sorted(path.name for path in run.iterdir())
+    assert call("samples", run, *FEW)[0] == 1
+    assert sorted(path.name for path in run.iterdir()) == before
+
+
+def test_feature_files_of_several_layers_go_into_one_folder(run: Path, call: Any, tmp_path: Path) -> None:
+    features = tmp_path / "graphs" / "features"
+    other = random_sae(hook="blocks.0.hook_resid_post")
+    other.save_model(tmp_path / "other")
+    for folder in (run, tmp_path / "other"):
+        code, said = call("samples", folder, *FEW, "--format", "circuit-tracer", "--features", features)
+        assert code == 0, said
+    assert sorted(path.name for path in features.iterdir()) == ["index.json.gz", "layer_0.bin", "layer_1.bin"]
+    code, said = call("samples", run, *FEW, "--format", "circuit-tracer", "--features", features)
+    assert code == 1
+    assert "has feature files of layer 1" in " ".join(said.split())
+
+
+def test_a_report_of_a_run_holds_all_sections(run: Path, call: Any) -> None:
+    code, said = call("report", run, "--tokens", 1500)
+    assert code == 0, said
+    page = (run / "report.html").read_text()
+    assert "<h1>run</h1>" in page
+    assert 'id="latent-data"' in page
+    assert "Not evaluated yet" not in page
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "").split('id="latent-data"')[0].lower()
+    assert Samples.load(run / "samples").n_tokens < 1600
+
+
+def test_a_report_without_samples_needs_no_language_model(run: Path, call: Any, tmp_path: Path) -> None:
+    for name in ("metrics.json", "metrics.jsonl"):
+        (run / name).unlink()
+    out = tmp_path / "pages" / "page.html"
+    code, said = call("report", run, "--no-samples", "--model", "none", "--out", out, "--title", "<mine>")
+    assert code == 0, said
+    assert "left out: what metrics.jsonl would show" in said
+    page = out.read_text()
+    assert "<h1>&lt;mine&gt;</h1>" in page
+    assert "No samples were collected" in page
+    assert not (run / "samples").exists()
+
+
+def _spoil(run: Path, what: str) -> list[Any]:
+    match what:
+        case "no folder":
+            return ["report", run / "none"]
+        case "a log of something else":
+            (run / "metrics.jsonl").write_text("1\n2\n")
+        case "the evaluation of another model":
+            text = (run / "metrics.json").read_text().replace(f'"width": {D_SAE}', '"width": 97')
+            (run / "metrics.json").write_text(text)
+        case "settings that are no YAML":
+            (run / "config.yaml").write_text("a: [1")
+        case "something else in place of the samples":
+            (run / "samples").mkdir()
+            (run / "samples" / "notes.txt").touch()
+            return ["samples", run, *FEW]
+        case "intervals that do not halve":
+            return ["samples", run, *FEW, "--intervals", 6]
+        case "a hook without a layer":
+            sae = random_sae(hook="hook_embed")
+            sae.save_model(run)
+            return ["samples", run, *FEW, "--format", "neuronpedia"]
+    return ["report", run, "--no-samples"]
+
+
+BAD = {
+    "no folder": "--out is needed",
+    "a log of something else": "line 1: expected a JSON object",
+    "the evaluation of another model": "evaluate it again",
+    "settings that are no YAML": "is no YAML",
+    "something else in place of the samples": "holds something else than samples",
+    "intervals that do not halve": "n_intervals=6 must be a power of two",
+    "a hook without a layer": "does not say of which layer",
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_clear_error_and_no_page(case: str, run: Path, call: Any) -> None:
+    code, said = call(*_spoil(run, case))
+    assert code == 1
+    assert BAD[case] in " ".join(said.split())
+    assert "Traceback" not in said
+    assert not (run / "report.html").exists()
+
+
+def test_special_tokens_are_left_out_by_default(run: Path, call: Any) -> None:
+    call("samples", run, *FEW)
+    found = Samples.load(run / "samples")
+    positions = found.top.positions[found.top.positions >= 0]
+    assert not torch.isin(found.tokens.flatten()[positions], torch.tensor([0, 1, 2])).any()
