@@ -51,7 +51,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "tiny transcoder, large buffer": (
         "transcoder",
         {"d_in": 128, "d_sae": 4096, "k": 32},
-        {**_TINY, "layer": 2, "n_batches_in_buffer": 1024, "train_batch_size_tokens": 8192, "steps": 36},
+        {**_TINY, "layer": 2, "n_batches_in_buffer": 256, "train_batch_size_tokens": 4096, "steps": 12},
     ),
     "pythia-70m, prompts of 1,024 tokens": (
         "transcoder",
