@@ -183,7 +183,7 @@ def test_the_step_takes_what_is_foretold(kind: str, dtype: str) -> None:
         need
         for need in memory_needs(cfg, trace)
         if need.what not in ("activation buffer", "its copies at a refill", "held-out prompts", "recent rows",
-                             memory_module.PROCESS, "dictionary")
+                             memory_module.PROCESS, memory_module.WORKSPACES, "dictionary")
     ]  # fmt: skip
     foretold = max(by_phase(parts, "cpu")[phase] for phase in (FORWARD, BACKWARD))
     assert foretold == pytest.approx(memory.peak, rel=0.15)
