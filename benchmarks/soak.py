@@ -7,7 +7,7 @@ Two parts, each bounded in time:
 1. `saelens-matryoshka train` is started on the embedded model, and a random signal (SIGKILL, SIGTERM, SIGINT)
    is sent at a random moment: anywhere, during training, or while a checkpoint is being written.
    `train --resume` starts it again, 50 times over. Each run that reaches its end must have, to the last bit,
-   the weights, the sparsity, metrics.jsonl (but for the times) and metrics.json of one that was never stopped.
+   the weights, sparsity, metrics.jsonl (but for the times) and metrics.json of one that was never stopped.
 2. 20,000 small steps, with checkpoints: the memory must stay flat.
 
 Processes are forked from one that has imported everything, so that the time goes into training and not into
