@@ -164,3 +164,13 @@ def test_a_text_file_is_trained_on(tmp_path: Path) -> None:
     settings = resolve([parse_yaml(SMALL, "test"), read_flags(["--dataset_path", str(text)])])
     assert train_run(settings, folder) is not None
     assert folder.read()["dataset_path"] == str(text)
+
+
+def test_a_text_of_one_long_document_is_trained_on_and_not_evaluated(tmp_path: Path) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text("for name in names: print(name, end=' ')  " * 3000)
+    folder = RunFolder(tmp_path / "run")
+    settings = resolve([parse_yaml(SMALL, "test"), read_flags(["--dataset_path", str(text)])])
+    assert train_run(settings, folder) is None
+    assert not folder.metrics.exists()
+    assert folder.read()["completed_at"]
