@@ -205,7 +205,7 @@ def _told_how_to_go_on(folder: RunFolder, console: Console) -> Iterator[None]:
         yield
     except RunStopped as stopped:
         console.print(
-            f"{plain(stopped)}\nTo go on: saelens-matryoshka train --resume {shlex.quote(str(folder.path))}",
+            f"\n{plain(stopped)}\nTo go on: saelens-matryoshka train --resume {shlex.quote(str(folder.path))}",
             soft_wrap=True,
             markup=False,
         )
