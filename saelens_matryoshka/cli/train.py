@@ -204,8 +204,9 @@ def _told_how_to_go_on(folder: RunFolder, console: Console) -> Iterator[None]:
     try:
         yield
     except RunStopped as stopped:
+        again = f"saelens-matryoshka train --resume {shlex.quote(str(folder.path))}"
         console.print(
-            f"\n{plain(stopped)}\nTo go on: saelens-matryoshka train --resume {shlex.quote(str(folder.path))}",
+            f"\n{plain(stopped)}\nTo go on: {again}",
             soft_wrap=True,
             markup=False,
         )
