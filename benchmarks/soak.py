@@ -7,7 +7,7 @@ Two parts, each bounded in time:
 1. `saelens-matryoshka train` is started on the embedded model, and a random signal (SIGKILL, SIGTERM, SIGINT)
    is sent at a random moment: anywhere, during training, or while a checkpoint is being written.
    `train --resume` starts it again, 50 times over. Each run that reaches its end must have, to the last bit,
-   the weights, the sparsity, metrics.jsonl (but for the times) and metrics.json of one that was never stopped.
+   the weights, sparsity, metrics.jsonl (but for the times) and metrics.json of one that was never stopped.
 2. 20,000 small steps, with checkpoints: the memory must stay flat.
 
 Processes are forked from one that has imported everything, so that the time goes into training and not into
@@ -198,6 +198,8 @@ def _start(run: RunFolder, kind: str) -> int:
         os._exit(0)
     except SystemExit as stop:
         os._exit(stop.code if isinstance(stop.code, int) else 1)
+    except KeyboardInterrupt:  # before the command line was there to catch it
+        os._exit(128 + signal.SIGINT)
     except BaseException:
         import traceback
 
@@ -257,11 +259,12 @@ def _wait_for(moment: str, run: RunFolder, pid: int, chance: random.Random) -> N
         return run.metrics_log.stat().st_size if run.metrics_log.exists() else 0
 
     before, deadline = size(), time.monotonic() + LONGEST_WAIT_S
+    left_behind = set(run.checkpoints.glob(".aside-*"))  # by one that was killed
     while _is_alive(pid) and time.monotonic() < deadline:
         if moment == "in training" and size() > before:
             time.sleep(chance.uniform(0, 1.5))
             return
-        if moment == "in a checkpoint" and any(run.checkpoints.glob(".aside-*/*")):
+        if moment == "in a checkpoint" and set(run.checkpoints.glob(".aside-*")) - left_behind:
             time.sleep(chance.uniform(0, 0.02))
             return
         time.sleep(0.002)

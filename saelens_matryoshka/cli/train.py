@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from click.core import ParameterSource
 from rich import box
 from rich.console import Console
 
@@ -148,7 +147,7 @@ def train(
             f"--{parameter.replace('_', '-')}"
             for parameter in context.params
             if parameter not in {*given, "resume", "as_json"}
-            and context.get_parameter_source(parameter) is ParameterSource.COMMANDLINE
+            and getattr(context.get_parameter_source(parameter), "name", "") == "COMMANDLINE"
         ]
         if others := others + context.args:
             raise ValueError(f"--resume goes on with the run's own settings: leave out {' '.join(others)}.")
@@ -206,8 +205,9 @@ def _told_how_to_go_on(folder: RunFolder, console: Console) -> Iterator[None]:
     try:
         yield
     except RunStopped as stopped:
+        again = f"saelens-matryoshka train --resume {shlex.quote(str(folder.path))}"
         console.print(
-            f"{plain(stopped)}\nTo go on: saelens-matryoshka train --resume {shlex.quote(str(folder.path))}",
+            f"\n{plain(stopped)}\nTo go on: {again}",
             soft_wrap=True,
             markup=False,
         )

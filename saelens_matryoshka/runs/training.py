@@ -162,7 +162,7 @@ def _runner(settings: Settings, folder: RunFolder, log_every: int, upkeep: Upkee
     observers: list[Observer] = [MetricsLog(folder.metrics_log, log_every)]
     torch.manual_seed(cfg.seed)  # the runner itself does not
     runner = RunRunner(cfg, observers=observers, keeper=keeper, **_overrides(settings))
-    runner.sae.finite.may_skip = upkeep.skip_bad_batches
+    runner.sae.finite.may_skip = upkeep.skip_bad_batches  # type: ignore[union-attr]  (one of ours)
     return runner
 
 
