@@ -197,8 +197,9 @@ def _overrides(settings: Settings) -> dict[str, Any]:
     from saelens_matryoshka import tiny
 
     model = tiny.load_hooked_transformer()
-    on_cpu = cfg.llm_device == "cpu"  # .to says on stdout that it moves the model
-    found["override_model"] = model if on_cpu else model.to(cfg.llm_device)
+    device = cfg.llm_device or cfg.device
+    # .to says on stdout that it moves the model
+    found["override_model"] = model if device == "cpu" else model.to(device)
     if cfg.dataset_path == TINY_TEXT:
         found["override_dataset"] = tiny.text.dataset("train")
     return found
