@@ -21,7 +21,7 @@ NAMES = [
     "模型 一",
     "[bold]brackets",
     "it's",
-    "a:b",
+    "ab:c",
     "CON",
     "dot.",
     "-dash",
@@ -75,9 +75,9 @@ def test_a_link_to_nowhere_is_not_written_through(
 ) -> None:
     build(coder()).save_model(tmp_path / "sae")
     (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["x", "export", "sae", "--to", "saelens", "--out", "out"])
     with pytest.raises(SystemExit):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["x", "export", "sae", "--to", "saelens", "--out", "out"])
         main()
     assert "--out out exists and is no folder" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "elsewhere").exists()
