@@ -22,7 +22,7 @@ DICTIONARY_LEARNING = "dictionary-learning==0.1.0"
 def _install(session: nox.Session, *tools: str) -> None:
     """This package and the tool in one environment, torch first: a tool would pull in builds for CUDA."""
     session.install(*CONSTRAINTS, "torch")
-    session.install(*CONSTRAINTS, "--editable", ".", "pytest", *tools)
+    session.install(*CONSTRAINTS, "--editable", ".", "pytest", "hypothesis", *tools)
 
 
 def _without_torchvision(session: nox.Session) -> None:
@@ -37,6 +37,13 @@ def sae_bench(session: nox.Session) -> None:
     session.install(*CONSTRAINTS, "--editable", ".[saebench]", "pytest", "hypothesis")
     session.install("--no-deps", "sae-bench==0.6.0", "sae-probes==0.4.2", "xgboost>=3.0.2,<4")
     session.run("pytest", *(session.posargs or ["tests/saebench"]))
+
+
+@nox.session(default=False)
+def fuzz(session: nox.Session) -> None:
+    """Hostile files for every importer, made up by libFuzzer: `nox -s fuzz -- --seconds 600`."""
+    _install(session, "atheris>=3.0")
+    session.run("python", "-m", "benchmarks.fuzz", *session.posargs)
 
 
 @nox.session

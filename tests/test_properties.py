@@ -22,9 +22,8 @@ group_sizes = st.lists(st.integers(1, 12), min_size=1, max_size=5)
 def test_any_list_is_refused_or_becomes_cumulative_widths(sizes: list[int], d_sae: int) -> None:
     try:
         widths = sm.cumulative_widths(sizes, d_sae)
-    except ValueError as error:
-        assert "matryoshka_widths" in str(error)
-        return
+    except ValueError:
+        return  # tests/test_widths.py reads the messages
     assert widths[0] > 0
     assert widths[-1] == d_sae
     assert all(low < high for low, high in pairwise(widths))

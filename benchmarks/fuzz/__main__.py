@@ -1,4 +1,4 @@
-"""Fuzz the importers: `python -m benchmarks.fuzz --seconds 600`.
+"""Fuzz the importers: `nox -s fuzz -- --seconds 600`, or with atheris installed `python -m benchmarks.fuzz`.
 
 libFuzzer (atheris) makes up bytes, guided by the lines of `saelens_matryoshka.formats` they reach; the bytes
 decide which valid files are written and how they are damaged (`corruptions`); `harness` imports them and

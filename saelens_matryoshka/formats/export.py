@@ -24,6 +24,8 @@ from saelens_matryoshka.formats.thresholds import keep_topk
 from saelens_matryoshka.prefixes import truncate
 
 EVALUATION = "evaluation.json"
+# Names that Windows keeps for devices.
+_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 Change = Callable[[SparseCoder], SparseCoder]
 """What to do with each model on the way, e.g. fit thresholds"""
 
@@ -105,12 +107,18 @@ def _names(coders: Sequence[SparseCoder]) -> list[str]:
     """Folder names, by layer where that tells the models apart, otherwise by hook."""
     hooks = [str(coder.metadata.get("hook_name")) for coder in coders]
     blocks = [block_hook(hook) for hook in hooks]
-    names = [f"layer_{block[0]}" if block else hook for block, hook in zip(blocks, hooks, strict=True)]
+    names = [f"layer_{block[0]}" if block else _fit(hook) for block, hook in zip(blocks, hooks, strict=True)]
     if len(set(names)) < len(names):
-        names = hooks
+        names = [_fit(hook) for hook in hooks]
     if len(set(names)) < len(names):
-        names = [f"{hook}_{index}" for index, hook in enumerate(hooks)]
-    return [re.sub(r"[^\w.-]", "_", name).strip(".") or "model" for name in names]
+        names = [f"{_fit(hook)}_{index}" for index, hook in enumerate(hooks)]
+    return names
+
+
+def _fit(hook: str) -> str:
+    """A hook's name as that of a folder, on any system."""
+    name = re.sub(r"[^\w.-]", "_", hook).strip(".") or "model"
+    return f"{name}_" if _RESERVED.fullmatch(name) else name
 
 
 # ---- out

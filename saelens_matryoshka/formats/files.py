@@ -381,10 +381,13 @@ def require_new(out: Path) -> None:
     Raises:
         FileExistsError: `out` is a file, or a folder that is not empty.
         NotADirectoryError: something above it is a file.
+        PermissionError: what is above it is read-only.
     """
     above = next(folder for folder in Path(os.path.abspath(out)).parents if folder.exists())
     if not above.is_dir():
         raise NotADirectoryError(f"--out {out} cannot be made: {above} is a file.")
+    if not os.access(above, os.W_OK):
+        raise PermissionError(f"--out {out} cannot be made: {above} is read-only.")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise FileExistsError(f"--out {out} exists and is no folder: name another one.")
     if out.is_dir() and any(out.iterdir()):

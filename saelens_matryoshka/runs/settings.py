@@ -224,6 +224,7 @@ def resolve(layers: Sequence[Layer], *, recommended: bool = True) -> Settings:
             given.setdefault(name, Given(value, "recommended"))
             values.setdefault(name, value)
     cfg = _build(config_class, values)
+    _check_place(cfg)
     _check(cfg)
     return Settings(cfg, given, label)
 
