@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from saelens_matryoshka.architectures.calibration import RecentRows, threshold_for_l0
 from saelens_matryoshka.architectures.config import MatryoshkaTrainingConfig
-from saelens_matryoshka.ops import NestedStep, NestedStepFn, NestedWeights, SparseStep
+from saelens_matryoshka.ops import ALONE, Group, NestedStep, NestedStepFn, NestedWeights, SparseStep
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -39,6 +39,8 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
 
     step_fn: NestedStepFn
     """The implementation of the training step: `ops.SparseStep`, or `ops.reference_step`"""
+    group: Group = ALONE
+    """The processes that train this dictionary together"""
 
     def __init__(self, cfg: MatryoshkaTrainingConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
@@ -121,10 +123,7 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
     def _metrics(self, step: NestedStep, target: torch.Tensor, dead: torch.Tensor | None) -> dict[str, Any]:
         """Of this batch. The variance is only computed when something is logged, so each is lazy."""
         levels = step.level_losses
-
-        def variance() -> torch.Tensor:
-            wide = target.detach().to(torch.promote_types(target.dtype, torch.float32))
-            return (wide - wide.mean(dim=0)).pow(2).sum(dim=-1).mean()
+        variance = _variance(target, self.group)
 
         metrics: dict[str, Any] = {
             "fvu": lambda: levels[-1] / variance(),
@@ -142,16 +141,18 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
         self, step: NestedStep, source: torch.Tensor, target: torch.Tensor, n_steps: int
     ) -> None:
         # A source row of NaN selects nothing, so it would not show in the loss.
-        if bool(torch.isfinite(step.loss) & torch.isfinite(source.sum(dtype=torch.float32))):
+        finite = torch.isfinite(step.loss) & torch.isfinite(source.sum(dtype=torch.float32))
+        if bool(self.group.min(finite.float(), "all")):
             return
         metadata = self.cfg.metadata
         hooks = {"source": (source, metadata.hook_name), "target": (target, metadata.hook_name_out)}
         for role, (values, hook) in hooks.items():
-            bad_rows = int((~torch.isfinite(values)).any(dim=-1).sum())
+            bad_rows = self.group.count(int((~torch.isfinite(values)).any(dim=-1).sum()), "rows")
+            n_rows = self.group.count(len(values), "rows")
             if bad_rows:
                 raise NonFiniteActivationsError(
                     f"Step {n_steps}: the {role} activations of hook {hook or metadata.hook_name!r} "
-                    f"contain NaN or Inf in {bad_rows} of {len(values)} rows. The weights have not been "
+                    f"contain NaN or Inf in {bad_rows} of {n_rows} rows. The weights have not been "
                     "touched by this step and saved checkpoints are intact. A model in float16, or "
                     "autocast_lm, may overflow: run it in bfloat16 or float32."
                 )
@@ -173,7 +174,7 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
             old.copy_(torch.where(batch_threshold > 0, moved, old))
         else:
             old.copy_(batch_threshold)
-            self._recent.add(source)
+            self._recent.add(source, self.group.row_blocks)
             self._threshold_is_stale = True
 
     @torch.no_grad()
@@ -181,7 +182,7 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
         """With "l0" calibration, set the threshold so that k latents per recent row are above it.
 
         Done by itself before inference, folding and saving. Without recent rows, as after loading, the
-        threshold stays as it is.
+        threshold stays as it is. Called by all processes that train together.
         """
         if not self._threshold_is_stale:
             return
@@ -193,6 +194,7 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
             self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None,
             self.cfg.k,
             guess=self.topk_threshold.item(),
+            group=self.group,
         )
         self.topk_threshold.fill_(threshold)
         self._threshold_is_stale = False
@@ -283,6 +285,18 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
         state_dict["b_enc"] = (state_dict["b_enc"].to(wide) * norms).to(dtype)
         state_dict["W_dec"] = (state_dict["W_dec"].to(wide) / norms[:, None]).to(dtype).contiguous()
         state_dict["threshold"] = threshold.expand(self.cfg.d_sae).to(dtype).contiguous()
+
+
+def _variance(target: torch.Tensor, group: Group) -> Callable[[], torch.Tensor]:
+    """Of the whole batch, summed over dimensions. Put off until it is asked for by a process alone."""
+    wide = target.detach().to(torch.promote_types(target.dtype, torch.float32))
+    if group.row_blocks == 1:
+        return lambda: (wide - wide.mean(dim=0)).pow(2).sum(dim=-1).mean()
+    # now, because all processes have to take part, and not all of them log
+    sums = torch.cat([wide.sum(dim=0, dtype=torch.double), wide.double().pow(2).sum()[None]])
+    means = group.sum(sums, "rows") / (len(target) * group.row_blocks)
+    variance = (means[-1] - means[:-1].pow(2).sum()).to(wide.dtype)
+    return lambda: variance
 
 
 def _untraced(function: Callable[P, R]) -> Callable[P, R]:

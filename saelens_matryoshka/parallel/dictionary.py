@@ -1,0 +1,200 @@
+"""A dictionary in shards: each process has some of the latents, their optimizer state, and nothing of the others.
+
+Parameters become plain tensors of the shard's latents, so that everything elementwise (Adam, folding, the
+biases' start) works as it does on the whole. What does not:
+
+- the training step, to which `ShardedStep` gives the shard's part of widths and dead latents;
+- clipping by the norm of all gradients, done before SAELens's own, which then finds nothing to clip;
+- saving, which `Whole` makes a matter of one process that for a while has the whole dictionary in host memory.
+
+Not DTensor: it has no rule for the sparse bags the step is made of. Not FSDP2: it gathers whole parameters to
+compute with them, every step, which is what a dictionary too large for one device cannot do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from sae_lens import SAETrainer
+from torch import nn
+
+from saelens_matryoshka.architectures import MatryoshkaTraining
+from saelens_matryoshka.ops import NestedObjective, NestedStep, NestedWeights, SparseStep
+from saelens_matryoshka.parallel.processes import Processes
+
+LATENT_DIM = {"W_enc": 1, "b_enc": 0, "W_dec": 0}
+"""The dimension of each parameter that runs over the latents"""
+
+
+class ShardedStep:
+    """The step on a shard of the dictionary, as a `NestedStepFn`.
+
+    `feature_acts` and `hidden_pre` have the columns of the whole dictionary, of which only this shard's are
+    ever not 0.
+    """
+
+    def __init__(self, group: Processes) -> None:
+        self.group, self._step = group, SparseStep(group)
+
+    def __call__(
+        self,
+        weights: NestedWeights,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        objective: NestedObjective,
+        *,
+        dead: torch.Tensor | None,
+    ) -> NestedStep:
+        """Run one step. See `NestedStepFn` for the arguments; the weights are the shard's, all else is whole."""
+        group = self.group
+        step = self._step(
+            weights,
+            x,
+            y,
+            dataclasses.replace(objective, widths=group.widths(objective.widths)),
+            dead=None if dead is None else dead[group.latents()],
+        )
+        return step._replace(
+            feature_acts=self._in_whole(step.feature_acts), hidden_pre=self._in_whole(step.hidden_pre)
+        )
+
+    def _in_whole(self, acts: torch.Tensor) -> torch.Tensor:
+        rows, columns = acts.indices()
+        index = torch.stack([rows, self.group.shard + columns * self.group.shards])
+        shape = (acts.shape[0], self.group.d_sae)
+        return torch.sparse_coo_tensor(
+            index, acts.values(), shape, check_invariants=False, is_coalesced=True
+        )
+
+
+@torch.no_grad()
+def shard(sae: MatryoshkaTraining, group: Processes, device: torch.device | str) -> None:
+    """Keep a dictionary's own shard, on a device; what the process had of the other latents is freed.
+
+    Args:
+        sae: The whole dictionary, on any device, the same on all processes.
+        group: Who shares it.
+        device: Where the shard goes.
+    """
+    for name, parameter in list(sae.named_parameters()):
+        setattr(sae, name, nn.Parameter(_part(name, parameter.data, group).to(device)))
+    for name, buffer in list(sae.named_buffers()):
+        setattr(sae, name, buffer.to(device))
+    sae.cfg.device = str(device)
+
+
+def _part(name: str, whole: torch.Tensor, group: Processes) -> torch.Tensor:
+    """A process's part of a parameter, or of what has its shape; in memory as the whole is."""
+    if name not in LATENT_DIM or whole.dim() == 0:
+        return whole.clone()
+    if LATENT_DIM[name] == 1:  # the encoder, by latent in memory
+        return whole.T[group.latents()].contiguous().T
+    return whole[group.latents()].clone()
+
+
+# ---- clipping
+
+
+def clip_over_shards(parameters: Iterable[tuple[str, nn.Parameter]], group: Processes, max_norm: float) -> None:
+    """Scale the gradients, as soon as all are there, to at most this norm over all shards.
+
+    SAELens's trainer clips by the norm of the gradients it sees, which are a shard's. These are then no longer
+    than the whole, and so it leaves them alone.
+    """
+    named = dict(parameters)
+    missing = set(named)
+
+    def clip() -> None:
+        squares = torch.zeros((), device=group.device)
+        for name, parameter in named.items():
+            assert parameter.grad is not None
+            square = parameter.grad.float().pow(2).sum()
+            squares += square if name in LATENT_DIM else square / group.shards
+        norm = group.sum(squares, "latents").sqrt()
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        for parameter in named.values():
+            assert parameter.grad is not None
+            parameter.grad.mul_(factor)
+
+    def arrived(name: str) -> None:
+        missing.discard(name)
+        if not missing:
+            missing.update(named)
+            clip()
+
+    for name, parameter in named.items():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: arrived(name))
+
+
+# ---- the whole, for a while
+
+
+@contextmanager
+def whole(trainer: SAETrainer[Any, Any], group: Processes, *, optimizer: bool = True) -> Iterator[None]:
+    """Within, the first process has the whole dictionary, in host memory, and its optimizer state if wanted.
+
+    Shards come one after the other, so that nowhere is more than the whole and one shard. The others have
+    nothing to save meanwhile.
+    """
+    if group.shards == 1:
+        yield
+        return
+    sae, state = trainer.sae, trainer.optimizer.state
+    tensors: list[tuple[str, torch.Tensor]] = list(sae.named_parameters())
+    if optimizer:
+        for name, parameter in sae.named_parameters():
+            moments = (value for value in state.get(parameter, {}).values() if value.dim() == parameter.dim())
+            tensors += [(name, moment) for moment in moments]
+    tensors += [("buffer", buffer) for _, buffer in sae.named_buffers()]
+    parts = [tensor.data for _, tensor in tensors]
+    for name, tensor in tensors:
+        tensor.data = _gather(name, tensor.data, group)
+    try:
+        yield
+    finally:
+        for (_, tensor), part in zip(tensors, parts, strict=True):
+            tensor.data = part
+
+
+def _gather(name: str, part: torch.Tensor, group: Processes) -> torch.Tensor:
+    """The whole tensor in host memory of the first process; of the others, their part."""
+    if name not in LATENT_DIM:
+        return part.cpu() if group.rank == 0 else part
+    by_latent = (part.T if LATENT_DIM[name] == 1 else part).detach().contiguous()
+    if group.rank != 0:
+        dist.send(by_latent, 0)
+        return part
+    found = torch.empty((group.d_sae, *by_latent.shape[1:]), dtype=part.dtype)
+    found[group.latents()] = by_latent.cpu()
+    for index in range(1, group.shards):
+        own = found[group.latents(index)]
+        received = torch.empty(own.shape, dtype=part.dtype, device=part.device)
+        dist.recv(received, index)
+        own.copy_(received)
+    return found.T if LATENT_DIM[name] == 1 else found
+
+
+@torch.no_grad()
+def load_part(sae: MatryoshkaTraining, state_dict: dict[str, Any], group: Processes) -> None:
+    """Load the shard of the state dict of a whole dictionary."""
+    parts = {
+        name: _part(name, value, group) if name in LATENT_DIM else value for name, value in state_dict.items()
+    }
+    sae.load_state_dict(parts)
+
+
+def optimizer_part(
+    sae: MatryoshkaTraining, state_dict: dict[str, Any], group: Processes
+) -> dict[str, Any]:
+    """The shard of an optimizer's state dict of a whole dictionary."""
+    names = [name for name, _ in sae.named_parameters()]
+    state = {
+        index: {key: _part(names[index], value, group) for key, value in values.items()}
+        for index, values in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
