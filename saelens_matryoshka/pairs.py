@@ -20,12 +20,13 @@ from typing_extensions import override
 
 from saelens_matryoshka.seams import token_sequences
 from saelens_matryoshka.sites import Site
+from saelens_matryoshka.store import ResumableStore
 
 if TYPE_CHECKING:
     from transformer_lens import HookedRootModule
 
 
-class PairedActivationsStore(ActivationsStore):
+class PairedActivationsStore(ResumableStore):
     """Streams `[source | target]` rows, `[train_batch_size_tokens, d_in + d_out]`.
 
     Built with `paired_store`. The source is multiplied by the site's gain, if it has one, before it is

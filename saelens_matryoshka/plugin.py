@@ -1,7 +1,7 @@
 """Registration in SAELens, and the only two places where SAELens itself is redirected.
 
-- `ActivationsStore.from_config`: the runner builds its store here; a transcoder's config gets a paired
-  store, and every config of ours is checked against the model and the data first.
+- `ActivationsStore.from_config`: the runner builds its store here; configs of ours get a store that can be
+  continued, a transcoder's a paired one, and every one is checked against the model and the data first.
 - `SAETrainer.fit`: here trainer, SAE, store and evaluator have all been built. Ours get an evaluator that
   knows prefixes, two hooks and held-out prompts, a fused Adam and a progress bar that shows what matters; a
   transcoder learns the norm's weight it has to fold.
@@ -11,6 +11,7 @@ Both dispatch on the type of the config or the SAE, so nothing changes for SAELe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,7 @@ from saelens_matryoshka.architectures import (
 from saelens_matryoshka.architectures.config import MatryoshkaTrainingConfig
 from saelens_matryoshka.runner import build_store, prepare_trainer
 from saelens_matryoshka.seams import redirect
+from saelens_matryoshka.store import ResumableStore
 
 ARCHITECTURES = (
     (MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig),
@@ -51,12 +53,15 @@ def install() -> None:
 
 
 def _from_config(stock: Callable[..., Any]) -> Any:
+    unbound: Callable[..., ActivationsStore] = stock.__func__  # type: ignore[attr-defined]
+
     def from_config(
         cls: type[ActivationsStore], model: Any, cfg: Any, override_dataset: Any = None
     ) -> ActivationsStore:
         if isinstance(getattr(cfg, "sae", None), MatryoshkaTrainingConfig):
-            return build_store(model, cfg, override_dataset, stock_from_config=stock)
-        return stock.__func__(cls, model, cfg, override_dataset)  # type: ignore[attr-defined]
+            resumable = functools.partial(unbound, ResumableStore)
+            return build_store(model, cfg, override_dataset, stock_from_config=resumable)
+        return unbound(cls, model, cfg, override_dataset)
 
     return classmethod(from_config)
 

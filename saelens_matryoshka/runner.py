@@ -16,12 +16,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from sae_lens import ActivationsStore, LanguageModelSAERunnerConfig, SAETrainer
+from sae_lens import LanguageModelSAERunnerConfig, SAETrainer
 from sae_lens.config import HfDataset
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.llm_sae_training_runner import LLMSaeEvaluator
 from sae_lens.load_model import HookedProxyLM, get_hook_fn
 from sae_lens.saes.sae import TrainStepOutput
+from sae_lens.training.prefetch import PrefetchingIterator
 from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookPoint
 
@@ -34,8 +35,9 @@ from saelens_matryoshka.pairs import (
     probe_hooks,
     require_enough_text,
 )
-from saelens_matryoshka.seams import replace_progress_bar
+from saelens_matryoshka.seams import defer_checkpoints, replace_progress_bar
 from saelens_matryoshka.sites import Site, check_hook, norm_frame, norm_gain
+from saelens_matryoshka.store import PrefetchedBatches, ResumableStore
 
 # Entries of a runner config that differ between two starts of the same run.
 _VOLATILE = frozenset(
@@ -58,6 +60,7 @@ _BAR_REFRESH_SECONDS = 0.5
 
 Observer = Callable[[SAETrainer[Any, Any], TrainStepOutput], None]
 _observers: WeakKeyDictionary[SAETrainer[Any, Any], list[Observer]] = WeakKeyDictionary()
+_changes: WeakKeyDictionary[SAETrainer[Any, Any], list[Callable[[], None]]] = WeakKeyDictionary()
 
 
 # ---- the store
@@ -68,15 +71,15 @@ def build_store(
     cfg: LanguageModelSAERunnerConfig[Any],
     override_dataset: HfDataset | None = None,
     *,
-    stock_from_config: Callable[..., ActivationsStore],
-) -> ActivationsStore:
+    stock_from_config: Callable[..., ResumableStore],
+) -> ResumableStore:
     """The activation store of one of our runner configs, after checking that it can work.
 
     Args:
         model: The language model.
         cfg: Runner config whose `sae` is ours.
         override_dataset: Used in place of `cfg.dataset_path`.
-        stock_from_config: What builds SAELens's own store, of one hook.
+        stock_from_config: SAELens's own way to build a store of one hook.
 
     Raises:
         ValueError: the config does not fit the model, the dataset or the output folder; the message names
@@ -86,7 +89,7 @@ def build_store(
     check_hook(model, cfg.hook_name, "hook_name")
     is_transcoder = isinstance(cfg.sae, MatryoshkaTrainingTranscoderConfig)
     source = _check_transcoder(model, cfg) if is_transcoder else _check_sae(model, cfg)
-    store: ActivationsStore
+    store: ResumableStore
     try:
         if is_transcoder:
             store = paired_store(model, cfg, source, override_dataset)
@@ -96,6 +99,8 @@ def build_store(
         raise ValueError(f"dataset_path={cfg.dataset_path!r}: the dataset is empty.") from None
     require_enough_text(store, cfg)
     hold_out_prompts(store, cfg)
+    if cfg.prefetch_llm_batches:
+        store.expect_prefetching(int(cfg.prefetch_llm_batches))
     return store
 
 
@@ -206,14 +211,29 @@ def observe(trainer: SAETrainer[Any, Any], observer: Observer) -> None:
     _observers.setdefault(trainer, []).append(observer)
 
 
+def before_training(trainer: SAETrainer[Any, Any], change: Callable[[], None]) -> None:
+    """Have `change()` called right before a trainer of ours trains, when all else is in its place."""
+    _changes.setdefault(trainer, []).append(change)
+
+
 def prepare_trainer(trainer: SAETrainer[Any, Any]) -> None:
     """Give a trainer of one of our architectures what the stock one lacks, before it trains."""
+    _add_what_is_missing(trainer)
+    for change in _changes.pop(trainer, []):
+        change()
+
+
+def _add_what_is_missing(trainer: SAETrainer[Any, Any]) -> None:
     fuse_adam(trainer.optimizer)
-    replace_progress_bar(trainer, functools.partial(_after_step, trainer, [0.0]))
+    trainer.sae.finite.watch(trainer.optimizer, [trainer.sae.b_enc, trainer.sae.b_dec])
+    save_if_due = defer_checkpoints(trainer)
+    replace_progress_bar(trainer, functools.partial(_after_step, trainer, save_if_due, [0.0]))
     stock = trainer.evaluator
     if not isinstance(stock, LLMSaeEvaluator):  # synthetic data: no language model
         return
     store = stock.activations_store
+    if isinstance(trainer.data_provider, PrefetchingIterator) and isinstance(store, ResumableStore):
+        trainer.data_provider = PrefetchedBatches(trainer.data_provider, store)
     trainer.sae.cfg.metadata.input_frame = norm_frame(store.model, store.hook_name)
     if isinstance(store, PairedActivationsStore) and store.source.gain is not None:
         trainer.sae.set_input_gain(store.source.gain, store.source.offset)
@@ -222,14 +242,18 @@ def prepare_trainer(trainer: SAETrainer[Any, Any]) -> None:
 
 def _after_step(
     trainer: SAETrainer[Any, Any],
+    save_if_due: Callable[[], None],
     last_shown: list[float],
     step_output: TrainStepOutput,
     pbar: tqdm,  # type: ignore[type-arg]
     update_interval: int = 100,  # noqa: ARG001  (the stock signature)
 ) -> None:
     _update_bar(trainer, step_output, pbar, last_shown)
+    if trainer.n_training_samples >= trainer.cfg.total_training_samples:
+        trainer.sae.finite.settle()
     for observer in _observers.get(trainer, []):
         observer(trainer, step_output)
+    save_if_due()
 
 
 @torch.no_grad()

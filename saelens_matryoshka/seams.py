@@ -8,11 +8,12 @@ moved when a release moves it.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import io
 import itertools
 from argparse import ArgumentError
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from sae_lens import (
 )
 from sae_lens import __version__ as sae_lens_version
 from sae_lens.training import activations_store
+from typing_extensions import override
 
 _REDIRECTED = "_redirected_by_saelens_matryoshka"
 
@@ -55,6 +57,21 @@ def redirect(
 def replace_progress_bar(trainer: SAETrainer[Any, Any], update: Callable[..., None]) -> None:
     """Have one trainer's progress bar updated by `update(step_output, pbar)`, called after every step."""
     trainer._update_pbar = update  # type: ignore[method-assign]
+
+
+def defer_checkpoints(trainer: SAETrainer[Any, Any]) -> Callable[[], None]:
+    """Keep a trainer from saving checkpoints by itself, and return what saves one if it is due.
+
+    SAELens saves before it counts the step, so that a run resumed from there is one step behind; to be
+    called after every complete step instead. It also does not pass over the thresholds that a resumed run
+    has behind it, and would save at every step until it had.
+    """
+    save_if_due = trainer._checkpoint_if_needed
+    trainer._checkpoint_if_needed = lambda: None  # type: ignore[method-assign]
+    thresholds = trainer.checkpoint_thresholds
+    while thresholds and thresholds[0] < trainer.n_training_samples:
+        thresholds.pop(0)
+    return save_if_due
 
 
 def token_sequences(store: ActivationsStore) -> Generator[torch.Tensor, None, None]:
@@ -91,6 +108,40 @@ def split_off_prompts(store: ActivationsStore, n_prompts: int, *, leaving: int) 
     store.dataset = store.dataset.skip(n_documents)  # type: ignore[union-attr]  (a split, never a dict)
     store.iterable_sequences = store._iterate_tokenized_sequences()
     return torch.stack(taken)
+
+
+class OpenStore(ActivationsStore):
+    """SAELens's store with a name for each private part that a place in its data is made of.
+
+    Its sequences are those that `sequences` gives, at the start of every epoch.
+    """
+
+    def sequences(self) -> Iterator[torch.Tensor]:
+        """Sequences of context_size tokens, from the start of the dataset."""
+        return super()._iterate_tokenized_sequences()
+
+    @override
+    def _iterate_tokenized_sequences(self) -> Iterator[torch.Tensor]:  # type: ignore[override]
+        return self.sequences()
+
+    def sequences_of(self, rows: Iterable[Any]) -> Iterator[torch.Tensor]:
+        """Sequences of context_size tokens cut from these rows in place of the dataset's."""
+        return ActivationsStore._iterate_tokenized_sequences(_reading(self, rows))
+
+    def tokens_of(self, rows: Iterable[Any]) -> Iterator[torch.Tensor]:
+        """The tokens of each of these rows, which hold text."""
+        return _reading(self, rows)._iterate_raw_dataset_tokens()
+
+    def filtered_activations(self) -> Iterator[torch.Tensor]:
+        """Rows `[n, d_in]` of one batch of the language model after the other, over all epochs."""
+        return self._iterate_filtered_activations()
+
+
+def _reading(store: OpenStore, rows: Iterable[Any]) -> OpenStore:
+    """The store, reading other rows, and counting them apart."""
+    reader = copy.copy(store)
+    reader.dataset = rows  # type: ignore[assignment]
+    return reader
 
 
 def token_device(model: Any) -> torch.device:

@@ -1,8 +1,9 @@
 """What SAELens registers: the training classes and their configs."""
 
+from saelens_matryoshka.architectures.finite import NonFiniteActivationsError
 from saelens_matryoshka.architectures.recipe import recommended_runner_fields
 from saelens_matryoshka.architectures.sae import MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig
-from saelens_matryoshka.architectures.training import MatryoshkaTraining, NonFiniteActivationsError
+from saelens_matryoshka.architectures.training import MatryoshkaTraining
 from saelens_matryoshka.architectures.transcoder import (
     MatryoshkaTrainingSkipTranscoder,
     MatryoshkaTrainingSkipTranscoderConfig,

@@ -8,6 +8,7 @@ batches and, with the weights as they are now, the threshold that exactly k·N o
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 import torch
 
@@ -24,8 +25,8 @@ _CHUNK_VALUES = 1 << 25
 class RecentRows:
     """Source rows of the last training batches."""
 
-    def __init__(self) -> None:
-        self._batches: deque[torch.Tensor] = deque()
+    def __init__(self, batches: Iterable[torch.Tensor] = ()) -> None:
+        self._batches = deque(batches)
 
     def add(self, source: torch.Tensor, row_blocks: int = 1) -> None:
         """Keep some rows of a batch `[B, d_in]`; the oldest go when there are enough.
@@ -34,7 +35,7 @@ class RecentRows:
             source: The batch, or one of `row_blocks` blocks of it.
             row_blocks: Among so many processes the batch, and what is kept of it, is divided.
         """
-        stride = max(1, len(source) * row_blocks // _ROWS_PER_BATCH)
+        stride = max(1, -(-len(source) * row_blocks // _ROWS_PER_BATCH))
         self._batches.append(source[::stride].detach().clone())
         while (
             len(self._batches) > 1 and self.count() - len(self._batches[0]) >= _MAX_ROWS // row_blocks
@@ -48,6 +49,10 @@ class RecentRows:
     def clear(self) -> None:
         """Forget them."""
         self._batches.clear()
+
+    def batches(self) -> list[torch.Tensor]:
+        """Those of each batch, `[≤ 128, d_in]`, the oldest first."""
+        return list(self._batches)
 
     def rows(self) -> torch.Tensor:
         """`[n, d_in]`."""

@@ -9,12 +9,16 @@ training object and of the saved stock model alike) keeps the activations above 
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from sae_lens import BatchTopKTrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopK
@@ -22,14 +26,13 @@ from typing_extensions import override
 
 from saelens_matryoshka.architectures.calibration import RecentRows, threshold_for_l0
 from saelens_matryoshka.architectures.config import MatryoshkaTrainingConfig
+from saelens_matryoshka.architectures.finite import FiniteGuard, describe_rows
 from saelens_matryoshka.ops import ALONE, Group, NestedStep, NestedStepFn, NestedWeights, SparseStep
+
+TRAINING_STATE_FILENAME = "training_state.safetensors"
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-class NonFiniteActivationsError(RuntimeError):
-    """NaN or Inf in a training step, raised before the weights are touched."""
 
 
 class MatryoshkaTraining(BatchTopKTrainingSAE):
@@ -41,11 +44,14 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
     """The implementation of the training step: `ops.SparseStep`, or `ops.reference_step`"""
     group: Group = ALONE
     """The processes that train this dictionary together"""
+    finite: FiniteGuard
+    """What happens to a batch of NaN or Inf"""
 
     def __init__(self, cfg: MatryoshkaTrainingConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
         self.step_fn = SparseStep()
-        self._recent = RecentRows()
+        self.finite = FiniteGuard()
+        self.recent = RecentRows()
         self._threshold_is_stale = False
 
     # ---- what a subclass defines
@@ -86,10 +92,16 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        source, target = self.split_batch(step_input.sae_in)
+        n_steps = step_input.n_training_steps
         if not self._prepared:
+            finite = torch.isfinite(step_input.sae_in).all()  # the weights would start from it
+            if not bool(self.group.min(finite.float(), "all")):
+                self.finite.skip_or_raise(self._what_is_not_finite(source, target, n_steps))
+                return self._left_out(source, target)
             self.prepare_for_training(step_input.sae_in)
             self._prepared = True
-        source, target = self.split_batch(step_input.sae_in)
+            source, target = self.split_batch(step_input.sae_in)
         # Not traced by torch.compile: its sizes depend on the data, and it brings its own gradient.
         step = _untraced(self.step_fn)(
             self.weights(),
@@ -98,7 +110,9 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
             self.cfg.objective(subtract_b_dec=self.cfg.apply_b_dec_to_input),
             dead=step_input.dead_neuron_mask,
         )
-        self._require_finite(step, source, target, step_input.n_training_steps)
+        if not self.finite.is_finite(step.loss, source, n_steps, self.group):
+            self.finite.skip_or_raise(self._what_is_not_finite(source, target, n_steps))
+            return self._left_out(source, target)
         self._update_threshold(step, source)
         return TrainStepOutput(
             sae_in=target,
@@ -137,30 +151,41 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
             metrics["dead_fraction"] = lambda: dead.float().mean()
         return metrics
 
-    def _require_finite(
-        self, step: NestedStep, source: torch.Tensor, target: torch.Tensor, n_steps: int
-    ) -> None:
-        # A source row of NaN selects nothing, so it would not show in the loss.
-        finite = torch.isfinite(step.loss) & torch.isfinite(source.sum(dtype=torch.float32))
-        if bool(self.group.min(finite.float(), "all")):
-            return
+    def _what_is_not_finite(self, source: torch.Tensor, target: torch.Tensor, n_steps: int) -> str:
         metadata = self.cfg.metadata
         hooks = {"source": (source, metadata.hook_name), "target": (target, metadata.hook_name_out)}
         for role, (values, hook) in hooks.items():
-            bad_rows = self.group.count(int((~torch.isfinite(values)).any(dim=-1).sum()), "rows")
-            n_rows = self.group.count(len(values), "rows")
-            if bad_rows:
-                raise NonFiniteActivationsError(
+            if bad_rows := describe_rows(values, self.group):
+                return (
                     f"Step {n_steps}: the {role} activations of hook {hook or metadata.hook_name!r} "
-                    f"contain NaN or Inf in {bad_rows} of {n_rows} rows. The weights have not been "
+                    f"{bad_rows}. The weights have not been "
                     "touched by this step and saved checkpoints are intact. A model in float16, or "
                     "autocast_lm, may overflow: run it in bfloat16 or float32."
                 )
-        raise NonFiniteActivationsError(
-            f"Step {n_steps}: the loss is {step.loss.item()} although the activations of hook "
-            f"{metadata.hook_name!r} are finite. The weights have not been touched by this step and "
+        return (
+            f"Step {n_steps}: the loss is not finite although the activations of hook "
+            f"{metadata.hook_name!r} are. The weights have not been touched by this step and "
             "saved checkpoints are intact. Try a lower lr, or normalize_activations="
             "'expected_average_only_in'."
+        )
+
+    def _left_out(self, source: torch.Tensor, target: torch.Tensor) -> TrainStepOutput:
+        """What a step gives whose batch was skipped: nothing fires, and no parameter has a gradient."""
+        index = torch.zeros((2, 0), dtype=torch.long, device=source.device)
+        nothing = torch.sparse_coo_tensor(
+            index, source.new_zeros(0), (len(source), self.cfg.d_sae), check_invariants=False
+        ).coalesce()
+        unknown = torch.full((), torch.nan, device=source.device)
+        losses = {"mse_loss": unknown, "auxiliary_reconstruction_loss": unknown}
+        names = ["fvu", *(f"fvu_w{width}" for width in self.cfg.matryoshka_widths)]
+        return TrainStepOutput(
+            sae_in=target,
+            sae_out=torch.full_like(target, torch.nan),
+            feature_acts=nothing,
+            hidden_pre=nothing,
+            loss=unknown.clone().requires_grad_(),
+            losses=losses,
+            metrics={"topk_threshold": self.topk_threshold} | dict.fromkeys(names, lambda: unknown),
         )
 
     # ---- threshold
@@ -174,7 +199,7 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
             old.copy_(torch.where(batch_threshold > 0, moved, old))
         else:
             old.copy_(batch_threshold)
-            self._recent.add(source, self.group.row_blocks)
+            self.recent.add(source, self.group.row_blocks)
             self._threshold_is_stale = True
 
     @torch.no_grad()
@@ -186,7 +211,7 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
         """
         if not self._threshold_is_stale:
             return
-        rows = self._recent.rows()
+        rows = self.recent.rows()
         threshold = threshold_for_l0(
             rows - self.b_dec if self.cfg.apply_b_dec_to_input else rows,
             self.W_enc,
@@ -212,7 +237,7 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
     def _leave_training_space(self) -> None:
         """Before the weights are folded: the recent rows would not fit them any more."""
         self.calibrate_threshold()
-        self._recent.clear()
+        self.recent.clear()
 
     @override
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
@@ -245,6 +270,44 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
         return self.hook_sae_acts_post(hidden_pre * kept)
 
     # ---- saving
+
+    @override
+    def save_model(self, path: str | Path) -> tuple[Path, Path]:
+        """Save weights and config, and beside them what training needs to go on from here.
+
+        The saved threshold is calibrated; training goes on with the one it has.
+        """
+        self.finite.settle()
+        recent = self.recent.batches()
+        tensors = {"topk_threshold": self.topk_threshold.clone()}
+        if recent:
+            tensors["recent_rows"] = torch.cat(recent)
+        state = {
+            "recent_lengths": [len(batch) for batch in recent],
+            "threshold_is_stale": self._threshold_is_stale,
+            "n_skipped": self.finite.n_skipped,
+        }
+        with self.keeping_threshold():
+            paths = super().save_model(path)
+        save_file(tensors, Path(path) / TRAINING_STATE_FILENAME, metadata={"state": json.dumps(state)})
+        return paths
+
+    @override
+    def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
+        """Load the weights that `save_model` saved, and what training needs to go on from there."""
+        super().load_weights_from_checkpoint(checkpoint_path)
+        path = Path(checkpoint_path) / TRAINING_STATE_FILENAME
+        if not path.exists():  # a checkpoint of an earlier version
+            return
+        with safe_open(path, framework="pt", device=str(self.device)) as file:
+            state = json.loads(file.metadata()["state"])
+            self.topk_threshold.copy_(file.get_tensor("topk_threshold"))
+            self.recent.clear()
+            if lengths := state["recent_lengths"]:
+                for batch in file.get_tensor("recent_rows").split(lengths):
+                    self.recent.add(batch)
+        self._threshold_is_stale = state["threshold_is_stale"]
+        self.finite.n_skipped = state["n_skipped"]
 
     @override
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -16,7 +16,6 @@ import torch
 from sae_lens import SAE, ActivationsStore, LanguageModelSAERunnerConfig
 from sae_lens.llm_sae_training_runner import LLMSaeEvaluator
 from sae_lens.training.activation_scaler import ActivationScaler
-from sae_lens.training.prefetch import PrefetchingIterator
 
 from saelens_matryoshka.architectures.training import MatryoshkaTraining
 from saelens_matryoshka.evaluation.evaluator import evaluate
@@ -87,8 +86,8 @@ class HeldOutEvaluator:
         with sae.keeping_threshold():
             model = _unscaled(inference_model(sae), activation_scaler)
         # The prefetcher's thread runs the same language model, whose hooks we are about to change.
-        prefetching = isinstance(data_provider, PrefetchingIterator)
-        with data_provider.paused() if prefetching else nullcontext():
+        paused = getattr(data_provider, "paused", nullcontext)
+        with paused():
             result = evaluate(
                 model,
                 self.model,

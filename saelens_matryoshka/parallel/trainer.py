@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from saelens_matryoshka.architectures import MatryoshkaTraining
+from saelens_matryoshka.architectures.calibration import RecentRows
 from saelens_matryoshka.ops import SparseStep
 from saelens_matryoshka.parallel.dictionary import (
     ShardedStep,
@@ -50,8 +51,9 @@ def parallelize(trainer: SAETrainer[Any, Any], group: Processes) -> None:
     sae: MatryoshkaTraining = trainer.sae
     sae.group = group
     sae.step_fn = SparseStep(group) if group.shards == 1 else ShardedStep(group)
-    trainer.activation_scaler = _ScalerOfAll(group)
+    trainer.activation_scaler = _ScalerOfAll(trainer.activation_scaler, group)
     if group.row_blocks > 1:
+        _divide_recent_rows(sae, group)
         _average_gradients(sae, group)
     if group.shards > 1:
         trainer.data_provider = RowsOfAll(trainer.data_provider, group)
@@ -116,8 +118,8 @@ class RowsOfAll(Iterator[torch.Tensor]):
 class _ScalerOfAll(ActivationScaler):
     """Estimates its factors from the rows of all processes."""
 
-    def __init__(self, group: Processes) -> None:
-        super().__init__()
+    def __init__(self, own: ActivationScaler, group: Processes) -> None:
+        super().__init__(own.scaling_factor, own.whitening)
         self._group = group
 
     @override
@@ -161,9 +163,10 @@ def _count_over_all(trainer: SAETrainer[Any, Any], group: Processes) -> None:
 def _write_once(trainer: SAETrainer[Any, Any], group: Processes) -> None:
     """Only the first process saves checkpoints and evaluates."""
     trainer.save_checkpoint = writing(trainer, group, trainer.save_checkpoint)  # type: ignore[method-assign]
-    evaluator = trainer.evaluator
-    if evaluator is not None:
-        trainer.evaluator = writing(trainer, group, evaluator, optimizer=False, otherwise={})
+    if group.shards > 1:
+        trainer.evaluator = None  # it would need the whole dictionary on the language model's device
+    elif trainer.evaluator is not None:
+        trainer.evaluator = writing(trainer, group, trainer.evaluator, otherwise={})
 
 
 def writing(
@@ -174,15 +177,37 @@ def writing(
     optimizer: bool = True,
     otherwise: Any = None,
 ) -> Callable[..., Any]:
-    """`write` to be called by all processes, and done by the first, which has the whole dictionary meanwhile."""
+    """`write` to be called by all processes, and done by the first.
+
+    Meanwhile, that one has what all of them have together: the whole dictionary, its optimizer state (if
+    wanted) and the rows its threshold is calibrated by. The others return `otherwise`.
+    """
 
     @functools.wraps(write)
     def write_once(*args: Any, **kwargs: Any) -> Any:
         sae: MatryoshkaTraining = trainer.sae
+        sae.finite.settle()
         with sae.keeping_threshold():
-            sae.calibrate_threshold()  # here, because all have to take part
-            with whole(trainer, group, optimizer=optimizer):
+            sae.calibrate_threshold()  # here, where all take part
+            with whole(trainer, group, optimizer=optimizer), _recent_rows_of_all(sae, group):
                 return write(*args, **kwargs) if group.rank == 0 else otherwise
 
     return write_once
 
+
+@contextmanager
+def _recent_rows_of_all(sae: MatryoshkaTraining, group: Processes) -> Iterator[None]:
+    own = sae.recent
+    if group.row_blocks > 1 and own.count():
+        lengths = [len(batch) for batch in own.batches()]
+        blocks = [rows.split(lengths) for rows in group.gather(own.rows(), "rows")]
+        sae.recent = RecentRows(map(torch.cat, zip(*blocks, strict=True)))
+    try:
+        yield
+    finally:
+        sae.recent = own
+
+
+def _divide_recent_rows(sae: MatryoshkaTraining, group: Processes) -> None:
+    """Of the rows that a checkpoint has of whole batches, keep this process's share."""
+    sae.recent = RecentRows(batch[group.row_block :: group.row_blocks] for batch in sae.recent.batches())

@@ -1,0 +1,87 @@
+"""The mixing buffer as an object, so that what is in it can be saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+import torch
+
+P = TypeVar("P")
+
+
+class MixingBuffer(Iterator[torch.Tensor], Generic[P]):
+    """Batches of rows in random order; the same stream, bit for bit, as SAELens's `mixing_buffer`.
+
+    Rows are collected until there are `buffer_size`. Then they are shuffled, a part is kept to be mixed with
+    the next ones, and the rest is served.
+
+    An error in the source leaves the buffer as it was: rows and position still belong together.
+    """
+
+    rows: torch.Tensor | None
+    """`[n, d]`, kept to be mixed with the next"""
+    serving: torch.Tensor | None
+    """`[n, d]`, shuffled and still to be served: whole batches"""
+    position: P
+    """where the source stood after the rows that are in the buffer"""
+
+    def __init__(
+        self,
+        source: Iterator[tuple[torch.Tensor, P]],
+        *,
+        buffer_size: int,
+        batch_size: int,
+        mix_fraction: float,
+        start: P,
+    ) -> None:
+        """A buffer that is filled from a source.
+
+        Args:
+            source: Rows `[n, d]`, and the source's position after them.
+            buffer_size: Rows that are collected before they are shuffled.
+            batch_size: Rows of a batch.
+            mix_fraction: Part of `buffer_size` that is kept; 0 for no shuffling.
+            start: The source's position now.
+        """
+        if buffer_size < batch_size:
+            raise ValueError(
+                f"The mixing buffer of {buffer_size} rows (n_batches_in_buffer × context_size) must hold a "
+                f"batch of train_batch_size_tokens={batch_size}: raise n_batches_in_buffer."
+            )
+        if not 0 <= mix_fraction <= 1:
+            raise ValueError(f"activations_mixing_fraction={mix_fraction} must be from 0 to 1.")
+        self._source = source
+        self._buffer_size, self._batch_size, self._mix_fraction = buffer_size, batch_size, mix_fraction
+        self.rows = self.serving = None
+        self.position = start
+
+    @torch.no_grad()
+    def __next__(self) -> torch.Tensor:
+        """`[batch_size, d]`."""
+        while self.serving is None or len(self.serving) < self._batch_size:
+            self._refill()
+        batch, self.serving = self.serving[: self._batch_size], self.serving[self._batch_size :]
+        return batch
+
+    def _refill(self) -> None:
+        try:
+            new, position = next(self._source)
+        except StopIteration:
+            if self.rows is None or len(self.rows) < self._batch_size:
+                raise
+            self._serve(self.rows, len(self.rows) // self._batch_size)
+            return
+        self.rows = new if self.rows is None else torch.cat([self.rows, new])
+        self.position = position
+        if len(self.rows) < self._buffer_size:
+            return
+        rows = self.rows
+        if self._mix_fraction > 0:
+            rows = rows[torch.randperm(len(rows))]
+        to_serve = len(rows) - int(self._buffer_size * self._mix_fraction)
+        self._serve(rows, max(1, to_serve // self._batch_size))
+
+    def _serve(self, rows: torch.Tensor, n_batches: int) -> None:
+        n = n_batches * self._batch_size
+        self.serving, self.rows = rows[:n], rows[n:]

@@ -1,0 +1,109 @@
+"""Nothing lost: what saves the state of a run when it is due, when it is asked to stop, and when it fails."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from sae_lens import SAETrainer
+from sae_lens.saes.sae import TrainStepOutput
+
+from saelens_matryoshka.architectures import NonFiniteActivationsError
+from saelens_matryoshka.runs.checkpoints import CheckpointError, Checkpoints
+from saelens_matryoshka.runs.signals import StopRequest
+
+T = TypeVar("T")
+
+
+class RunStopped(Exception):
+    """A run has stopped before its end, and can be continued. The message says from where."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+        """130 after SIGINT and 143 after SIGTERM, as a shell reports processes they end; else 1"""
+
+
+class Keeper:
+    """Keeps the checkpoints of a run while it trains. An observer: see `saelens_matryoshka.runner.observe`.
+
+    A checkpoint is written every `minutes`, at SAELens's `n_checkpoints` marks, and after the last step;
+    before the run stops because of a signal; and, if the state is that between two steps, because of an error.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, *, minutes: float) -> None:
+        """What keeps the state of one run.
+
+        Args:
+            checkpoints: Where they go.
+            minutes: Between two checkpoints; 0 for none but those at SAELens's marks and at the end.
+        """
+        self.checkpoints, self.seconds = checkpoints, 60 * minutes
+        self.stop = StopRequest()
+        self._saved_at = time.monotonic()
+        self._complete: int | None = None
+
+    def train(self, trainer: SAETrainer[Any, Any], fit: Callable[[], T]) -> T:
+        """Call `fit`, which trains the trainer, and see that nothing is lost.
+
+        Raises:
+            RunStopped: a signal or an error has ended it.
+        """
+        stock_save = trainer.save_checkpoint
+
+        def save_checkpoint(checkpoint_name: str, *args: Any, **kwargs: Any) -> None:
+            if checkpoint_name.isdecimal():
+                self._save(trainer)
+            else:  # "final_…", of folded weights, which nothing continues from
+                stock_save(checkpoint_name, *args, **kwargs)
+
+        trainer.save_checkpoint = save_checkpoint  # type: ignore[method-assign]
+        self._complete = trainer.n_training_samples
+        try:
+            with self.stop.listening():
+                return fit()
+        except (RunStopped, KeyboardInterrupt):
+            raise
+        except CheckpointError as error:
+            raise RunStopped(f"Step {trainer.n_training_steps}: {error}") from error
+        except NonFiniteActivationsError as error:
+            raise RunStopped(f"{error} {self._last()}") from error
+        except Exception as error:
+            where = self._rescue(trainer)
+            raise RunStopped(
+                f"After step {trainer.n_training_steps}: {type(error).__name__}: {error} {where}"
+            ) from error
+
+    def __call__(self, trainer: SAETrainer[Any, Any], output: TrainStepOutput) -> None:  # noqa: ARG002
+        """After every complete step."""
+        self._complete = trainer.n_training_samples
+        finished = self._complete >= trainer.cfg.total_training_samples
+        due = self.seconds > 0 and time.monotonic() - self._saved_at >= self.seconds
+        if finished or due or self.stop.number is not None:
+            self._save(trainer)
+        if self.stop.number is not None:
+            raise RunStopped(
+                f"Stopped after step {trainer.n_training_steps}, as asked. {self._last()}",
+                exit_code=128 + self.stop.number,
+            )
+
+    def _save(self, trainer: SAETrainer[Any, Any]) -> None:
+        self.checkpoints.save(trainer)
+        self._saved_at = time.monotonic()
+
+    def _rescue(self, trainer: SAETrainer[Any, Any]) -> str:
+        # An error inside a step leaves half of it done; that state is of no use.
+        if self._complete and trainer.n_training_samples == self._complete:
+            try:
+                self._save(trainer)
+            except CheckpointError as error:
+                warnings.warn(str(error), stacklevel=2)
+        return self._last()
+
+    def _last(self) -> str:
+        newest = self.checkpoints.newest()
+        if newest is None:
+            return "There is no checkpoint yet."
+        return f"The last good checkpoint is {newest.path}, of step {newest.n_steps}."

@@ -1,0 +1,39 @@
+"""SIGINT and SIGTERM as a wish to stop after the step."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class StopRequest:
+    """Remembers that a signal has come."""
+
+    number: int | None = None
+    """of the first signal that came, None so far"""
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Within, SIGINT and SIGTERM are remembered; a second SIGINT interrupts at once.
+
+        Outside of the main thread, where Python delivers no signals, nothing changes.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in before:
+            signal.signal(number, self._remember)
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: Any) -> None:  # noqa: ARG002
+        if self.number is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = self.number or number
