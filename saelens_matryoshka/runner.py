@@ -257,6 +257,15 @@ def _after_step(
 
 
 @torch.no_grad()
+def mean_l0(step_output: TrainStepOutput) -> float:
+    """Latents kept per row of a step's batch: of the whole batch, where processes share it."""
+    if "l0" in step_output.metrics:
+        return float(step_output.metrics["l0"])
+    acts = step_output.feature_acts
+    return (acts._nnz() if acts.is_sparse else int((acts > 0).sum())) / len(acts)
+
+
+@torch.no_grad()
 def _update_bar(
     trainer: SAETrainer[Any, Any],
     step_output: TrainStepOutput,
@@ -270,14 +279,12 @@ def _update_bar(
     if now - last_shown[0] < _BAR_REFRESH_SECONDS and not finished:
         return
     last_shown[0] = now  # reading the numbers waits for the GPU, so it is not done every step
-    acts = step_output.feature_acts
-    n_active = acts._nnz() if acts.is_sparse else int((acts > 0).sum())
     dead = trainer.dead_neurons.float().mean().item()
     fvu = step_output.metrics["fvu"]
     pbar.unit, pbar.unit_scale = "tok", True
     pbar.set_description_str("", refresh=False)
     pbar.set_postfix_str(
-        f"loss {step_output.loss.item():.3g} L0 {n_active / len(acts):.1f} "
+        f"loss {step_output.loss.item():.3g} L0 {mean_l0(step_output):.1f} "
         f"L2 {step_output.losses['mse_loss'].item():.3g} "
         f"FVU {fvu().item():.3f} dead {dead:.0%}",  # type: ignore[operator]
         refresh=False,

@@ -37,9 +37,7 @@ class RecentRows:
         """
         stride = max(1, -(-len(source) * row_blocks // _ROWS_PER_BATCH))
         self._batches.append(source[::stride].detach().clone())
-        while (
-            len(self._batches) > 1 and self.count() - len(self._batches[0]) >= _MAX_ROWS // row_blocks
-        ):
+        while len(self._batches) > 1 and self.count() - len(self._batches[0]) >= _MAX_ROWS // row_blocks:
             self._batches.popleft()
 
     def count(self) -> int:

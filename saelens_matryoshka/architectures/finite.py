@@ -34,9 +34,7 @@ class FiniteGuard:
         self._bad_gradient: torch.Tensor | None = None
         self._step = 0
 
-    def is_finite(
-        self, loss: torch.Tensor, source: torch.Tensor, n_steps: int, group: Group = ALONE
-    ) -> bool:
+    def is_finite(self, loss: torch.Tensor, source: torch.Tensor, n_steps: int, group: Group = ALONE) -> bool:
         """Whether a step's loss and source are finite, in all processes; waits for the device, once.
 
         Raises:

@@ -1,29 +1,252 @@
-"""`saelens-matryoshka train`: SAELens's own command line, with our architectures in it."""
+"""`saelens-matryoshka train` and `presets`."""
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
 import typer
+from rich import box
+from rich.console import Console
+
+from saelens_matryoshka.cli.output import quieten
+
+if TYPE_CHECKING:
+    from saelens_matryoshka.runs.folder import RunFolder
+    from saelens_matryoshka.runs.settings import Settings
+
+_PLAIN: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1), "pad_edge": False}
+_FOLDER = "The folder of the run"
+_MORE = "More"
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
+    """Add the commands to the app."""
     app.command(
         "train",
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-        add_help_option=False,
-        help="Train with SAELens's runner and flags (--help lists them all), e.g. "
-        "--architecture matryoshka_transcoder --model_name gpt2 "
-        "--hook_name blocks.8.ln2.hook_normalized --hook_name_out blocks.8.hook_mlp_out ...",
+        no_args_is_help=True,
     )(train)
+    app.command("presets")(presets)
 
 
-def train(context: typer.Context) -> None:
-    """Parse SAELens's flags and run its runner."""
-    from sae_lens import LanguageModelSAETrainingRunner
+def train(
+    context: typer.Context,
+    preset: Annotated[
+        str | None, typer.Option(help="Settings that go with a model; `presets` lists them.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A YAML file of settings, e.g. a run's own config.yaml, to repeat it."),
+    ] = None,
+    mapping: Annotated[
+        str | None,
+        typer.Option(
+            help="What to learn: mlp, attention, layer, or cross-layer:8-12. A transcoder predicts the "
+            "target from the source, an SAE (--architecture matryoshka_sae) reconstructs the target."
+        ),
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option(help="Of the mapping; alone, the layer whose output an SAE reconstructs.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The run is kept in OUT/MODEL/MAPPING/NAME. Default: results.", rich_help_panel=_FOLDER
+        ),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            help="Default: from its size and the time. (--output_path FOLDER is SAELens's way to say where, "
+            "in place of --out and --name.)",
+            rich_help_panel=_FOLDER,
+        ),
+    ] = None,
+    log_every: Annotated[
+        int, typer.Option(help="Steps between two lines of metrics.jsonl.", rich_help_panel=_MORE)
+    ] = 20,
+    wandb: Annotated[
+        bool, typer.Option("--wandb", help="Log to Weights & Biases as well.", rich_help_panel=_MORE)
+    ] = False,
+    saelens_defaults: Annotated[
+        bool,
+        typer.Option(
+            "--saelens-defaults",
+            help="What is not given is SAELens's default, and not the recommended setting.",
+            rich_help_panel=_MORE,
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=_MORE)
+    ] = False,
+    help_all: Annotated[
+        bool, typer.Option("--help-all", help="List SAELens's flags too.", rich_help_panel=_MORE)
+    ] = False,
+) -> None:
+    """Train a Matryoshka SAE or transcoder in a folder of its own.
 
-    from saelens_matryoshka.runner import require_own_output_path
+    SAELens's own flags are taken too, --help-all lists them: --model_name,
+    --dataset_path, --d_sae, -k, --training_tokens, --lr and so on. A flag wins
+    over the file, the file over the preset; what none of them says is the
+    recommended setting, or SAELens's default.
+
+      saelens-matryoshka train --preset tiny
+      saelens-matryoshka train --preset gpt2 --layer 5 --name first --dry-run
+      saelens-matryoshka train --model_name gpt2 --mapping mlp --layer 8 -k 64
+        --d_sae 12288 --dataset_path Skylion007/openwebtext --training_tokens 5e7
+      saelens-matryoshka train --config results/gpt2/mlp-8/first/config.yaml
+    """
+    console = Console(stderr=as_json, highlight=False)
+    quieten()
+    if help_all:
+        _print_all_help(context)
+        return
+    with console.status("resolving the settings"):
+        from saelens_matryoshka.runs.fields import Given
+        from saelens_matryoshka.runs.folder import require_name
+        from saelens_matryoshka.runs.presets import load_preset
+        from saelens_matryoshka.runs.settings import read_file, read_flags, resolve
+
+        flags = read_flags(context.args)
+        own = {"mapping": mapping, "layer": layer, "log_to_wandb": wandb or None}
+        flags |= {key: Given(value, "flag") for key, value in own.items() if value is not None}
+        file = {} if config is None else read_file(config)
+        preset = preset or _text(file.pop("preset", None))
+        layers = [{} if preset is None else load_preset(preset).settings, file, flags]
+        if name is not None:
+            require_name(name)
+        settings = resolve(layers, recommended=not saelens_defaults)
+        folder = _folder(settings, out, name)
+        folder.require_unused()
+    if dry_run:
+        _show_plan(settings, folder, console, as_json=as_json)
+        return
+    _train(settings, folder, console, log_every=log_every, as_json=as_json)
+
+
+def _folder(settings: Settings, out: Path | None, name: str | None) -> RunFolder:
+    """Where the run goes: OUT/MODEL/MAPPING/NAME, or SAELens's output_path."""
+    from saelens_matryoshka.runs.folder import RunFolder, default_name, run_folder
+
+    if "output_path" not in settings.given:
+        name = name or default_name(settings)
+        return run_folder(out or Path("results"), settings.cfg.model_name, settings.mapping, name)
+    given = settings.given["output_path"]
+    if given.value is None:
+        raise ValueError(f"{given.called('output_path')}: a run needs a folder.")
+    if out is not None or name is not None:
+        raise ValueError(
+            f"{given.called('output_path')} is the run's folder, and so are --out and --name: give one."
+        )
+    return RunFolder(Path(given.value))
+
+
+def _text(given: Any) -> str | None:
+    from saelens_matryoshka.runs.fields import read_value
+
+    return None if given is None else read_value("preset", given, str)
+
+
+def _train(settings: Settings, folder: RunFolder, console: Console, *, log_every: int, as_json: bool) -> None:
+    from saelens_matryoshka.runs.training import train_run
+
+    console.print(f"[bold]Training[/] {_summary(settings)}\n  in {folder.path}")
+    result = train_run(settings, folder, log_every=log_every, command=sys.argv[1:])
+    if as_json:
+        print(json.dumps({"folder": str(folder.path), "metrics": result.to_dict() if result else None}))
+        return
+    if result is None:
+        console.print("The dataset is too small to hold text out: nothing was evaluated.")
+    else:
+        console.print(result.table())
+    console.print(
+        f"Saved in {folder.path}, as SAELens saves it: SAE.load_from_disk({str(folder.path)!r}).\n"
+        "`saelens-matryoshka runs` lists all runs."
+    )
+
+
+def _summary(settings: Settings) -> str:
+    cfg = settings.cfg
+    source, target = cfg.hook_name, getattr(cfg.sae, "hook_name_out", "")
+    n_steps = -(-cfg.training_tokens // cfg.train_batch_size_tokens)
+    return (
+        f"a {cfg.sae.architecture()} on {cfg.model_name}\n"
+        f"  {source}{f' → {target}' if target else ''}\n"
+        f"  prefixes of {', '.join(f'{width:,}' for width in cfg.sae.matryoshka_widths)} latents, "
+        f"k = {cfg.sae.k:g}\n"
+        f"  {cfg.training_tokens:,} tokens in {n_steps:,} steps"
+    )
+
+
+def _show_plan(settings: Settings, folder: RunFolder, console: Console, *, as_json: bool) -> None:
+    values = settings.values()
+    if as_json:
+        print(json.dumps({"folder": str(folder.path), "mapping": settings.mapping, "settings": values}))
+        return
+    from rich.table import Table
+
+    console.print(f"[bold]Would train[/] {_summary(settings)}\n  in {folder.path}\n")
+    table = Table("setting", "value", "from", **_PLAIN)
+    for name, given in settings.given.items():
+        table.add_row(name, str(given.value), given.origin)
+    console.print(table)
+    n_left = len(values) - len(settings.given)
+    console.print(f"{n_left} other settings are SAELens's defaults; --json prints them too.")
+
+
+def _print_all_help(context: typer.Context) -> None:
+    print(context.get_help())
+    print("SAELens's flags, with our architectures:\n")
+    import saelens_matryoshka  # noqa: F401  (registers them)
     from saelens_matryoshka.seams import parse_runner_config
 
-    cfg = parse_runner_config(context.args)
-    require_own_output_path(cfg)
-    LanguageModelSAETrainingRunner(cfg).run()
+    words = context.args
+    asked = words[words.index("--architecture") + 1 :][:1] if "--architecture" in words else []
+    parse_runner_config(["--architecture", *(asked or ["matryoshka_transcoder"]), "--help"])
+
+
+def presets(
+    name: Annotated[str | None, typer.Argument(help="Show one of them.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the presets of `train`, or show one.
+
+    saelens-matryoshka presets
+    saelens-matryoshka presets gemma-2-2b-8-18k
+    """
+    from rich.table import Table
+
+    quieten()
+    from saelens_matryoshka.runs.presets import load_preset, preset_names
+
+    console = Console(highlight=False)
+    found = [load_preset(one) for one in ([name] if name else preset_names())]
+    if as_json:
+        print(json.dumps([preset.to_dict() for preset in found], indent=2))
+        return
+    if name:
+        console.print(f"[bold]{name}[/]: {found[0].description}")
+        table = Table(show_header=False, **_PLAIN)
+        for key, given in found[0].settings.items():
+            table.add_row(key, str(given.value))
+        console.print(table)
+        console.print(f"`saelens-matryoshka train --preset {name} --dry-run` shows what it resolves to.")
+        return
+    table = Table("preset", "model", "layer", "latents", "k", "tokens", **_PLAIN)
+    for preset in found:
+        values = preset.to_dict()
+        table.add_row(
+            preset.name,
+            values["model_name"],
+            str(values["layer"]),
+            f"{values['d_sae']:,}",
+            f"{values['k']:g}",
+            f"{values['training_tokens'] / 1e6:g}M",
+        )
+    console.print(table)

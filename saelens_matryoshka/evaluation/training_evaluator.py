@@ -88,17 +88,20 @@ class HeldOutEvaluator:
         # The prefetcher's thread runs the same language model, whose hooks we are about to change.
         paused = getattr(data_provider, "paused", nullcontext)
         with paused():
-            result = evaluate(
-                model,
-                self.model,
-                self.tokens,
-                n_tokens=self.tokens.numel(),
-                n_ce_tokens=self.tokens.numel(),
-                batch_size_prompts=self.batch_size_prompts,
-                exclude_special_tokens=self.exclude_special_tokens,
-                model_kwargs=self.model_kwargs,
-            )
-        return logged_metrics(result)
+            return logged_metrics(self.result(model))
+
+    def result(self, model: SAE[Any]) -> EvalResult:
+        """Every prefix of an inference model on the held-out prompts."""
+        return evaluate(
+            model,
+            self.model,
+            self.tokens,
+            n_tokens=self.tokens.numel(),
+            n_ce_tokens=self.tokens.numel(),
+            batch_size_prompts=self.batch_size_prompts,
+            exclude_special_tokens=self.exclude_special_tokens,
+            model_kwargs=self.model_kwargs,
+        )
 
 
 def logged_metrics(result: EvalResult) -> dict[str, Any]:

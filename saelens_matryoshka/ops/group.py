@@ -46,7 +46,7 @@ class Group:
         self,
         values: torch.Tensor,
         n: int,
-        index: torch.Tensor,
+        index: torch.Tensor,  # noqa: ARG002
         shape: tuple[int, int],  # noqa: ARG002
     ) -> torch.Tensor:
         """Which of this block's values are among the n largest of all, ties by lower index in the whole.

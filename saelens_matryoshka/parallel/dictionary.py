@@ -14,7 +14,7 @@ compute with them, every step, which is what a dictionary too large for one devi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,40 +67,66 @@ class ShardedStep:
         rows, columns = acts.indices()
         index = torch.stack([rows, self.group.shard + columns * self.group.shards])
         shape = (acts.shape[0], self.group.d_sae)
-        return torch.sparse_coo_tensor(
-            index, acts.values(), shape, check_invariants=False, is_coalesced=True
-        )
+        return torch.sparse_coo_tensor(index, acts.values(), shape, check_invariants=False, is_coalesced=True)
 
 
 @torch.no_grad()
 def shard(sae: MatryoshkaTraining, group: Processes, device: torch.device | str) -> None:
-    """Keep a dictionary's own shard, on a device; what the process had of the other latents is freed.
+    """Keep a dictionary's own shard, on a device.
 
     Args:
-        sae: The whole dictionary, on any device, the same on all processes.
+        sae: The whole dictionary in the first process, which deals it out; in the others it may be on the
+            meta device. It becomes the shard.
         group: Who shares it.
         device: Where the shard goes.
     """
     for name, parameter in list(sae.named_parameters()):
-        setattr(sae, name, nn.Parameter(_part(name, parameter.data, group).to(device)))
+        own = _deal(name, parameter.data, group)
+        setattr(sae, name, nn.Parameter(own.to(device)))
     for name, buffer in list(sae.named_buffers()):
-        setattr(sae, name, buffer.to(device))
+        setattr(sae, name, _deal(name, buffer, group).to(device))
     sae.cfg.device = str(device)
 
 
+def _deal(name: str, whole: torch.Tensor, group: Processes) -> torch.Tensor:
+    """This process's part of the first one's tensor."""
+    if name not in LATENT_DIM:
+        found = torch.empty_like(whole, device=group.device)
+        if group.rank == 0:
+            found.copy_(whole)
+        dist.broadcast(found, 0)
+        return found
+    if group.rank == 0:
+        for index in range(1, group.shards):
+            dist.send(_by_latent(name, whole)[group.latents(index)].contiguous().to(group.device), index)
+        return _part(name, whole, group)
+    shape = list(_by_latent(name, whole).shape)
+    shape[0] = len(range(*group.latents().indices(group.d_sae)))
+    found = torch.empty(shape, dtype=whole.dtype, device=group.device)
+    dist.recv(found, 0)
+    return _by_latent(name, found)
+
+
+def _by_latent(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter with the latents first, or back again."""
+    return tensor.T if LATENT_DIM[name] == 1 else tensor
+
+
 def _part(name: str, whole: torch.Tensor, group: Processes) -> torch.Tensor:
-    """A process's part of a parameter, or of what has its shape; in memory as the whole is."""
+    """This process's part of a parameter, or of what has its shape; a latent's values next to each other."""
     if name not in LATENT_DIM or whole.dim() == 0:
-        return whole.clone()
-    if LATENT_DIM[name] == 1:  # the encoder, by latent in memory
-        return whole.T[group.latents()].contiguous().T
-    return whole[group.latents()].clone()
+        return whole
+    return _by_latent(
+        name, _by_latent(name, whole)[group.latents()].clone(memory_format=torch.contiguous_format)
+    )
 
 
 # ---- clipping
 
 
-def clip_over_shards(parameters: Iterable[tuple[str, nn.Parameter]], group: Processes, max_norm: float) -> None:
+def clip_over_shards(
+    parameters: Iterable[tuple[str, nn.Parameter]], group: Processes, max_norm: float
+) -> None:
     """Scale the gradients, as soon as all are there, to at most this norm over all shards.
 
     SAELens's trainer clips by the norm of the gradients it sees, which are a shard's. These are then no longer
@@ -165,7 +191,7 @@ def _gather(name: str, part: torch.Tensor, group: Processes) -> torch.Tensor:
     """The whole tensor in host memory of the first process; of the others, their part."""
     if name not in LATENT_DIM:
         return part.cpu() if group.rank == 0 else part
-    by_latent = (part.T if LATENT_DIM[name] == 1 else part).detach().contiguous()
+    by_latent = _by_latent(name, part).contiguous()
     if group.rank != 0:
         dist.send(by_latent, 0)
         return part
@@ -176,25 +202,31 @@ def _gather(name: str, part: torch.Tensor, group: Processes) -> torch.Tensor:
         received = torch.empty(own.shape, dtype=part.dtype, device=part.device)
         dist.recv(received, index)
         own.copy_(received)
-    return found.T if LATENT_DIM[name] == 1 else found
+    return _by_latent(name, found)
 
 
-@torch.no_grad()
-def load_part(sae: MatryoshkaTraining, state_dict: dict[str, Any], group: Processes) -> None:
-    """Load the shard of the state dict of a whole dictionary."""
-    parts = {
-        name: _part(name, value, group) if name in LATENT_DIM else value for name, value in state_dict.items()
-    }
-    sae.load_state_dict(parts)
+def load_trainer_state(
+    stock: Callable[..., None], trainer: SAETrainer[Any, Any], checkpoint_path: Any, *, group: Processes
+) -> None:
+    """`SAETrainer.load_trainer_state` of a checkpoint, which has the whole dictionary's, for a shard."""
+    optimizer, device = trainer.optimizer, trainer.cfg.device
+    names = [name for name, _ in trainer.sae.named_parameters()]
+    load = optimizer.load_state_dict
 
+    def load_part(state_dict: dict[str, Any]) -> None:
+        state = {
+            index: {key: _part(names[index], value, group) for key, value in values.items()}
+            for index, values in state_dict["state"].items()
+        }
+        load({**state_dict, "state": state})
 
-def optimizer_part(
-    sae: MatryoshkaTraining, state_dict: dict[str, Any], group: Processes
-) -> dict[str, Any]:
-    """The shard of an optimizer's state dict of a whole dictionary."""
-    names = [name for name, _ in sae.named_parameters()]
-    state = {
-        index: {key: _part(names[index], value, group) for key, value in values.items()}
-        for index, values in state_dict["state"].items()
-    }
-    return {**state_dict, "state": state}
+    trainer.cfg.device, optimizer.load_state_dict = "cpu", load_part  # type: ignore[method-assign]
+    try:
+        # mapped, so that only this shard's part is ever in memory
+        with torch.utils.serialization.config.patch("load.mmap", True):
+            stock(trainer, checkpoint_path)
+    finally:
+        trainer.cfg.device = device
+        del optimizer.load_state_dict
+    for name in ("act_freq_scores", "n_forward_passes_since_fired"):
+        setattr(trainer, name, getattr(trainer, name).to(device))

@@ -123,7 +123,9 @@ class _ScalerOfAll(ActivationScaler):
         self._group = group
 
     @override
-    def estimate_scaling_factor(self, d_in: int, data_provider: DataProvider, *args: Any, **kwargs: Any) -> None:
+    def estimate_scaling_factor(
+        self, d_in: int, data_provider: DataProvider, *args: Any, **kwargs: Any
+    ) -> None:
         super().estimate_scaling_factor(d_in, self._rows_of_all(data_provider), *args, **kwargs)
 
     @override
@@ -150,8 +152,12 @@ def _count_over_all(trainer: SAETrainer[Any, Any], group: Processes) -> None:
         finally:
             trainer.act_freq_scores = so_far
         so_far += fired
+        n_rows = len(batch) * group.row_blocks
+        # of the whole batch, in place of what SAELens logs of the rows it sees
+        output.metrics["l0"] = fired.sum() / n_rows
+        output.metrics["explained_variance"] = lambda: 1 - output.metrics["fvu"]()  # type: ignore[operator]
         trainer.n_forward_passes_since_fired[fired > 0] = 0
-        trainer.n_training_samples += len(batch) * (group.row_blocks - 1)
+        trainer.n_training_samples += n_rows - len(batch)
         return output
 
     trainer.step = step_of_all  # type: ignore[method-assign]

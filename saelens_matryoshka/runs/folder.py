@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
+
+import yaml
+
+from saelens_matryoshka.atomic import write_atomically
+from saelens_matryoshka.runs.fields import Given
+from saelens_matryoshka.runs.settings import RECORDS, Settings
+
+# Not in a file's name on Windows, and no good idea elsewhere.
+_HOSTILE = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f]')
+_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+_LONGEST_NAME = 120
+_VERSIONS = ("saelens-matryoshka", "sae-lens", "transformer-lens", "torch", "transformers", "datasets")
 
 
 @dataclass(frozen=True)
@@ -31,3 +48,137 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """A folder for each checkpoint, named by the number of tokens trained on."""
         return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        """Examples of each latent."""
+        return self.path / "samples"
+
+    @property
+    def report(self) -> Path:
+        """The run as a page."""
+        return self.path / "report.html"
+
+    def require_unused(self) -> None:
+        """Refuse a folder that holds anything.
+
+        Raises:
+            ValueError: it does, or is a file.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path} is a file, and was to be the run's folder: choose another --name.")
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if not self.config.exists():
+            raise ValueError(f"{self.path} holds other files. Choose another --name or --out.")
+        state = "a finished run" if self.read().get("completed_at") else "a run that is not finished"
+        raise ValueError(f"{self.path} holds {state}. Choose another --name, or move that folder away.")
+
+    def write_config(self, settings: Settings, **records: Any) -> None:
+        """Write the settings, and what there is to say about the run beside them (see `RECORDS`).
+
+        `train --config RUN/config.yaml` repeats the run.
+        """
+        values = settings.values()
+        given = {name: values[name] for name in settings.given if name in values}
+        origins = {name: one.origin for name, one in settings.given.items()}
+        lines = ["# `saelens-matryoshka train --config THIS_FILE` repeats this run, in a folder of its own."]
+        for name, value in given.items():
+            lines.append(f"{_line(name, value)}  # {' '.join(origins[name].split())}")
+        lines += ["", "# SAELens's defaults"]
+        lines += [_line(name, value) for name, value in values.items() if name not in given]
+        lines += ["", "# about the run", *(_line(name, value) for name, value in records.items())]
+        write_atomically(self.config, "\n".join(lines) + "\n")
+
+    def add_record(self, name: str, value: Any) -> None:
+        """Add to what config.yaml says about the run."""
+        assert name in RECORDS
+        write_atomically(self.config, self.config.read_text(encoding="utf-8") + _line(name, value) + "\n")
+
+    def read(self) -> dict[str, Any]:
+        """config.yaml as a dictionary: settings by name, and the records.
+
+        Raises:
+            ValueError: it is not there, or is not what `write_config` wrote.
+        """
+        try:
+            found = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(
+                f"{self.path} is not the folder of a run: its config.yaml is missing or damaged."
+            )
+        return found
+
+    def settings(self) -> dict[str, Given]:
+        """The settings, as a layer for `saelens_matryoshka.runs.settings.resolve`."""
+        origin = str(self.config)
+        return {name: Given(value, origin) for name, value in self.read().items() if name not in RECORDS}
+
+
+def run_folder(out: Path, model_name: str, mapping: str, name: str) -> RunFolder:
+    """`out/{model}/{mapping}/{name}`, the first two made fit to be names of folders.
+
+    Raises:
+        ValueError: `name` is not fit to be one.
+    """
+    require_name(name)
+    model = Path(model_name).name if Path(model_name).is_dir() else model_name
+    return RunFolder(out / _fit(model) / _fit(mapping) / unicodedata.normalize("NFC", name))
+
+
+def default_name(settings: Settings) -> str:
+    """A name that says what is trained, and when it was started."""
+    sae = settings.cfg.sae
+    return f"{sae.d_sae}-k{sae.k:g}-{datetime.now().strftime('%Y%m%d-%H%M%S-%f')[:-3]}"
+
+
+def require_name(name: str) -> None:
+    """Refuse a name that is no good for a folder, here or where the folder may be copied to.
+
+    Raises:
+        ValueError: it is empty, too long, or what some system does not take.
+    """
+    if not name.strip():
+        raise ValueError("--name is empty.")
+    if found := _HOSTILE.search(name):
+        raise ValueError(f"--name {name!r}: {found[0]!r} cannot be in the name of a folder everywhere.")
+    if name != name.strip() or name[0] in ".-" or name[-1] == ".":
+        raise ValueError(
+            f"--name {name!r} must not start with a dot, a dash or a space, nor end with a dot or a space."
+        )
+    if _RESERVED.fullmatch(name):
+        raise ValueError(f"--name {name!r} is reserved on Windows: choose another.")
+    if len(name.encode()) > _LONGEST_NAME:
+        raise ValueError(f"--name is {len(name.encode())} bytes long: at most {_LONGEST_NAME}.")
+
+
+def _fit(name: str) -> str:
+    """A name like google/gemma-2-2b as the name of a folder."""
+    name = _HOSTILE.sub("_", unicodedata.normalize("NFC", name).strip("/").replace("/", "--"))
+    name = name.strip(" .") or "_"
+    return f"{name}_" if _RESERVED.fullmatch(name) else name
+
+
+def versions() -> dict[str, str]:
+    """Of the packages whose releases may change a run."""
+    found = {}
+    for package in _VERSIONS:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def now() -> str:
+    """The time, in UTC, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _line(name: str, value: Any) -> str:
+    """One entry of a YAML mapping, on one line."""
+    value = list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump({name: value}, default_flow_style=True, allow_unicode=True, width=float("inf"))
+    return text.strip()[1:-1]

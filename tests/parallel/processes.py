@@ -16,14 +16,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from saelens_matryoshka.parallel.processes import Processes
 
 
-def run_in_processes(
-    n: int, folder: Path, function: Callable[..., Any], *args: Any
-) -> list[Any]:
+def run_in_processes(n: int, folder: Path, function: Callable[..., Any], *args: Any) -> list[Any]:
     """`function(*args)` in n processes of one group; the results by rank."""
     # forked, because importing everything anew in each of them takes longer than what they do
-    mp.start_processes(
-        _work, (n, _free_port(), str(folder), function, args), nprocs=n, start_method="fork"
-    )
+    mp.start_processes(_work, (n, _free_port(), str(folder), function, args), nprocs=n, start_method="fork")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(n)]
 
 

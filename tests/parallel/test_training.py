@@ -121,9 +121,7 @@ def alone() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("mesh", [(2, 1), (1, 2), (4, 1), (1, 4)], ids=str)
-def test_many_processes_train_as_one(
-    mesh: tuple[int, int], alone: dict[str, Any], tmp_path: Path
-) -> None:
+def test_many_processes_train_as_one(mesh: tuple[int, int], alone: dict[str, Any], tmp_path: Path) -> None:
     results = run_in_processes(mesh[0] * mesh[1], tmp_path, train_all, mesh)
     for name, expected in alone.items():
         assert expected["aux"].gt(0).any(), name  # some latents died, or their loss is not tested
@@ -137,5 +135,9 @@ def test_many_processes_train_as_one(
                 )
         for key, value in expected["weights"].items():
             torch.testing.assert_close(
-                results[0][name]["weights"][key], value, rtol=1e-5, atol=1e-5, msg=lambda m: f"{name}, {key}: {m}"
+                results[0][name]["weights"][key],
+                value,
+                rtol=1e-5,
+                atol=1e-5,
+                msg=lambda m: f"{name}, {key}: {m}",
             )

@@ -1,0 +1,174 @@
+"""A training run as one job of many processes, started by torchrun.
+
+    torchrun --nproc-per-node 8 -m saelens_matryoshka train ...
+    torchrun --nproc-per-node 8 -m saelens_matryoshka train --shard dictionary ...
+
+A process that torchrun has not started is a job of one, for which all of this does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, SAETrainer, TrainingSAE
+from torch.distributed.device_mesh import init_device_mesh
+
+from saelens_matryoshka.parallel.data import share_data
+from saelens_matryoshka.parallel.dictionary import load_trainer_state, shard
+from saelens_matryoshka.parallel.processes import Processes
+from saelens_matryoshka.parallel.trainer import parallelize, writing
+from saelens_matryoshka.runner import before_training
+from saelens_matryoshka.seams import replacing_load_trainer_state
+
+Sharding = Literal["dictionary"]
+
+# How long a process waits for another. The longest wait is for the first one, while it saves or evaluates.
+_TIMEOUT = timedelta(minutes=30)
+
+
+class LostProcessError(RuntimeError):
+    """Another process of the job has ended, or does not answer."""
+
+
+class Job:
+    """The processes that train one dictionary."""
+
+    def __init__(self, group: Processes | None = None) -> None:
+        self._group = group
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self._group is None or self._group.rank == 0
+
+    @property
+    def size(self) -> int:
+        """How many processes there are."""
+        return 1 if self._group is None else self._group.size
+
+    def dictionary(self, cfg: LanguageModelSAERunnerConfig[Any]) -> Any:
+        """The shard of the dictionary to train, for a runner's `override_sae`; None if it is not sharded."""
+        group = self._group
+        if group is None or group.shards == 1:
+            return None
+        sae_cfg = type(cfg.sae).from_dict(cfg.get_training_sae_cfg_dict())
+        sae_cfg.device = "cpu" if group.rank == 0 else "meta"
+        resumed = cfg.resume_from_checkpoint
+        with torch.device(sae_cfg.device):
+            if cfg.from_pretrained_path is not None and group.rank == 0:
+                sae = TrainingSAE.load_from_disk(cfg.from_pretrained_path, "cpu")
+            else:
+                sae = TrainingSAE.from_dict(sae_cfg.to_dict())
+            if resumed is not None and group.rank == 0:
+                sae.load_weights_from_checkpoint(resumed)
+        shard(sae, group, cfg.device)  # type: ignore[arg-type]
+        if resumed is not None or cfg.from_pretrained_path is not None:
+            sae._prepared = True
+            sae.load_weights_from_checkpoint = lambda checkpoint_path: None  # type: ignore[method-assign]  # noqa: ARG005
+        return sae
+
+    def share(self, runner: LanguageModelSAETrainingRunner) -> None:
+        """Have a runner, before it runs, train together with those of the other processes.
+
+        Raises:
+            ValueError: the batch or the dataset cannot be divided.
+        """
+        group = self._group
+        if group is None:
+            return
+        share_data(runner.activations_store, group.rank, group.size)
+        train, save, run = runner.run_trainer_with_interruption_handling, runner.save_final_sae, runner.run
+
+        def run_trainer(trainer: SAETrainer[Any, Any]) -> Any:
+            before_training(trainer, lambda: parallelize(trainer, group))
+            runner.save_final_sae = writing(trainer, group, save, optimizer=False)  # type: ignore[method-assign]
+            return train(trainer)
+
+        def run_sharded() -> Any:
+            with replacing_load_trainer_state(functools.partial(load_trainer_state, group=group)):
+                return run()
+
+        runner.run_trainer_with_interruption_handling = run_trainer  # type: ignore[method-assign]
+        if group.shards > 1:
+            runner.run = run_sharded  # type: ignore[method-assign]
+        dist.barrier()  # all have loaded and checked everything
+
+
+def is_torchrun() -> bool:
+    """Whether torchrun has started this process, with others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+@contextlib.contextmanager
+def joined(cfg: LanguageModelSAERunnerConfig[Any], sharding: Sharding | None = None) -> Iterator[Job]:
+    """Join the other processes of torchrun's job.
+
+    Args:
+        cfg: The runner's config. Where it says "cuda", it is made to say which.
+        sharding: "dictionary" gives each process a part of the latents; None, a part of the rows only.
+
+    Raises:
+        ValueError: the dictionary is to be sharded, and there is one process.
+        LostProcessError: another process ended meanwhile.
+    """
+    if not is_torchrun():
+        if sharding is not None:
+            raise ValueError(
+                f"--shard {sharding} divides the dictionary among processes, and there is one. Start several: "
+                "torchrun --nproc-per-node 8 -m saelens_matryoshka train --shard dictionary ..."
+            )
+        yield Job()
+        return
+    rank = int(os.environ["RANK"])
+    device = _use_own_device(cfg)
+    if rank > 0:
+        os.environ["WANDB_MODE"] = "disabled"
+        warnings.simplefilter("ignore")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    try:
+        size = dist.get_world_size()
+        shape = (1, size) if sharding == "dictionary" else (size, 1)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("rows", "latents"))
+        yield Job(Processes(mesh, cfg.sae.d_sae))
+    except RuntimeError as error:
+        if not _is_about_others(error):
+            raise
+        raise LostProcessError(
+            f"Process {rank} has lost the others: one of them ended, or did not answer for "
+            f"{_TIMEOUT.total_seconds() / 60:.0f} minutes. What it said, if anything, is above or below; the "
+            "checkpoints are whole, and the run can be resumed from the last one, on any number of processes."
+        ) from error
+    finally:
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group()
+
+
+def _use_own_device(cfg: LanguageModelSAERunnerConfig[Any]) -> torch.device:
+    """Make "cuda" this process's GPU."""
+    device = torch.device(cfg.device)
+    if device.type != "cuda":
+        return device
+    local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(local)
+    for name in ("device", "llm_device", "act_store_device"):
+        if torch.device(getattr(cfg, name) or "cuda").type == "cuda":
+            setattr(cfg, name, str(local))
+    cfg.sae.device = str(local)
+    return local
+
+
+def _is_about_others(error: BaseException) -> bool:
+    """Whether an error is that another process has gone, and not one of this process's own."""
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    signs = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "ProcessGroup")
+    return any(isinstance(e, dist.DistError) or any(sign in str(e) for sign in signs) for e in chain)
