@@ -1,4 +1,4 @@
-"""`python -m saelens_matryoshka`, as torchrun calls it: `torchrun --nproc-per-node 8 -m saelens_matryoshka ...`."""
+"""`python -m saelens_matryoshka`, or `torchrun --nproc-per-node 8 -m saelens_matryoshka train ...`."""
 
 from __future__ import annotations
 

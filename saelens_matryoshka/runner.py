@@ -259,8 +259,8 @@ def _after_step(
 @torch.no_grad()
 def mean_l0(step_output: TrainStepOutput) -> float:
     """Latents kept per row of a step's batch: of the whole batch, where processes share it."""
-    if "l0" in step_output.metrics:
-        return float(step_output.metrics["l0"])
+    if isinstance(l0 := step_output.metrics.get("l0"), torch.Tensor):
+        return l0.item()
     acts = step_output.feature_acts
     return (acts._nnz() if acts.is_sparse else int((acts > 0).sum())) / len(acts)
 

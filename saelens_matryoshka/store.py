@@ -1,8 +1,8 @@
-"""An activation store that can be continued: the next batch after a restart is the one it would have been.
+"""An activation store that can be continued: the batch after a restart is the one it would have been.
 
-SAELens's store saves how many documents it has read. The next batch depends on more: on the rows in the mixing
-buffer and those shuffled but not yet served, on the tokens of a document that are not used yet, on the random
-state that will shuffle the next ones, and, with prefetching, on the batches that wait in the queue.
+SAELens's store saves how many documents it has read. The next batch depends on more: on the rows in the
+mixing buffer and those shuffled but not yet served, on the tokens of a document that are not used yet, on the
+random state that will shuffle the next ones, and, with prefetching, on the batches that wait in the queue.
 `ResumableStore` saves all of it, in SAELens's own file, so that SAELens's own `resume_from_checkpoint`
 continues exactly as well. The price is the size of the buffer:
 `n_batches_in_buffer × context_size × (d_in [+ d_out]) × bytes per value`.
@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
 from sae_lens.training.prefetch import PrefetchingIterator
+from safetensors import safe_open
+from safetensors.torch import save_file
 from typing_extensions import override
 
 from saelens_matryoshka.mixing import MixingBuffer
@@ -121,7 +121,7 @@ class ResumableStore(OpenStore):
 
     @override
     def load_from_checkpoint(self, checkpoint_path: str | Path) -> None:
-        """Go back to what `save_to_checkpoint` wrote. A file of SAELens's own store is taken for what it says.
+        """Go back to what `save_to_checkpoint` wrote; or about there, if SAELens's own store wrote it.
 
         Raises:
             ValueError: the dataset is another one.

@@ -60,9 +60,9 @@ class FiniteGuard:
         pending, self._bad_gradient = self._bad_gradient, None
         if pending is not None and bool(pending):
             self.skip_or_raise(
-                f"Step {self._step}: the gradient holds NaN or Inf, or its norm overflows its dtype, although "
-                "loss and activations are finite. The weights have not been touched by this step. Weights in "
-                "float16 overflow: set dtype='float32' or 'bfloat16'; or lower the lr."
+                f"Step {self._step}: the gradient holds NaN or Inf, or its norm overflows its dtype, "
+                "although loss and activations are finite. The weights have not been touched by this step. "
+                "Weights in float16 overflow: set dtype='float32' or 'bfloat16'; or lower the lr."
             )
 
     def skip_or_raise(self, message: str) -> None:

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from sae_lens import BatchTopKTrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopK
+from safetensors import safe_open
+from safetensors.torch import save_file
 from typing_extensions import override
 
 from saelens_matryoshka.architectures.calibration import RecentRows, threshold_for_l0

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
+from click.core import ParameterSource
 from rich import box
 from rich.console import Console
 
-from saelens_matryoshka.cli.output import quieten
+from saelens_matryoshka.cli.output import plain, quieten
 
 if TYPE_CHECKING:
+    from saelens_matryoshka.evaluation.result import EvalResult
+    from saelens_matryoshka.parallel import Sharding
     from saelens_matryoshka.runs.folder import RunFolder
     from saelens_matryoshka.runs.settings import Settings
 
@@ -50,6 +56,38 @@ def train(
     ] = None,
     layer: Annotated[
         int | None, typer.Option(help="Of the mapping; alone, the layer whose output an SAE reconstructs.")
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help='Under torchrun, "dictionary" gives each process a part of the latents. Default: of the '
+            "rows only."
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="The folder of a run that was stopped: go on with it, exactly. Settings are the run's own.",
+            rich_help_panel=_FOLDER,
+        ),
+    ] = None,
+    keep: Annotated[
+        int | None,
+        typer.Option(help="Checkpoints kept, 0 for all. Default: 2.", rich_help_panel=_FOLDER),
+    ] = None,
+    checkpoint_minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Between two checkpoints, beside SAELens's --n_checkpoints. Default: 15.",
+            rich_help_panel=_FOLDER,
+        ),
+    ] = None,
+    skip_bad_batches: Annotated[
+        int | None,
+        typer.Option(
+            help="Batches of NaN or Inf to leave out before the run stops. Default: 0.",
+            rich_help_panel=_MORE,
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")
@@ -101,11 +139,29 @@ def train(
       saelens-matryoshka train --model_name gpt2 --mapping mlp --layer 8 -k 64
         --d_sae 12288 --dataset_path Skylion007/openwebtext --training_tokens 5e7
       saelens-matryoshka train --config results/gpt2/mlp-8/first/config.yaml
+      saelens-matryoshka train --resume results/gpt2/mlp-8/first
     """
     console = Console(stderr=as_json, highlight=False)
     quieten()
     if help_all:
         _print_all_help(context)
+        return
+    from saelens_matryoshka.runs.keeper import Upkeep
+
+    given = {"keep": keep, "checkpoint_minutes": checkpoint_minutes, "skip_bad_batches": skip_bad_batches}
+    upkeep = {field: value for field, value in given.items() if value is not None}
+    Upkeep(**upkeep)
+    sharding = _sharding(shard)
+    if resume is not None:
+        others = [
+            f"--{parameter.replace('_', '-')}"
+            for parameter in context.params
+            if parameter not in {*given, "resume", "shard", "as_json"}
+            and context.get_parameter_source(parameter) is ParameterSource.COMMANDLINE
+        ]
+        if others := others + context.args:
+            raise ValueError(f"--resume goes on with the run's own settings: leave out {' '.join(others)}.")
+        _resume(resume, upkeep, console, sharding=sharding, as_json=as_json)
         return
     with console.status("resolving the settings"):
         from saelens_matryoshka.runs.fields import Given
@@ -127,7 +183,53 @@ def train(
     if dry_run:
         _show_plan(settings, folder, console, as_json=as_json)
         return
-    _train(settings, folder, console, log_every=log_every, as_json=as_json)
+    from saelens_matryoshka.runs.training import train_run
+
+    console.print(f"[bold]Training[/] {_summary(settings)}\n  in {folder.path}")
+    with _told_how_to_go_on(folder, console):
+        result = train_run(
+            settings,
+            folder,
+            log_every=log_every,
+            upkeep=Upkeep(**upkeep),
+            command=sys.argv[1:],
+            sharding=sharding,
+        )
+    _show_result(result, folder, console, as_json=as_json)
+
+
+def _sharding(shard: str | None) -> Sharding | None:
+    if shard not in (None, "dictionary"):
+        raise ValueError(f"--shard {shard} is not known: 'dictionary' divides the latents among processes.")
+    return cast("Sharding | None", shard)
+
+
+def _resume(
+    path: Path, upkeep: dict[str, Any], console: Console, *, sharding: Sharding | None, as_json: bool
+) -> None:
+    from saelens_matryoshka.runs.folder import RunFolder
+    from saelens_matryoshka.runs.training import resume_run
+
+    folder = RunFolder(path)
+    console.print(f"[bold]Going on[/] with {folder.path}")
+    with _told_how_to_go_on(folder, console):
+        result = resume_run(folder, sharding, **upkeep)
+    _show_result(result, folder, console, as_json=as_json)
+
+
+@contextmanager
+def _told_how_to_go_on(folder: RunFolder, console: Console) -> Iterator[None]:
+    from saelens_matryoshka.runs.keeper import RunStopped
+
+    try:
+        yield
+    except RunStopped as stopped:
+        console.print(
+            f"{plain(stopped)}\nTo go on: saelens-matryoshka train --resume {shlex.quote(str(folder.path))}",
+            soft_wrap=True,
+            markup=False,
+        )
+        raise typer.Exit(stopped.exit_code) from None
 
 
 def _folder(settings: Settings, out: Path | None, name: str | None) -> RunFolder:
@@ -153,11 +255,7 @@ def _text(given: Any) -> str | None:
     return None if given is None else read_value("preset", given, str)
 
 
-def _train(settings: Settings, folder: RunFolder, console: Console, *, log_every: int, as_json: bool) -> None:
-    from saelens_matryoshka.runs.training import train_run
-
-    console.print(f"[bold]Training[/] {_summary(settings)}\n  in {folder.path}")
-    result = train_run(settings, folder, log_every=log_every, command=sys.argv[1:])
+def _show_result(result: EvalResult | None, folder: RunFolder, console: Console, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"folder": str(folder.path), "metrics": result.to_dict() if result else None}))
         return

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
-from safetensors.torch import load_file, save_file
 from sae_lens import ActivationsStore
 from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
+from safetensors.torch import load_file, save_file
 
 from saelens_matryoshka.seams import before_split_off, read_from
 

@@ -1,11 +1,11 @@
-"""A dictionary in shards: each process has some of the latents, their optimizer state, and nothing of the others.
+"""A dictionary in shards: a process has some of the latents and their optimizer state, nothing of the others.
 
 Parameters become plain tensors of the shard's latents, so that everything elementwise (Adam, folding, the
 biases' start) works as it does on the whole. What does not:
 
 - the training step, to which `ShardedStep` gives the shard's part of widths and dead latents;
 - clipping by the norm of all gradients, done before SAELens's own, which then finds nothing to clip;
-- saving, which `Whole` makes a matter of one process that for a while has the whole dictionary in host memory.
+- saving, which `whole` makes a matter of one process, that for a while has the whole in host memory.
 
 Not DTensor: it has no rule for the sparse bags the step is made of. Not FSDP2: it gathers whole parameters to
 compute with them, every step, which is what a dictionary too large for one device cannot do.
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from sae_lens import SAETrainer
 from torch import nn
+from torch.utils.serialization import config as serialization
 
 from saelens_matryoshka.architectures import MatryoshkaTraining
 from saelens_matryoshka.ops import NestedObjective, NestedStep, NestedWeights, SparseStep
@@ -50,7 +51,7 @@ class ShardedStep:
         *,
         dead: torch.Tensor | None,
     ) -> NestedStep:
-        """Run one step. See `NestedStepFn` for the arguments; the weights are the shard's, all else is whole."""
+        """Run one step. See `NestedStepFn` for the arguments; of them, the weights are the shard's."""
         group = self.group
         step = self._step(
             weights,
@@ -129,8 +130,8 @@ def clip_over_shards(
 ) -> None:
     """Scale the gradients, as soon as all are there, to at most this norm over all shards.
 
-    SAELens's trainer clips by the norm of the gradients it sees, which are a shard's. These are then no longer
-    than the whole, and so it leaves them alone.
+    SAELens's trainer clips by the norm of the gradients it sees, which are a shard's. That is then at most
+    the whole's, and so it leaves them alone.
     """
     named = dict(parameters)
     missing = set(named)
@@ -223,7 +224,7 @@ def load_trainer_state(
     trainer.cfg.device, optimizer.load_state_dict = "cpu", load_part  # type: ignore[method-assign]
     try:
         # mapped, so that only this shard's part is ever in memory
-        with torch.utils.serialization.config.patch("load.mmap", True):
+        with serialization.patch("load.mmap", True):  # type: ignore[attr-defined]
             stock(trainer, checkpoint_path)
     finally:
         trainer.cfg.device = device

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
@@ -26,6 +27,7 @@ from saelens_matryoshka.parallel.dictionary import load_trainer_state, shard
 from saelens_matryoshka.parallel.processes import Processes
 from saelens_matryoshka.parallel.trainer import parallelize, writing
 from saelens_matryoshka.runner import before_training
+from saelens_matryoshka.runs.keeper import Keeper
 from saelens_matryoshka.seams import replacing_load_trainer_state
 
 Sharding = Literal["dictionary"]
@@ -54,11 +56,13 @@ class Job:
         """How many processes there are."""
         return 1 if self._group is None else self._group.size
 
-    def dictionary(self, cfg: LanguageModelSAERunnerConfig[Any]) -> Any:
-        """The shard of the dictionary to train, for a runner's `override_sae`; None if it is not sharded."""
+    def overrides(self, cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, Any]:
+        """What a runner is to be given: where the dictionary is sharded, this process's shard."""
         group = self._group
-        if group is None or group.shards == 1:
-            return None
+        return {} if group is None or group.shards == 1 else {"override_sae": self._shard(cfg, group)}
+
+    def _shard(self, cfg: LanguageModelSAERunnerConfig[Any], group: Processes) -> Any:
+        sae: Any
         sae_cfg = type(cfg.sae).from_dict(cfg.get_training_sae_cfg_dict())
         sae_cfg.device = "cpu" if group.rank == 0 else "meta"
         resumed = cfg.resume_from_checkpoint
@@ -69,14 +73,18 @@ class Job:
                 sae = TrainingSAE.from_dict(sae_cfg.to_dict())
             if resumed is not None and group.rank == 0:
                 sae.load_weights_from_checkpoint(resumed)
-        shard(sae, group, cfg.device)  # type: ignore[arg-type]
+        shard(sae, group, cfg.device)
         if resumed is not None or cfg.from_pretrained_path is not None:
             sae._prepared = True
-            sae.load_weights_from_checkpoint = lambda checkpoint_path: None  # type: ignore[method-assign]  # noqa: ARG005
+            sae.load_weights_from_checkpoint = lambda checkpoint_path: None  # noqa: ARG005
         return sae
 
-    def share(self, runner: LanguageModelSAETrainingRunner) -> None:
+    def share(self, runner: LanguageModelSAETrainingRunner, keeper: Keeper) -> None:
         """Have a runner, before it runs, train together with those of the other processes.
+
+        Args:
+            runner: Of the same config in all processes.
+            keeper: Of its checkpoints.
 
         Raises:
             ValueError: the batch or the dataset cannot be divided.
@@ -89,6 +97,15 @@ class Job:
 
         def run_trainer(trainer: SAETrainer[Any, Any]) -> Any:
             before_training(trainer, lambda: parallelize(trainer, group))
+            fit, checkpoints = trainer.fit, keeper.checkpoints
+
+            def fit_together() -> Any:
+                with _naming_loss(group):
+                    return fit()
+
+            trainer.fit = fit_together  # type: ignore[method-assign]
+            keeper.group = group
+            checkpoints.save = writing(trainer, group, checkpoints.save)  # type: ignore[method-assign]
             runner.save_final_sae = writing(trainer, group, save, optimizer=False)  # type: ignore[method-assign]
             return train(trainer)
 
@@ -122,8 +139,8 @@ def joined(cfg: LanguageModelSAERunnerConfig[Any], sharding: Sharding | None = N
     if not is_torchrun():
         if sharding is not None:
             raise ValueError(
-                f"--shard {sharding} divides the dictionary among processes, and there is one. Start several: "
-                "torchrun --nproc-per-node 8 -m saelens_matryoshka train --shard dictionary ..."
+                f"--shard {sharding} divides the dictionary among processes, and there is one. Start "
+                "several, e.g. torchrun --nproc-per-node 8 -m saelens_matryoshka train --shard dictionary ..."
             )
         yield Job()
         return
@@ -137,15 +154,14 @@ def joined(cfg: LanguageModelSAERunnerConfig[Any], sharding: Sharding | None = N
         size = dist.get_world_size()
         shape = (1, size) if sharding == "dictionary" else (size, 1)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("rows", "latents"))
-        yield Job(Processes(mesh, cfg.sae.d_sae))
-    except RuntimeError as error:
-        if not _is_about_others(error):
-            raise
-        raise LostProcessError(
-            f"Process {rank} has lost the others: one of them ended, or did not answer for "
-            f"{_TIMEOUT.total_seconds() / 60:.0f} minutes. What it said, if anything, is above or below; the "
-            "checkpoints are whole, and the run can be resumed from the last one, on any number of processes."
-        ) from error
+        group = Processes(mesh, cfg.sae.d_sae)
+        with _naming_loss(group):
+            yield Job(group)
+    except Exception as error:
+        follows = isinstance(error, LostProcessError) or isinstance(error.__cause__, LostProcessError)
+        if rank > 0 and not follows:  # what the first process says is shown by the command
+            print(f"process {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        raise
     finally:
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
@@ -165,10 +181,17 @@ def _use_own_device(cfg: LanguageModelSAERunnerConfig[Any]) -> torch.device:
     return local
 
 
-def _is_about_others(error: BaseException) -> bool:
-    """Whether an error is that another process has gone, and not one of this process's own."""
-    chain = [error]
-    while (cause := chain[-1].__cause__) is not None:
-        chain.append(cause)
-    signs = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "ProcessGroup")
-    return any(isinstance(e, dist.DistError) or any(sign in str(e) for sign in signs) for e in chain)
+@contextlib.contextmanager
+def _naming_loss(group: Processes) -> Iterator[None]:
+    """Say in plain words when torch's error is that another process has gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        signs = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "ProcessGroup")
+        if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in signs):
+            raise
+        raise LostProcessError(
+            f"process {group.rank} of {group.size} has lost another one, which has ended, or did not answer "
+            f"for {_TIMEOUT.total_seconds() / 60:.0f} minutes. See what that one said. The run can be "
+            "resumed from its last checkpoint, on any number of processes."
+        ) from error

@@ -1,11 +1,11 @@
 """`Group` for many processes: plain collectives on a mesh of blocks of rows by blocks of latents.
 
-Of a mesh `(R, L)`, the processes of a row of the mesh hold the same rows (tokens) and other latents, those of a
-column other rows and the same latents. `(N, 1)` is data parallel, `(1, N)` a dictionary in N shards.
+Of a mesh `(R, L)`, the processes of a row of the mesh hold the same rows (tokens) and other latents, those of
+a column other rows and the same latents. `(N, 1)` is data parallel, `(1, N)` a dictionary in N shards.
 
-Latents are dealt out like cards: shard r has r, r + L, r + 2L, ... So every shard is a nested dictionary of its
-own, with its share of every level, whatever the widths; and the first latents, which are active more often
-than the others, are not all on one device.
+Latents are dealt out like cards: shard r has r, r + L, r + 2L, ... So every shard is a nested dictionary of
+its own, with its share of every level, whatever the widths; and the first latents, which are active more
+often than the others, are not all on one device.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class Processes(Group):
         self.row_block, self.shard = mesh["rows"].get_local_rank(), mesh["latents"].get_local_rank()
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.d_sae = d_sae
+        self.is_writing = False
+        """this process is doing something for all, which the others do not take part in"""
         self.device = torch.device(mesh.device_type)
         self._groups: dict[Over, dist.ProcessGroup | None] = {
             "rows": mesh["rows"].get_group() if self.row_blocks > 1 else None,

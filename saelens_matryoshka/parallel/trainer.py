@@ -44,8 +44,8 @@ def parallelize(trainer: SAETrainer[Any, Any], group: Processes) -> None:
 
     Args:
         trainer: Of one of our architectures, with its optimizer; its dictionary is the same in all processes,
-            or has been cut by `shard`. Its `train_batch_size_samples` is that of the whole batch, of which its
-            data provider gives this process's rows.
+            or has been cut by `shard`. Its `train_batch_size_samples` is that of the whole batch, of which
+            its data provider gives this process's rows.
         group: The processes.
     """
     sae: MatryoshkaTraining = trainer.sae
@@ -191,12 +191,20 @@ def writing(
 
     @functools.wraps(write)
     def write_once(*args: Any, **kwargs: Any) -> Any:
+        if group.is_writing:
+            return write(*args, **kwargs)
         sae: MatryoshkaTraining = trainer.sae
         sae.finite.settle()
         with sae.keeping_threshold():
             sae.calibrate_threshold()  # here, where all take part
             with whole(trainer, group, optimizer=optimizer), _recent_rows_of_all(sae, group):
-                return write(*args, **kwargs) if group.rank == 0 else otherwise
+                if group.rank != 0:
+                    return otherwise
+                group.is_writing = True
+                try:
+                    return write(*args, **kwargs)
+                finally:
+                    group.is_writing = False
 
     return write_once
 

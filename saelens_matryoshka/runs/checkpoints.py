@@ -24,9 +24,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from sae_lens import SAETrainer
 from sae_lens.constants import SPARSITY_FILENAME, TRAINER_STATE_FILENAME
+from safetensors.torch import save_file
 
 MANIFEST = "manifest.json"
 _PACKAGES = (
@@ -159,8 +159,8 @@ def warn_of_other_versions(checkpoint: Checkpoint) -> None:
     ]
     if differ:
         warnings.warn(
-            f"The checkpoint {checkpoint.path} was written with other versions ({'; '.join(differ)}): training "
-            "goes on, but not necessarily to the last bit as it would have.",
+            f"The checkpoint {checkpoint.path} was written with other versions ({'; '.join(differ)}): "
+            "training goes on, but not necessarily to the last bit as it would have.",
             stacklevel=2,
         )
 

@@ -14,6 +14,7 @@ import yaml
 
 from saelens_matryoshka.atomic import write_atomically
 from saelens_matryoshka.runs.fields import Given
+from saelens_matryoshka.runs.lock import LOCK
 from saelens_matryoshka.runs.settings import RECORDS, Settings
 
 # Not in a file's name on Windows, and no good idea elsewhere.
@@ -67,7 +68,7 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file, and was to be the run's folder: choose another --name.")
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if not self.path.exists() or all(child.name == LOCK for child in self.path.iterdir()):
             return
         if not self.config.exists():
             raise ValueError(f"{self.path} holds other files. Choose another --name or --out.")

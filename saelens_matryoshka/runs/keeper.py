@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import signal
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sae_lens import SAETrainer
 from sae_lens.saes.sae import TrainStepOutput
 
 from saelens_matryoshka.architectures import NonFiniteActivationsError
+from saelens_matryoshka.ops import ALONE, Group
 from saelens_matryoshka.runs.checkpoints import CheckpointError, Checkpoints
 from saelens_matryoshka.runs.signals import StopRequest
 
 T = TypeVar("T")
 
 
-class RunStopped(Exception):
+class RunStopped(RuntimeError):
     """A run has stopped before its end, and can be continued. The message says from where."""
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
@@ -26,11 +29,29 @@ class RunStopped(Exception):
         """130 after SIGINT and 143 after SIGTERM, as a shell reports processes they end; else 1"""
 
 
+@dataclass(frozen=True)
+class Upkeep:
+    """How the state of a run is kept."""
+
+    keep: int = 2
+    """checkpoints kept, the newest ones; 0 for all"""
+    checkpoint_minutes: float = 15.0
+    """between two checkpoints; 0 for none but at SAELens's marks and at the end"""
+    skip_bad_batches: int = 0
+    """batches of NaN or Inf that are left out before the run stops"""
+
+    def __post_init__(self) -> None:
+        for name in ("keep", "checkpoint_minutes", "skip_bad_batches"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and 0 <= value < float("inf")):
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be a number, 0 or larger.")
+
+
 class Keeper:
     """Keeps the checkpoints of a run while it trains. An observer: see `saelens_matryoshka.runner.observe`.
 
     A checkpoint is written every `minutes`, at SAELens's `n_checkpoints` marks, and after the last step;
-    before the run stops because of a signal; and, if the state is that between two steps, because of an error.
+    before the run stops because of a signal, or of an error that came between two steps.
     """
 
     def __init__(self, checkpoints: Checkpoints, *, minutes: float) -> None:
@@ -42,6 +63,8 @@ class Keeper:
         """
         self.checkpoints, self.seconds = checkpoints, 60 * minutes
         self.stop = StopRequest()
+        self.group: Group = ALONE
+        """the processes that train together, which save and stop after the same step"""
         self._saved_at = time.monotonic()
         self._complete: int | None = None
 
@@ -81,6 +104,9 @@ class Keeper:
         self._complete = trainer.n_training_samples
         finished = self._complete >= trainer.cfg.total_training_samples
         due = self.seconds > 0 and time.monotonic() - self._saved_at >= self.seconds
+        due = self.group.count(int(due), "all") > 0
+        if self.group.count(int(self.stop.number is not None), "all"):
+            self.stop.number = self.stop.number or signal.SIGTERM  # another process was asked
         if finished or due or self.stop.number is not None:
             self._save(trainer)
         if self.stop.number is not None:
@@ -94,8 +120,9 @@ class Keeper:
         self._saved_at = time.monotonic()
 
     def _rescue(self, trainer: SAETrainer[Any, Any]) -> str:
-        # An error inside a step leaves half of it done; that state is of no use.
-        if self._complete and trainer.n_training_samples == self._complete:
+        # An error inside a step leaves half of it done; that state is of no use. What is common to many
+        # processes cannot be saved by the one that failed.
+        if self.group is ALONE and self._complete and trainer.n_training_samples == self._complete:
             try:
                 self._save(trainer)
             except CheckpointError as error:

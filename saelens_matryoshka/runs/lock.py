@@ -25,8 +25,8 @@ def locked(folder: Path) -> Iterator[None]:
         lock.acquire(blocking=False)
     except filelock.Timeout:
         raise ValueError(
-            f"{str(folder)!r} is in use: another process is training in it. Wait for it, or stop it; or choose "
-            "another --name."
+            f"{str(folder)!r} is in use: another process is training in it. Wait for it, or stop it; or "
+            "choose another --name."
         ) from None
     except (OSError, NotImplementedError) as error:
         raise ValueError(
