@@ -6,7 +6,6 @@ import os
 import sys
 
 if int(os.environ.get("RANK", "0")) > 0:  # one process of a job shows what is going on
-    os.environ["TQDM_DISABLE"] = "1"
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 from saelens_matryoshka.cli import main

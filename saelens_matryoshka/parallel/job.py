@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, SAETrainer, TrainingSAE
 from torch.distributed.device_mesh import init_device_mesh
+from tqdm.auto import tqdm
 
 from saelens_matryoshka.parallel.data import share_data
 from saelens_matryoshka.parallel.dictionary import load_trainer_state, shard
@@ -147,8 +148,7 @@ def joined(cfg: LanguageModelSAERunnerConfig[Any], sharding: Sharding | None = N
     rank = int(os.environ["RANK"])
     device = _use_own_device(cfg)
     if rank > 0:
-        os.environ["WANDB_MODE"] = "disabled"
-        warnings.simplefilter("ignore")
+        _be_quiet()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
     try:
         size = dist.get_world_size()
@@ -165,6 +165,13 @@ def joined(cfg: LanguageModelSAERunnerConfig[Any], sharding: Sharding | None = N
     finally:
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
+
+
+def _be_quiet() -> None:
+    """One process of a job shows and logs what is going on."""
+    os.environ["WANDB_MODE"] = "disabled"
+    warnings.simplefilter("ignore")
+    tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)  # type: ignore[method-assign]
 
 
 def _use_own_device(cfg: LanguageModelSAERunnerConfig[Any]) -> torch.device:

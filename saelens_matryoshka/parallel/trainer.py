@@ -12,6 +12,7 @@ unchanged in every process, on the same numbers:
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -80,13 +81,16 @@ class _TrainingForward(nn.Module):
 
 def _average_gradients(sae: MatryoshkaTraining, group: Processes) -> None:
     device = sae.W_enc.device
-    forward = DistributedDataParallel(
-        _TrainingForward(sae),
-        device_ids=[device] if device.type == "cuda" else None,
-        process_group=group.process_group("rows"),
-        broadcast_buffers=False,  # every process computes the same ones
-        gradient_as_bucket_view=True,
-    )
+    with warnings.catch_warnings():
+        # the name that replaces broadcast_buffers is not known to older versions
+        warnings.simplefilter("ignore", FutureWarning)
+        forward = DistributedDataParallel(
+            _TrainingForward(sae),
+            device_ids=[device] if device.type == "cuda" else None,
+            process_group=group.process_group("rows"),
+            broadcast_buffers=False,  # every process computes the same ones
+            gradient_as_bucket_view=True,
+        )
 
     def training_forward_pass(step_input: TrainStepInput) -> TrainStepOutput:
         return forward(step_input)
