@@ -77,15 +77,18 @@ def _share_of_stream(
 
 
 def _count_for_all(store: ActivationsStore, rank: int, size: int) -> None:
-    """Save, and go to, a place in the data of all processes."""
+    """Save, and go to, a place in the data of all processes.
+
+    SAELens counts a document when the next one is asked for: one more than it has counted has been begun.
+    """
 
     def save_to_checkpoint(checkpoint_path: str | Path) -> None:
-        count = store.state_dict()[_COUNT] * size
-        save_file({_COUNT: count}, Path(checkpoint_path) / ACTIVATIONS_STORE_STATE_FILENAME)
+        n_begun = (store.state_dict()[_COUNT] + 1) * size
+        save_file({_COUNT: n_begun - 1}, Path(checkpoint_path) / ACTIVATIONS_STORE_STATE_FILENAME)
 
     def load_from_checkpoint(checkpoint_path: str | Path) -> None:
-        read_by_all = int(load_file(Path(checkpoint_path) / ACTIVATIONS_STORE_STATE_FILENAME)[_COUNT])
-        own = torch.tensor(len(range(rank, read_by_all, size)))
+        n_begun = int(load_file(Path(checkpoint_path) / ACTIVATIONS_STORE_STATE_FILENAME)[_COUNT]) + 1
+        own = torch.tensor(max(len(range(rank, n_begun, size)) - 1, 0))
         with TemporaryDirectory() as folder:
             path = Path(folder) / ACTIVATIONS_STORE_STATE_FILENAME
             save_file({_COUNT: own}, path)

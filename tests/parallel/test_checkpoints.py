@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens import SAE, SAETrainer
+from sae_lens import SAETrainer, TrainingSAE
 from safetensors.torch import load_file
 
 from saelens_matryoshka.adam import fuse_adam
@@ -100,4 +100,4 @@ def test_a_checkpoint_of_shards_is_a_saelens_folder(tmp_path: Path) -> None:
         (D, D_SAE),
         (D_SAE, D),
     }
-    assert SAE.load_from_disk(checkpoint).W_dec.shape == (D_SAE, D)
+    assert TrainingSAE.load_from_disk(checkpoint).W_dec.shape == (D_SAE, D)

@@ -1,4 +1,4 @@
-"""Every process reads its share, together they read everything once, and nobody trains on what was held out."""
+"""Every process reads its share, together they read everything, and none trains on what was held out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def share_of(
     model: HookedTransformer, dataset: Any, rank: int, size: int, **overrides: Any
 ) -> ActivationsStore:
     sae = sm.MatryoshkaTrainingSAEConfig(d_in=128, d_sae=64, k=4, matryoshka_widths=[64])
-    cfg = runner_config(sae, n_eval_batches=1, eval_batch_size_prompts=3, **overrides)
+    settings = {"n_eval_batches": 1, "eval_batch_size_prompts": 3, "train_batch_size_tokens": 96}
+    cfg = runner_config(sae, **settings | overrides)
     store = ActivationsStore.from_config(model, cfg, dataset)
     share_data(store, rank, size)
     return store
@@ -57,7 +58,7 @@ def test_a_process_gives_its_part_of_the_batch_and_starts_its_share_again(
 ) -> None:
     store = share_of(tiny_model, numbered(13), 1, 2)  # 5 documents of 32 rows
     for _ in range(20):
-        assert next(store).shape == (64, 128)
+        assert next(store).shape == (48, 128)
 
 
 @pytest.mark.parametrize("size_after", [1, 2, 3])
@@ -68,20 +69,20 @@ def test_any_number_of_processes_goes_on_where_others_have_stopped(
     for _ in range(3):
         next(store)
     store.save_to_checkpoint(tmp_path)
-    n_read = 2 * store.n_dataset_processed
-    assert n_read > 10
+    n_begun = 2 * (store.n_dataset_processed + 1)
+    assert n_begun > 10
     begin = []
     for rank in range(size_after):
         other = share_of(tiny_model, numbered(103), rank, size_after)
         other.load_from_checkpoint(tmp_path)
         begin.append(int(next(other.iterable_sequences)[0]))
-    # behind the documents read, and the three held out
-    assert sorted(begin) == list(range(3 + n_read, 3 + n_read + size_after))
+    # behind those, and the three held out
+    assert sorted(begin) == list(range(3 + n_begun, 3 + n_begun + size_after))
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(tiny_model: HookedTransformer) -> None:
     with pytest.raises(ValueError, match=r"train_batch_size_tokens=128 .* among 3. Take .* 129"):
-        share_of(tiny_model, numbered(40), 0, 3, exclude_special_tokens=False)
+        share_of(tiny_model, numbered(40), 0, 3, train_batch_size_tokens=128)
 
 
 def test_fewer_documents_than_processes_are_refused(tiny_model: HookedTransformer) -> None:
