@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
@@ -35,6 +37,7 @@ Sharding = Literal["dictionary"]
 
 # How long a process waits for another. The longest wait is for the first one, while it saves or evaluates.
 _TIMEOUT = timedelta(minutes=30)
+_lost = threading.Event()
 
 
 class LostProcessError(RuntimeError):
@@ -149,6 +152,8 @@ def joined(cfg: LanguageModelSAERunnerConfig[Any], sharding: Sharding | None = N
     device = _use_own_device(cfg)
     if rank > 0:
         _be_quiet()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
     try:
         size = dist.get_world_size()
@@ -165,6 +170,12 @@ def joined(cfg: LanguageModelSAERunnerConfig[Any], sharding: Sharding | None = N
     finally:
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
+
+
+def _terminate(number: int, frame: Any) -> None:  # noqa: ARG001
+    """End by SIGTERM, which torchrun sends when another process has gone: after having said so."""
+    if not _lost.is_set():
+        sys.exit(128 + number)
 
 
 def _be_quiet() -> None:
@@ -197,6 +208,7 @@ def _naming_loss(group: Processes) -> Iterator[None]:
         signs = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "ProcessGroup")
         if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in signs):
             raise
+        _lost.set()
         raise LostProcessError(
             f"process {group.rank} of {group.size} has lost another one, which has ended, or did not answer "
             f"for {_TIMEOUT.total_seconds() / 60:.0f} minutes. See what that one said. The run can be "
