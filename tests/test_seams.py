@@ -86,3 +86,17 @@ def test_seam_store_starts_every_epoch_from_its_dataset() -> None:
     assert "self.dataset" in inspect.getsource(ActivationsStore._iterate_raw_dataset)
     epoch = "self.iterable_sequences = self._iterate_tokenized_sequences()"
     assert epoch in inspect.getsource(ActivationsStore.get_batch_tokens)
+
+
+def test_the_runner_loads_the_state_of_its_trainer_by_a_method_that_can_be_replaced() -> None:
+    assert list(inspect.signature(SAETrainer.load_trainer_state).parameters) == ["self", "checkpoint_path"]
+    source = inspect.getsource(LanguageModelSAETrainingRunner.run)
+    assert "trainer.load_trainer_state(self.cfg.resume_from_checkpoint)" in source, (
+        "SAELens's runner no longer loads a trainer's state by load_trainer_state, which "
+        "seams.replacing_load_trainer_state replaces to resume a dictionary in shards."
+    )
+    stock, seen = SAETrainer.load_trainer_state, []
+    with seams.replacing_load_trainer_state(lambda stock, trainer, path: seen.append((stock, trainer, path))):
+        SAETrainer.load_trainer_state("trainer", "path")  # type: ignore[arg-type]
+    assert seen == [(stock, "trainer", "path")]
+    assert SAETrainer.load_trainer_state is stock

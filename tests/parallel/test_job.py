@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 from saelens_matryoshka.cli import app
 
 REPOSITORY = Path(__file__).parents[2]
-TRAIN = (
+COMMAND = (
     "train --preset tiny --mapping mlp --layer 2 --d_sae 256 --train_batch_size_tokens 256 "
     "--n_batches_in_buffer 16 --n_eval_batches 1 --eval_batch_size_prompts 4 --name run --log-every 1"
-).split()  # noqa: SIM905
+)
+TRAIN = COMMAND.split()
 
 
 def start(n: int, folder: Path, *arguments: str) -> subprocess.Popen[str]:
