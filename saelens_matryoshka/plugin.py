@@ -53,7 +53,7 @@ def install() -> None:
 
 
 def _from_config(stock: Callable[..., Any]) -> Any:
-    unbound: Callable[..., ActivationsStore] = stock.__func__  # type: ignore[attr-defined]
+    unbound: Callable[..., Any] = stock.__func__  # type: ignore[attr-defined]
 
     def from_config(
         cls: type[ActivationsStore], model: Any, cfg: Any, override_dataset: Any = None

@@ -10,7 +10,6 @@ start.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import itertools
 import json
@@ -147,16 +146,15 @@ class _Documents:
     def _open(self) -> tuple[Any, Iterator[Any]]:
         """The dataset to read from, and its rows after those that were begun."""
         dataset: Any = self._store.dataset
+        if isinstance(dataset, IterableDataset):
+            dataset = dataset.skip(0)  # one of our own: a state that is loaded holds for all later epochs
         n = self._start.n_documents
         if n == 0:
             return dataset, iter(dataset)
-        ways = []
+        ways = [(dataset.skip(n - 1), 1)]
         if isinstance(dataset, IterableDataset) and self._start.dataset_state is not None:
-            # A copy, all of it, because a dataset starts every later epoch from a state loaded into it.
-            resumed = copy.deepcopy(dataset)
-            resumed.load_state_dict(self._start.dataset_state)
-            ways.append((resumed, n - self._start.dataset_state_at))
-        ways.append((dataset.skip(n - 1), 1))
+            dataset.load_state_dict(self._start.dataset_state)
+            ways.insert(0, (dataset, n - self._start.dataset_state_at))
         for way, n_again in ways:
             rows = iter(way)
             again = list(itertools.islice(rows, n_again))

@@ -100,3 +100,41 @@ def test_the_runner_loads_the_state_of_its_trainer_by_a_method_that_can_be_repla
         SAETrainer.load_trainer_state("trainer", "path")  # type: ignore[arg-type]
     assert seen == [(stock, "trainer", "path")]
     assert SAETrainer.load_trainer_state is stock
+
+
+def test_seam_trainer_saves_before_it_counts_the_step() -> None:
+    """If this fails, SAELens counts first: `seams.defer_checkpoints` is needed for this no longer."""
+    source = inspect.getsource(inspect.getmodule(SAETrainer))  # type: ignore[arg-type]
+    assert source.index("self._checkpoint_if_needed()") < source.index("self.n_training_steps += 1")
+
+
+def test_seam_trainer_keeps_the_thresholds_it_has_passed() -> None:
+    """If this fails, SAELens passes over them when it resumes: `seams.defer_checkpoints` need not."""
+    source = inspect.getsource(SAETrainer.load_trainer_state)
+    assert "checkpoint_thresholds" not in source
+    assert "self.n_training_samples > self.checkpoint_thresholds[0]" in inspect.getsource(
+        SAETrainer._checkpoint_if_needed
+    )
+
+
+def test_seam_runner_saves_no_weights_when_it_is_interrupted() -> None:
+    """If this fails, docs/reliability.md must say something else of the stock runner."""
+    stopped = inspect.getsource(LanguageModelSAETrainingRunner.run_trainer_with_interruption_handling)
+    assert "self.save_checkpoint(checkpoint_path)" in stopped
+    saved = inspect.getsource(LanguageModelSAETrainingRunner.save_checkpoint)
+    assert "activations_store.save_to_checkpoint" in saved
+    assert "save_model" not in saved
+    assert "mkdir" not in saved  # and for want of the folder it fails
+
+
+def test_seam_runner_prefetches_before_it_loads_the_position() -> None:
+    """If this fails, the stock runner no longer trains a resumed run on batches from the data's start."""
+    source = inspect.getsource(LanguageModelSAETrainingRunner.run)
+    assert source.index("PrefetchingIterator(") < source.index("load_from_checkpoint(")
+
+
+def test_seam_store_saves_its_place_as_a_number_of_documents() -> None:
+    """If this fails, SAELens's own store saves more: `store.ResumableStore` may have become superfluous."""
+    source = inspect.getsource(ActivationsStore.state_dict)
+    assert source.count("torch.tensor(") == 1
+    assert "n_dataset_processed" in source

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import warnings
 from collections.abc import Iterator
@@ -263,9 +264,10 @@ def test_an_error_in_the_data_leaves_a_state_to_continue_from(tmp_path: Path) ->
         return stock(tokens)
 
     store.get_activations = flaky
-    with pytest.raises(ConnectionError):
-        for _ in range(40):
+    with contextlib.suppress(ConnectionError):
+        while True:
             found.append(next(store))
+    assert 0 < len(found) < 40
     store.save_to_checkpoint(tmp_path)
     resumed = _store(ResumableStore, _dataset("map text"))
     resumed.load_from_checkpoint(tmp_path)

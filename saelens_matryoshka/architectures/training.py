@@ -178,6 +178,8 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
         unknown = torch.full((), torch.nan, device=source.device)
         losses = {"mse_loss": unknown, "auxiliary_reconstruction_loss": unknown}
         names = ["fvu", *(f"fvu_w{width}" for width in self.cfg.matryoshka_widths)]
+        metrics: dict[str, Any] = {"topk_threshold": self.topk_threshold}
+        metrics |= dict.fromkeys(names, lambda: unknown)
         return TrainStepOutput(
             sae_in=target,
             sae_out=torch.full_like(target, torch.nan),
@@ -185,7 +187,7 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
             hidden_pre=nothing,
             loss=unknown.clone().requires_grad_(),
             losses=losses,
-            metrics={"topk_threshold": self.topk_threshold} | dict.fromkeys(names, lambda: unknown),
+            metrics=metrics,
         )
 
     # ---- threshold

@@ -10,7 +10,6 @@ if TYPE_CHECKING:
 
 TINY = "tiny"
 _TINY_NAMES = (TINY, "saelens_matryoshka.tiny")
-_FILE_FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 def pick_device(device: str | None) -> str:
@@ -47,17 +46,12 @@ def load_language_model(
     except ValueError as error:
         if "not found" not in str(error):
             raise
+        from saelens_matryoshka.runs.language_models import similar_models
+
         # TransformerLens says so with the names of all the models it knows
-        raise ValueError(f"model {name!r} is not one that TransformerLens knows.{_similar(name)}") from None
-
-
-def _similar(name: str) -> str:
-    from difflib import get_close_matches
-
-    from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
-
-    close = get_close_matches(name, OFFICIAL_MODEL_NAMES, n=3)
-    return f" Similar: {', '.join(close)}." if close else ""
+        raise ValueError(
+            f"model {name!r} is not one that TransformerLens knows.{similar_models(name)}"
+        ) from None
 
 
 def load_language_model_for(sae: SAE[Any], name: str | None, device: str, *, dtype: str | None = None) -> Any:
@@ -174,17 +168,11 @@ def _after(documents: Any, skip: int) -> Any:
 
 
 def _stream(name: str, split: str) -> Any:
-    from datasets import load_dataset, load_from_disk
+    from saelens_matryoshka.text_files import open_text
 
-    path = Path(name)
-    if path.suffix in _FILE_FORMATS:
-        if not path.is_file():
-            raise ValueError(f"--dataset {name!r}: there is no such file.")
-        return load_dataset(
-            _FILE_FORMATS[path.suffix], data_files={split: str(path)}, split=split, streaming=True
-        )
-    if (path / "dataset_info.json").is_file():
-        return load_from_disk(str(path))
-    if (path / "dataset_dict.json").is_file():
-        return load_from_disk(str(path))[split]
-    return load_dataset(name, split=split, streaming=True)
+    try:
+        return open_text(name, split)
+    except FileNotFoundError as error:
+        if error.errno is None:  # ours, which says all
+            raise ValueError(f"--dataset {error}") from None
+        raise

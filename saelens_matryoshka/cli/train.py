@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
-from click.core import ParameterSource
 from rich import box
 from rich.console import Console
 
@@ -157,7 +156,7 @@ def train(
             f"--{parameter.replace('_', '-')}"
             for parameter in context.params
             if parameter not in {*given, "resume", "shard", "as_json"}
-            and context.get_parameter_source(parameter) is ParameterSource.COMMANDLINE
+            and getattr(context.get_parameter_source(parameter), "name", "") == "COMMANDLINE"
         ]
         if others := others + context.args:
             raise ValueError(f"--resume goes on with the run's own settings: leave out {' '.join(others)}.")
@@ -167,19 +166,22 @@ def train(
         from saelens_matryoshka.runs.fields import Given
         from saelens_matryoshka.runs.folder import require_name
         from saelens_matryoshka.runs.presets import load_preset
-        from saelens_matryoshka.runs.settings import read_file, read_flags, resolve
+        from saelens_matryoshka.runs.settings import read_file, read_flags, require_devices, resolve
 
         flags = read_flags(context.args)
         own = {"mapping": mapping, "layer": layer, "log_to_wandb": wandb or None}
         flags |= {key: Given(value, "flag") for key, value in own.items() if value is not None}
         file = {} if config is None else read_file(config)
-        preset = preset or _text(file.pop("preset", None))
+        of_file = {key: _text(key, file.pop(key, None)) for key in ("preset", "name")}
+        preset, name = preset or of_file["preset"], of_file["name"] if name is None else name
         layers = [{} if preset is None else load_preset(preset).settings, file, flags]
         if name is not None:
             require_name(name)
         settings = resolve(layers, recommended=not saelens_defaults)
         folder = _folder(settings, out, name)
         folder.require_unused()
+        if not dry_run:
+            require_devices(settings.cfg)
     if dry_run:
         _show_plan(settings, folder, console, as_json=as_json)
         return
@@ -225,7 +227,7 @@ def _told_how_to_go_on(folder: RunFolder, console: Console) -> Iterator[None]:
         yield
     except RunStopped as stopped:
         console.print(
-            f"{plain(stopped)}\nTo go on: saelens-matryoshka train --resume {shlex.quote(str(folder.path))}",
+            f"\n{plain(stopped)}\nTo go on: saelens-matryoshka train --resume {shlex.quote(str(folder.path))}",
             soft_wrap=True,
             markup=False,
         )
@@ -234,11 +236,13 @@ def _told_how_to_go_on(folder: RunFolder, console: Console) -> Iterator[None]:
 
 def _folder(settings: Settings, out: Path | None, name: str | None) -> RunFolder:
     """Where the run goes: OUT/MODEL/MAPPING/NAME, or SAELens's output_path."""
-    from saelens_matryoshka.runs.folder import RunFolder, default_name, run_folder
+    from saelens_matryoshka.runs.folder import RunFolder, new_run_folder, run_folder
 
     if "output_path" not in settings.given:
-        name = name or default_name(settings)
-        return run_folder(out or Path("results"), settings.cfg.model_name, settings.mapping, name)
+        out = out or Path("results")
+        if name is None:
+            return new_run_folder(out, settings)
+        return run_folder(out, settings.cfg.model_name, settings.mapping, name)
     given = settings.given["output_path"]
     if given.value is None:
         raise ValueError(f"{given.called('output_path')}: a run needs a folder.")
@@ -249,10 +253,10 @@ def _folder(settings: Settings, out: Path | None, name: str | None) -> RunFolder
     return RunFolder(Path(given.value))
 
 
-def _text(given: Any) -> str | None:
+def _text(key: str, given: Any) -> str | None:
     from saelens_matryoshka.runs.fields import read_value
 
-    return None if given is None else read_value("preset", given, str)
+    return None if given is None else read_value(key, given, str)
 
 
 def _show_result(result: EvalResult | None, folder: RunFolder, console: Console, *, as_json: bool) -> None:
@@ -264,8 +268,11 @@ def _show_result(result: EvalResult | None, folder: RunFolder, console: Console,
     else:
         console.print(result.table())
     console.print(
-        f"Saved in {folder.path}, as SAELens saves it: SAE.load_from_disk({str(folder.path)!r}).\n"
-        "`saelens-matryoshka runs` lists all runs."
+        f"Saved in {folder.path}, as SAELens saves it:\n"
+        f"  sae = SAE.load_from_disk({str(folder.path)!r})\n"
+        "`saelens-matryoshka runs` lists all runs.",
+        soft_wrap=True,
+        markup=False,
     )
 
 
@@ -285,17 +292,36 @@ def _summary(settings: Settings) -> str:
 def _show_plan(settings: Settings, folder: RunFolder, console: Console, *, as_json: bool) -> None:
     values = settings.values()
     if as_json:
-        print(json.dumps({"folder": str(folder.path), "mapping": settings.mapping, "settings": values}))
+        estimate = _estimate(settings)
+        plan = {"folder": str(folder.path), "mapping": settings.mapping, "settings": values}
+        print(json.dumps({**plan, "estimate": estimate and estimate.to_dict()}, indent=2))
         return
     from rich.table import Table
 
     console.print(f"[bold]Would train[/] {_summary(settings)}\n  in {folder.path}\n")
-    table = Table("setting", "value", "from", **_PLAIN)
+    table = Table(**_PLAIN)
+    table.add_column("setting", no_wrap=True)
+    table.add_column("value", overflow="fold")
+    table.add_column("from", overflow="fold")
     for name, given in settings.given.items():
         table.add_row(name, str(given.value), given.origin)
     console.print(table)
     n_left = len(values) - len(settings.given)
     console.print(f"{n_left} other settings are SAELens's defaults; --json prints them too.")
+    with console.status("estimating memory and time"):
+        estimate = _estimate(settings)
+    if estimate is not None:
+        console.print(estimate.tables())
+
+
+def _estimate(settings: Settings) -> Any:
+    """What the run will take, an `Estimate`; None in a release without `saelens_matryoshka.runs.estimate`."""
+    from importlib import import_module
+    from importlib.util import find_spec
+
+    if find_spec("saelens_matryoshka.runs.estimate") is None:
+        return None
+    return import_module("saelens_matryoshka.runs.estimate").estimate(settings.cfg)
 
 
 def _print_all_help(context: typer.Context) -> None:
@@ -316,7 +342,7 @@ def presets(
     """List the presets of `train`, or show one.
 
     saelens-matryoshka presets
-    saelens-matryoshka presets gemma-2-2b-8-18k
+    saelens-matryoshka presets gemma-2-2b-layer-8
     """
     from rich.table import Table
 
@@ -336,7 +362,11 @@ def presets(
         console.print(table)
         console.print(f"`saelens-matryoshka train --preset {name} --dry-run` shows what it resolves to.")
         return
-    table = Table("preset", "model", "layer", "latents", "k", "tokens", **_PLAIN)
+    table = Table(**_PLAIN)
+    table.add_column("preset", no_wrap=True)
+    table.add_column("model", overflow="fold")
+    for heading in ("layer", "latents", "k", "tokens"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for preset in found:
         values = preset.to_dict()
         table.add_row(

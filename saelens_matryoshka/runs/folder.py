@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -72,8 +73,16 @@ class RunFolder:
             return
         if not self.config.exists():
             raise ValueError(f"{self.path} holds other files. Choose another --name or --out.")
-        state = "a finished run" if self.read().get("completed_at") else "a run that is not finished"
+        done = self.is_run() and self.read().get("completed_at")
+        state = "a finished run" if done else "a run that is not finished"
         raise ValueError(f"{self.path} holds {state}. Choose another --name, or move that folder away.")
+
+    def is_run(self) -> bool:
+        """Whether its config.yaml is that of a run."""
+        try:
+            return "started_at" in self.read()
+        except ValueError:
+            return False
 
     def write_config(self, settings: Settings, **records: Any) -> None:
         """Write the settings, and what there is to say about the run beside them (see `RECORDS`).
@@ -129,10 +138,16 @@ def run_folder(out: Path, model_name: str, mapping: str, name: str) -> RunFolder
     return RunFolder(out / _fit(model) / _fit(mapping) / unicodedata.normalize("NFC", name))
 
 
-def default_name(settings: Settings) -> str:
-    """A name that says what is trained, and when it was started."""
+def new_run_folder(out: Path, settings: Settings) -> RunFolder:
+    """A folder that is not there yet, whose name says what is trained and when it was started."""
     sae = settings.cfg.sae
-    return f"{sae.d_sae}-k{sae.k:g}-{datetime.now().strftime('%Y%m%d-%H%M%S-%f')[:-3]}"
+    name = f"{sae.d_sae}-k{sae.k:g}-{datetime.now():%Y%m%d-%H%M%S}"
+    for number in itertools.count(1):
+        unique = name if number == 1 else f"{name}-{number}"
+        folder = run_folder(out, settings.cfg.model_name, settings.mapping, unique)
+        if not folder.path.exists():
+            return folder
+    raise AssertionError
 
 
 def require_name(name: str) -> None:

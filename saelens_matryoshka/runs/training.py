@@ -32,6 +32,7 @@ from saelens_matryoshka.runs.mappings import TINY
 from saelens_matryoshka.runs.metrics_log import MetricsLog
 from saelens_matryoshka.runs.settings import TINY_TEXT, Settings, resolve
 from saelens_matryoshka.runs.wandb_guard import wandb_cannot_stop_it
+from saelens_matryoshka.text_files import is_text_file, open_text
 
 _FINAL_FILES = (SAE_WEIGHTS_FILENAME, SAE_CFG_FILENAME, RUNNER_CFG_FILENAME, SPARSITY_FILENAME)
 
@@ -177,7 +178,7 @@ def _runner(
     torch.manual_seed(cfg.seed)  # the runner itself does not
     overrides = _overrides(settings) | job.overrides(cfg)
     runner = RunRunner(cfg, observers=observers, keeper=keeper, **overrides)
-    runner.sae.finite.may_skip = upkeep.skip_bad_batches
+    runner.sae.finite.may_skip = upkeep.skip_bad_batches  # type: ignore[union-attr]  (one of ours)
     job.share(runner, keeper)
     return runner
 
@@ -203,13 +204,18 @@ def evaluate_run(runner: LanguageModelSAETrainingRunner, folder: RunFolder) -> E
 
 
 def _overrides(settings: Settings) -> dict[str, Any]:
-    """The embedded model and its text, which SAELens cannot load by name."""
-    if settings.cfg.model_name not in TINY:
-        return {}
+    """The embedded model and its text, and text files, which SAELens cannot load by name."""
+    cfg, found = settings.cfg, {}
+    if is_text_file(cfg.dataset_path):
+        found["override_dataset"] = open_text(cfg.dataset_path, streaming=cfg.streaming)
+    if cfg.model_name not in TINY:
+        return found
     from saelens_matryoshka import tiny
 
-    found: dict[str, Any] = {"override_model": tiny.load_hooked_transformer().to(settings.cfg.llm_device)}
-    if settings.cfg.dataset_path == TINY_TEXT:
+    model = tiny.load_hooked_transformer()
+    on_cpu = cfg.llm_device == "cpu"  # .to says on stdout that it moves the model
+    found["override_model"] = model if on_cpu else model.to(cfg.llm_device)
+    if cfg.dataset_path == TINY_TEXT:
         found["override_dataset"] = tiny.text.dataset("train")
     return found
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -25,7 +25,10 @@ def wandb_cannot_stop_it() -> Iterator[None]:
 
     The first error is told; after ten in a row, it is not tried again.
     """
-    with mock.patch.multiple(wandb, **{name: _guarded(name, getattr(wandb, name)) for name in _FUNCTIONS}):
+    with ExitStack() as patches:
+        for name in _FUNCTIONS:
+            guarded = _guarded(name, getattr(wandb, name))
+            patches.enter_context(mock.patch.object(wandb, name, guarded))
         yield
 
 

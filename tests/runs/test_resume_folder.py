@@ -1,0 +1,148 @@
+"""`train --resume` on run folders: what is taken, what is refused, and how the process ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from saelens_matryoshka.cli import app
+from saelens_matryoshka.runs.folder import RunFolder
+from saelens_matryoshka.runs.lock import locked
+from saelens_matryoshka.runs.metrics_log import read_metrics_log
+from saelens_matryoshka.runs.training import RunRunner
+
+FLAGS = [
+    "--model_name",
+    "tiny",
+    "--mapping",
+    "mlp",
+    "--layer",
+    "2",
+    "--d_sae",
+    "64",
+    "-k",
+    "4",
+    "--training_tokens",
+    "1280",
+    "--train_batch_size_tokens",
+    "128",
+    "--context_size",
+    "32",
+    "--store_batch_size_prompts",
+    "4",
+    "--n_batches_in_buffer",
+    "8",
+    "--n_eval_batches",
+    "2",
+    "--log-every",
+    "1",
+]
+
+
+def _cli(*words: str) -> Any:
+    return CliRunner().invoke(app, ["train", *words])
+
+
+def _result(run: RunFolder) -> dict[str, Any]:
+    lines = read_metrics_log(run.metrics_log)
+    for line in lines:
+        line.pop("seconds")
+        line.pop("tokens_per_second")
+    weights = (run.path / "sae_weights.safetensors").read_bytes()
+    return {"weights": weights, "log": lines, "metrics": json.loads(run.metrics.read_text())}
+
+
+class _Stopping(RunRunner):
+    """Is sent a signal after a step."""
+
+    step, number = 4, signal.SIGTERM
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.observers.append(self._stop)
+
+    def _stop(self, trainer: Any, _: Any) -> None:
+        if trainer.n_training_steps == self.step:
+            signal.raise_signal(self.number)
+
+
+def test_stopped_run_is_gone_on_with_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, stopped = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "gestoppter Lauf ä")
+    assert _cli(*FLAGS, "--output_path", str(whole.path)).exit_code == 0
+    with monkeypatch.context() as patched:
+        patched.setattr("saelens_matryoshka.runs.training.RunRunner", _Stopping)
+        found = _cli(*FLAGS, "--output_path", str(stopped.path), "--keep", "1")
+        assert found.exit_code == 143
+        assert "Stopped after step 4, as asked." in found.output
+        assert f"train --resume '{stopped.path}'" in found.output
+        # as a process leaves it that was killed after the checkpoint: a line more, a line cut short
+        with stopped.metrics_log.open("a") as log:
+            log.write(json.dumps({"step": 5, "tokens": 640, "seconds": 1.0}) + '\n{"step": 6, "tok')
+        (stopped.path / "sae_weights.safetensors").write_bytes(b"half")
+        patched.setattr(_Stopping, "step", 7)
+        patched.setattr(_Stopping, "number", signal.SIGINT)
+        assert _cli("--resume", str(stopped.path)).exit_code == 130
+    assert [path.name for path in stopped.checkpoints.iterdir()] == [str(7 * 128)]
+    assert not stopped.read().get("completed_at")
+    found = _cli("--resume", str(stopped.path), "--json")
+    assert found.exit_code == 0, found.output
+    assert _result(stopped) == _result(whole)
+    assert stopped.read()["completed_at"]
+    assert _result(whole)["log"][-1]["step"] == 10
+
+
+def test_what_cannot_be_gone_on_with_is_refused(tmp_path: Path) -> None:
+    def error(*words: str) -> str:
+        found = _cli(*words)
+        assert isinstance(found.exception, ValueError), found.output
+        return str(found.exception)
+
+    assert "is not the folder of a run" in error("--resume", str(tmp_path))
+    assert "is not the folder of a run" in error("--resume", str(tmp_path / "missing"))
+    (tmp_path / "config.yaml").write_text("completed_at: '2026-01-01'\n")
+    assert "holds a finished run" in error("--resume", str(tmp_path))
+    (tmp_path / "config.yaml").write_text("model_name: tiny\n")
+    assert "leave out --layer --lr" in error("--resume", str(tmp_path), "--layer", "2", "--lr")
+    with locked(tmp_path):
+        assert "is in use: another process" in error("--resume", str(tmp_path))
+    assert "--keep -1 must be a number" in error(*FLAGS, "--keep", "-1")
+    assert "--checkpoint-minutes nan must be" in error(*FLAGS, "--checkpoint-minutes", "nan")
+
+
+def test_second_run_on_a_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if both found it unused, and the other was quicker."""
+    run = tmp_path / "run"
+
+    class Slow(RunRunner):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            run.mkdir()
+            held.__enter__()
+
+    run_lock = locked(run)
+    held = run_lock
+    monkeypatch.setattr("saelens_matryoshka.runs.training.RunRunner", Slow)
+    found = _cli(*FLAGS, "--output_path", str(run))
+    held.__exit__(None, None, None)
+    assert "is in use" in str(found.exception)
+    assert [path.name for path in run.iterdir()] == [".lock"]
+
+
+@pytest.mark.slow
+def test_soak(tmp_path: Path) -> None:
+    """Four real signals to real processes."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    seed = str(random.Random(0).randrange(1000))
+    soak = [sys.executable, "-m", "benchmarks.soak", "--restarts", "4", "--steps", "0", "--seed", seed]
+    done = subprocess.run(soak, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "all bit-identical to the uninterrupted runs" in done.stdout
