@@ -64,6 +64,7 @@ _BAR_REFRESH_SECONDS = 0.5
 T = TypeVar("T", bound=ResumableStore)
 Observer = Callable[[SAETrainer[Any, Any], TrainStepOutput], None]
 _observers: WeakKeyDictionary[SAETrainer[Any, Any], list[Observer]] = WeakKeyDictionary()
+_changes: WeakKeyDictionary[SAETrainer[Any, Any], list[Callable[[], None]]] = WeakKeyDictionary()
 
 
 # ---- the store
@@ -221,8 +222,19 @@ def observe(trainer: SAETrainer[Any, Any], observer: Observer) -> None:
     _observers.setdefault(trainer, []).append(observer)
 
 
+def before_training(trainer: SAETrainer[Any, Any], change: Callable[[], None]) -> None:
+    """Have `change()` called right before a trainer of ours trains, when all else is in its place."""
+    _changes.setdefault(trainer, []).append(change)
+
+
 def prepare_trainer(trainer: SAETrainer[Any, Any]) -> None:
     """Give a trainer of one of our architectures what the stock one lacks, before it trains."""
+    _add_what_is_missing(trainer)
+    for change in _changes.pop(trainer, []):
+        change()
+
+
+def _add_what_is_missing(trainer: SAETrainer[Any, Any]) -> None:
     fuse_adam(trainer.optimizer)
     trainer.sae.finite.watch(trainer.optimizer, [trainer.sae.b_enc, trainer.sae.b_dec])
     save_if_due = defer_checkpoints(trainer)
@@ -270,6 +282,15 @@ def _after_step(
 
 
 @torch.no_grad()
+def mean_l0(step_output: TrainStepOutput) -> float:
+    """Latents kept per row of a step's batch: of the whole batch, where processes share it."""
+    if isinstance(l0 := step_output.metrics.get("l0"), torch.Tensor):
+        return l0.item()
+    acts = step_output.feature_acts
+    return (acts._nnz() if acts.is_sparse else int((acts > 0).sum())) / len(acts)
+
+
+@torch.no_grad()
 def _update_bar(
     trainer: SAETrainer[Any, Any],
     step_output: TrainStepOutput,
@@ -283,14 +304,12 @@ def _update_bar(
     if now - last_shown[0] < _BAR_REFRESH_SECONDS and not finished:
         return
     last_shown[0] = now  # reading the numbers waits for the GPU, so it is not done every step
-    acts = step_output.feature_acts
-    n_active = acts._nnz() if acts.is_sparse else int((acts > 0).sum())
     dead = trainer.dead_neurons.float().mean().item()
     fvu = step_output.metrics["fvu"]
     pbar.unit, pbar.unit_scale = "tok", True
     pbar.set_description_str("", refresh=False)
     pbar.set_postfix_str(
-        f"loss {step_output.loss.item():.3g} L0 {n_active / len(acts):.1f} "
+        f"loss {step_output.loss.item():.3g} L0 {mean_l0(step_output):.1f} "
         f"L2 {step_output.losses['mse_loss'].item():.3g} "
         f"FVU {fvu().item():.3f} dead {dead:.0%}",  # type: ignore[operator]
         refresh=False,

@@ -15,6 +15,7 @@ import itertools
 from argparse import ArgumentError
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from sae_lens import (
@@ -29,6 +30,7 @@ from sae_lens.training import activations_store
 from typing_extensions import override
 
 _REDIRECTED = "_redirected_by_saelens_matryoshka"
+_split_off: WeakKeyDictionary[ActivationsStore, tuple[Any, int]] = WeakKeyDictionary()
 
 
 def redirect(
@@ -117,8 +119,38 @@ def split_off_prompts(store: ActivationsStore, n_prompts: int, *, leaving: int) 
     if n_left < leaving:
         store.dataset = whole
         return None
+    _split_off[store] = whole, n_documents
     store.iterable_sequences = store._iterate_tokenized_sequences()
     return torch.stack(taken)
+
+
+def before_split_off(store: ActivationsStore) -> tuple[Any, int]:
+    """A store's dataset before `split_off_prompts`, and how many documents that took from its beginning."""
+    return _split_off.get(store, (store.dataset, 0))
+
+
+def read_from(store: ActivationsStore, dataset: Any) -> None:
+    """Have a store that has not been read from read another dataset."""
+    store.dataset = dataset
+    store.iterable_sequences = store._iterate_tokenized_sequences()
+
+
+@contextlib.contextmanager
+def replacing_load_trainer_state(load: Callable[..., None]) -> Generator[None, None, None]:
+    """Within, `load(stock, trainer, checkpoint_path)` loads the state of a trainer that a runner resumes.
+
+    A runner makes its trainer and loads its state in one go, so that there is no trainer to change before.
+    """
+    stock = SAETrainer.load_trainer_state
+
+    def load_trainer_state(self: SAETrainer[Any, Any], checkpoint_path: Any) -> None:
+        load(stock, self, checkpoint_path)
+
+    SAETrainer.load_trainer_state = load_trainer_state  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        SAETrainer.load_trainer_state = stock  # type: ignore[method-assign]
 
 
 class OpenStore(ActivationsStore):

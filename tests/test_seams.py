@@ -88,6 +88,20 @@ def test_seam_store_starts_every_epoch_from_its_dataset() -> None:
     assert epoch in inspect.getsource(ActivationsStore.get_batch_tokens)
 
 
+def test_the_runner_loads_the_state_of_its_trainer_by_a_method_that_can_be_replaced() -> None:
+    assert list(inspect.signature(SAETrainer.load_trainer_state).parameters) == ["self", "checkpoint_path"]
+    source = inspect.getsource(LanguageModelSAETrainingRunner.run)
+    assert "trainer.load_trainer_state(self.cfg.resume_from_checkpoint)" in source, (
+        "SAELens's runner no longer loads a trainer's state by load_trainer_state, which "
+        "seams.replacing_load_trainer_state replaces to resume a dictionary in shards."
+    )
+    stock, seen = SAETrainer.load_trainer_state, []
+    with seams.replacing_load_trainer_state(lambda stock, trainer, path: seen.append((stock, trainer, path))):
+        SAETrainer.load_trainer_state("trainer", "path")  # type: ignore[arg-type]
+    assert seen == [(stock, "trainer", "path")]
+    assert SAETrainer.load_trainer_state is stock
+
+
 def test_seam_trainer_saves_before_it_counts_the_step() -> None:
     """If this fails, SAELens counts first: `seams.defer_checkpoints` is needed for this no longer."""
     source = inspect.getsource(inspect.getmodule(SAETrainer))  # type: ignore[arg-type]

@@ -8,8 +8,11 @@ batches and, with the weights as they are now, the threshold that exactly k·N o
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 import torch
+
+from saelens_matryoshka.ops import ALONE, Group
 
 # Rows kept: few enough to be cheap, and from many batches, because L0 differs more between texts than between
 # the tokens of one text.
@@ -22,13 +25,19 @@ CHUNK_VALUES = 1 << 25
 class RecentRows:
     """Source rows of the last training batches."""
 
-    def __init__(self) -> None:
-        self._batches: deque[torch.Tensor] = deque()
+    def __init__(self, batches: Iterable[torch.Tensor] = ()) -> None:
+        self._batches = deque(batches)
 
-    def add(self, source: torch.Tensor) -> None:
-        """Keep some rows of a batch `[B, d_in]`; the oldest go when there are enough."""
-        self._batches.append(source[:_ROWS_PER_BATCH].detach().clone())
-        while len(self._batches) > 1 and self.count() - len(self._batches[0]) >= MAX_ROWS:
+    def add(self, source: torch.Tensor, row_blocks: int = 1) -> None:
+        """Keep some rows of a batch `[B, d_in]`; the oldest go when there are enough.
+
+        Args:
+            source: The batch, or one of `row_blocks` blocks of it.
+            row_blocks: Among so many processes the batch, and what is kept of it, is divided.
+        """
+        stride = max(1, -(-len(source) * row_blocks // _ROWS_PER_BATCH))
+        self._batches.append(source[::stride].detach().clone())
+        while len(self._batches) > 1 and self.count() - len(self._batches[0]) >= MAX_ROWS // row_blocks:
             self._batches.popleft()
 
     def count(self) -> int:
@@ -56,6 +65,7 @@ def threshold_for_l0(
     norms: torch.Tensor | None,
     k: float,
     guess: float,
+    group: Group = ALONE,
 ) -> float:
     """The threshold that int(k·N) of the scores of N rows exceed, 0 if fewer are positive.
 
@@ -66,14 +76,15 @@ def threshold_for_l0(
         norms: Decoder norms `[d_sae]` the scores are multiplied by, or None.
         k: Wanted mean number of scores above the threshold per row.
         guess: About where the threshold is; scores far below it are searched only if need be.
+        group: Who shares the rows or the latents.
     """
-    n = int(k * len(rows))
+    n = int(k * group.count(len(rows), "rows"))
     for cutoff in (0.7 * guess, 0.0):
         chunks = rows.split(max(1, CHUNK_VALUES // W_enc.shape[1]))
         candidates = torch.cat([_scores_above(chunk, W_enc, b_enc, norms, cutoff) for chunk in chunks])
-        if len(candidates) > n:
+        if group.count(len(candidates), "all") > n:
             # a score is kept if it is larger than the threshold, so the first not to be kept is it
-            return candidates.topk(n + 1, sorted=False).values.min().item()
+            return group.kth_largest(candidates, n + 1).item()
     return 0.0
 
 

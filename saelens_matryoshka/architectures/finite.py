@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from saelens_matryoshka.ops import ALONE, Group
+
 
 class NonFiniteActivationsError(RuntimeError):
     """NaN or Inf in a training step. The weights have not been touched by it."""
@@ -32,14 +34,15 @@ class FiniteGuard:
         self._bad_gradient: torch.Tensor | None = None
         self._step = 0
 
-    def is_finite(self, loss: torch.Tensor, source: torch.Tensor, n_steps: int) -> bool:
-        """Whether a step's loss and source are finite; waits for the device, once.
+    def is_finite(self, loss: torch.Tensor, source: torch.Tensor, n_steps: int, group: Group = ALONE) -> bool:
+        """Whether a step's loss and source are finite, in all processes; waits for the device, once.
 
         Raises:
             NonFiniteActivationsError: the gradient of the step before was not, and no more may be skipped.
         """
         # A source row of NaN selects nothing, so it would not show in the loss.
         finite = torch.isfinite(loss.detach()) & torch.isfinite(source.sum(dtype=torch.float32))
+        finite = group.min(finite.float(), "all").bool()
         pending = self._bad_gradient
         if bool(finite if pending is None else finite & ~pending):
             self._bad_gradient, self._step = None, n_steps
@@ -105,7 +108,7 @@ def _drop_gradients(optimizer: torch.optim.Optimizer) -> None:
             parameter.grad = None
 
 
-def describe_rows(values: torch.Tensor) -> str:
-    """How many rows of `[B, d]` are bad; empty if none is."""
-    bad = int((~torch.isfinite(values)).any(dim=-1).sum())
-    return f"contain NaN or Inf in {bad} of {len(values)} rows" if bad else ""
+def describe_rows(values: torch.Tensor, group: Group = ALONE) -> str:
+    """How many rows of `[B, d]`, of all processes' together, are bad; empty if none is."""
+    bad = group.count(int((~torch.isfinite(values)).any(dim=-1).sum()), "rows")
+    return f"contain NaN or Inf in {bad} of {group.count(len(values), 'rows')} rows" if bad else ""

@@ -27,7 +27,7 @@ from typing_extensions import override
 from saelens_matryoshka.architectures.calibration import RecentRows, threshold_for_l0
 from saelens_matryoshka.architectures.config import MatryoshkaTrainingConfig
 from saelens_matryoshka.architectures.finite import FiniteGuard, describe_rows
-from saelens_matryoshka.ops import NestedStep, NestedStepFn, NestedWeights, SparseStep
+from saelens_matryoshka.ops import ALONE, Group, NestedStep, NestedStepFn, NestedWeights, SparseStep
 
 TRAINING_STATE_FILENAME = "training_state.safetensors"
 
@@ -42,6 +42,8 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
 
     step_fn: NestedStepFn
     """The implementation of the training step: `ops.SparseStep`, or `ops.reference_step`"""
+    group: Group = ALONE
+    """The processes that train this dictionary together"""
     finite: FiniteGuard
     """What happens to a batch of NaN or Inf"""
 
@@ -49,7 +51,7 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
         super().__init__(cfg, use_error_term)
         self.step_fn = SparseStep()
         self.finite = FiniteGuard()
-        self._recent = RecentRows()
+        self.recent = RecentRows()
         self._threshold_is_stale = False
 
     # ---- what a subclass defines
@@ -93,7 +95,8 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
         source, target = self.split_batch(step_input.sae_in)
         n_steps = step_input.n_training_steps
         if not self._prepared:
-            if not bool(torch.isfinite(step_input.sae_in).all()):  # the weights would start from it
+            finite = torch.isfinite(step_input.sae_in).all()  # the weights would start from it
+            if not bool(self.group.min(finite.float(), "all")):
                 self.finite.skip_or_raise(self._what_is_not_finite(source, target, n_steps))
                 return self._left_out(source, target)
             self.prepare_for_training(step_input.sae_in)
@@ -107,7 +110,7 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
             self.cfg.objective(subtract_b_dec=self.cfg.apply_b_dec_to_input),
             dead=step_input.dead_neuron_mask,
         )
-        if not self.finite.is_finite(step.loss, source, n_steps):
+        if not self.finite.is_finite(step.loss, source, n_steps, self.group):
             self.finite.skip_or_raise(self._what_is_not_finite(source, target, n_steps))
             return self._left_out(source, target)
         self._update_threshold(step, source)
@@ -134,10 +137,7 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
     def _metrics(self, step: NestedStep, target: torch.Tensor, dead: torch.Tensor | None) -> dict[str, Any]:
         """Of this batch. The variance is only computed when something is logged, so each is lazy."""
         levels = step.level_losses
-
-        def variance() -> torch.Tensor:
-            wide = target.detach().to(torch.promote_types(target.dtype, torch.float32))
-            return (wide - wide.mean(dim=0)).pow(2).sum(dim=-1).mean()
+        variance = _variance(target, self.group)
 
         metrics: dict[str, Any] = {
             "fvu": lambda: levels[-1] / variance(),
@@ -155,7 +155,7 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
         metadata = self.cfg.metadata
         hooks = {"source": (source, metadata.hook_name), "target": (target, metadata.hook_name_out)}
         for role, (values, hook) in hooks.items():
-            if bad_rows := describe_rows(values):
+            if bad_rows := describe_rows(values, self.group):
                 return (
                     f"Step {n_steps}: the {role} activations of hook {hook or metadata.hook_name!r} "
                     f"{bad_rows}. The weights have not been "
@@ -201,7 +201,7 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
             old.copy_(torch.where(batch_threshold > 0, moved, old))
         else:
             old.copy_(batch_threshold)
-            self._recent.add(source)
+            self.recent.add(source, self.group.row_blocks)
             self._threshold_is_stale = True
 
     @torch.no_grad()
@@ -209,11 +209,11 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
         """With "l0" calibration, set the threshold so that k latents per recent row are above it.
 
         Done by itself before inference, folding and saving. Without recent rows, as after loading, the
-        threshold stays as it is.
+        threshold stays as it is. Called by all processes that train together.
         """
         if not self._threshold_is_stale:
             return
-        rows = self._recent.rows()
+        rows = self.recent.rows()
         threshold = threshold_for_l0(
             rows - self.b_dec if self.cfg.apply_b_dec_to_input else rows,
             self.W_enc,
@@ -221,6 +221,7 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
             self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None,
             self.cfg.k,
             guess=self.topk_threshold.item(),
+            group=self.group,
         )
         self.topk_threshold.fill_(threshold)
         self._threshold_is_stale = False
@@ -238,7 +239,7 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
     def _leave_training_space(self) -> None:
         """Before the weights are folded: the recent rows would not fit them any more."""
         self.calibrate_threshold()
-        self._recent.clear()
+        self.recent.clear()
 
     @override
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
@@ -279,7 +280,7 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
         The saved threshold is calibrated; training goes on with the one it has.
         """
         self.finite.settle()
-        recent = self._recent.batches()
+        recent = self.recent.batches()
         tensors = {"topk_threshold": self.topk_threshold.clone()}
         if recent:
             tensors["recent_rows"] = torch.cat(recent)
@@ -303,10 +304,10 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
         with safe_open(path, framework="pt", device=str(self.device)) as file:
             state = json.loads(file.metadata()["state"])
             self.topk_threshold.copy_(file.get_tensor("topk_threshold"))
-            self._recent.clear()
+            self.recent.clear()
             if lengths := state["recent_lengths"]:
                 for batch in file.get_tensor("recent_rows").split(lengths):
-                    self._recent.add(batch)
+                    self.recent.add(batch)
         self._threshold_is_stale = state["threshold_is_stale"]
         self.finite.n_skipped = state["n_skipped"]
 
@@ -349,6 +350,18 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
         state_dict["b_enc"] = (state_dict["b_enc"].to(wide) * norms).to(dtype)
         state_dict["W_dec"] = (state_dict["W_dec"].to(wide) / norms[:, None]).to(dtype).contiguous()
         state_dict["threshold"] = threshold.expand(self.cfg.d_sae).to(dtype).contiguous()
+
+
+def _variance(target: torch.Tensor, group: Group) -> Callable[[], torch.Tensor]:
+    """Of the whole batch, summed over dimensions. Put off until it is asked for by a process alone."""
+    wide = target.detach().to(torch.promote_types(target.dtype, torch.float32))
+    if group.row_blocks == 1:
+        return lambda: (wide - wide.mean(dim=0)).pow(2).sum(dim=-1).mean()
+    # now, because all processes have to take part, and not all of them log
+    sums = torch.cat([wide.sum(dim=0, dtype=torch.double), wide.double().pow(2).sum()[None]])
+    means = group.sum(sums, "rows") / (len(target) * group.row_blocks)
+    variance = (means[-1] - means[:-1].pow(2).sum()).to(wide.dtype)
+    return lambda: variance
 
 
 def _untraced(function: Callable[P, R]) -> Callable[P, R]:

@@ -210,14 +210,18 @@ class MatryoshkaTrainingTranscoder(MatryoshkaTraining):
         if self.cfg.normalize_activations == "expected_average_only_in":
             parts = batch.split([self.cfg.d_in, self.d_out], dim=-1)
             for part, scale in zip(parts, (self.source_scale, self.target_scale), strict=True):
-                mean_norm = part.double().norm(dim=-1).mean()
+                mean_norm = self._mean_over_rows(part.double().norm(dim=-1))
                 scale.copy_(part.shape[-1] ** 0.5 / mean_norm.clamp(min=1e-12))
         source, target = self.split_batch(batch)
         wide = torch.promote_types(self.dtype, torch.float32)
         if not bool(self.b_dec.any()):
-            self.b_dec.copy_(target.to(wide).mean(dim=0))
+            self.b_dec.copy_(self._mean_over_rows(target.to(wide)))
         if not bool(self.b_enc.any()):
-            self.b_enc.copy_(-(source.to(wide).mean(dim=0) @ self.W_enc.to(wide)))
+            self.b_enc.copy_(-(self._mean_over_rows(source.to(wide)) @ self.W_enc.to(wide)))
+
+    def _mean_over_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean of the rows of the whole batch, whoever holds them."""
+        return self.group.sum(values.mean(dim=0), "rows") / self.group.row_blocks
 
     # ---- inference
 

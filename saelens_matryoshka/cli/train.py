@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich import box
@@ -18,6 +18,7 @@ from saelens_matryoshka.cli.output import plain, quieten
 
 if TYPE_CHECKING:
     from saelens_matryoshka.evaluation.result import EvalResult
+    from saelens_matryoshka.parallel import Sharding
     from saelens_matryoshka.runs.folder import RunFolder
     from saelens_matryoshka.runs.settings import Settings
 
@@ -54,6 +55,13 @@ def train(
     ] = None,
     layer: Annotated[
         int | None, typer.Option(help="Of the mapping; alone, the layer whose output an SAE reconstructs.")
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help='Under torchrun, "dictionary" gives each process a part of the latents. Default: of the '
+            "rows only."
+        ),
     ] = None,
     resume: Annotated[
         Path | None,
@@ -142,16 +150,17 @@ def train(
     given = {"keep": keep, "checkpoint_minutes": checkpoint_minutes, "skip_bad_batches": skip_bad_batches}
     upkeep = {field: value for field, value in given.items() if value is not None}
     Upkeep(**upkeep)
+    sharding = _sharding(shard)
     if resume is not None:
         others = [
             f"--{parameter.replace('_', '-')}"
             for parameter in context.params
-            if parameter not in {*given, "resume", "as_json"}
+            if parameter not in {*given, "resume", "shard", "as_json"}
             and getattr(context.get_parameter_source(parameter), "name", "") == "COMMANDLINE"
         ]
         if others := others + context.args:
             raise ValueError(f"--resume goes on with the run's own settings: leave out {' '.join(others)}.")
-        _resume(resume, upkeep, console, as_json=as_json)
+        _resume(resume, upkeep, console, sharding=sharding, as_json=as_json)
         return
     with console.status("resolving the settings"):
         from saelens_matryoshka.runs.fields import Given
@@ -182,19 +191,32 @@ def train(
     console.print(f"[bold]Training[/] {_summary(settings)}\n  in {folder.path}")
     with _told_how_to_go_on(folder, console):
         result = train_run(
-            settings, folder, log_every=log_every, upkeep=Upkeep(**upkeep), command=sys.argv[1:]
+            settings,
+            folder,
+            log_every=log_every,
+            upkeep=Upkeep(**upkeep),
+            command=sys.argv[1:],
+            sharding=sharding,
         )
     _show_result(result, folder, console, as_json=as_json)
 
 
-def _resume(path: Path, upkeep: dict[str, Any], console: Console, *, as_json: bool) -> None:
+def _sharding(shard: str | None) -> Sharding | None:
+    if shard not in (None, "dictionary"):
+        raise ValueError(f"--shard {shard} is not known: 'dictionary' divides the latents among processes.")
+    return cast("Sharding | None", shard)
+
+
+def _resume(
+    path: Path, upkeep: dict[str, Any], console: Console, *, sharding: Sharding | None, as_json: bool
+) -> None:
     from saelens_matryoshka.runs.folder import RunFolder
     from saelens_matryoshka.runs.training import resume_run
 
     folder = RunFolder(path)
     console.print(f"[bold]Going on[/] with {folder.path}")
     with _told_how_to_go_on(folder, console):
-        result = resume_run(folder, **upkeep)
+        result = resume_run(folder, sharding, **upkeep)
     _show_result(result, folder, console, as_json=as_json)
 
 

@@ -93,7 +93,8 @@ class HeldOutEvaluator:
         with sae.keeping_threshold():
             model = _unscaled(inference_model(sae), activation_scaler)
         # The prefetcher's thread runs the same language model, whose hooks we are about to change.
-        with getattr(data_provider, "paused", nullcontext)():
+        paused = getattr(data_provider, "paused", nullcontext)
+        with paused():
             return logged_metrics(self.result(model))
 
     def result(self, model: SAE[Any]) -> EvalResult:

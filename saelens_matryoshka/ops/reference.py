@@ -70,18 +70,18 @@ def selection_mask(scores: torch.Tensor, k: float, selection: str) -> torch.Tens
         Boolean mask `[B, d_sae]`.
     """
     if selection == "token":
-        return _largest(scores.detach().relu(), int(k))
-    flat = scores.detach().relu().flatten()[None]
-    return _largest(flat, int(k * len(scores))).view_as(scores)
+        return _largest(scores.detach(), int(k)) & (scores > 0)
+    flat = scores.detach().flatten()[None]
+    return _largest(flat, int(k * len(scores))).view_as(scores) & (scores > 0)
 
 
 def _largest(values: torch.Tensor, n: int) -> torch.Tensor:
-    """Mask of the n largest positive entries of each row of `[rows, columns]`."""
+    """Mask of the n largest entries of each row of `[rows, columns]`, ties by lower index."""
     if n == 0:
         return torch.zeros_like(values, dtype=torch.bool)
     smallest_kept = values.topk(n, dim=-1).values[:, -1:]
     above = values > smallest_kept
-    tied = (values == smallest_kept) & (values > 0)
+    tied = values == smallest_kept
     places = n - above.sum(dim=-1, keepdim=True)
     return above | (tied & (tied.cumsum(dim=-1) <= places))
 
@@ -149,8 +149,7 @@ def dead_latent_loss(
         budget = objective.aux_budget(residual.shape[-1])
         pre = hidden_pre[:, columns]
         ranking = pre.detach() if norms is None else (pre * norms[columns]).detach()
-        chosen = ranking.topk(min(budget, len(columns)), dim=-1).indices
-        acts = torch.zeros_like(pre).scatter(-1, chosen, pre.gather(-1, chosen))
+        acts = pre * _largest(ranking, min(budget, len(columns)))
         error = (acts @ weights.W_dec[columns] - residual).pow(2).sum(dim=-1).mean()
         total = total + min(len(columns) / budget, 1.0) * error
     return objective.aux_coefficient * total

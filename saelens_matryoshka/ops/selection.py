@@ -4,7 +4,8 @@ The k·B largest of B·d_sae scores are a fraction of a percent of them. Their s
 batch to the next, so all but a few scores can be dismissed by one comparison with a *cutoff* a little below
 the last one; the exact choice is then made among the few *candidates* that remain. Should fewer than k·B
 remain, the cutoff was too high, and the scores are searched again from a lower one: the result is always
-that of the full top-k, ties going to the lower index.
+that of the full top-k, ties going to the lower index. Where processes share a batch or a dictionary, each
+searches its block, and the choice is made among the candidates of all (see `Group`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from saelens_matryoshka.ops.encoder import Encoder
+from saelens_matryoshka.ops.group import ALONE, Group
 
 # How far below the last batch's threshold the candidates begin.
 _MARGIN = 0.9
@@ -39,53 +41,75 @@ class Selection(NamedTuple):
 
 
 def select_batch(
-    encoder: Encoder, norms: torch.Tensor | None, k: float, *, last_threshold: torch.Tensor | None
+    encoder: Encoder,
+    norms: torch.Tensor | None,
+    k: float,
+    *,
+    last_threshold: torch.Tensor | None,
+    group: Group = ALONE,
 ) -> Selection:
-    """The int(k·B) largest scores of the batch, if positive.
+    """The int(k·B) largest scores of the batch, if positive: of all blocks of it that a group holds.
 
     Args:
         encoder: Gives the pre-activations `[B, d_sae]`.
         norms: Decoder norms `[d_sae]` the scores are multiplied by, or None.
         k: Entries per row on average.
         last_threshold: Scalar, the batch threshold of the step before, or None.
+        group: Who shares the batch and the dictionary.
     """
-    n = int(k * encoder.n_rows)
+    n = int(k * encoder.n_rows * group.row_blocks)
     if last_threshold is None:
-        cutoff = _estimated_cutoff(encoder, norms, k)
+        cutoff = group.min(_estimated_cutoff(encoder, norms, k), "all")
     else:
         cutoff = _MARGIN * last_threshold
     index, pre, scores = _candidates(encoder, norms, cutoff)
-    if len(index) < n and bool(cutoff > 0):
+    found = group.count(len(index), "all")
+    if found < n and bool(cutoff > 0):
         index, pre, scores = _candidates(encoder, norms, torch.zeros_like(cutoff))
-    if len(index) > n:
-        # the number is known, so a GPU need not be waited for
-        keep = _largest(scores, n).nonzero_static(size=n).squeeze(1)
+        found = group.count(len(index), "all")
+    if found > n:
+        keep = group.largest(scores, n, index, (encoder.n_rows, encoder.d_sae))
+        if group is ALONE:  # the number is known, so a GPU need not be waited for
+            keep = keep.nonzero_static(size=n).squeeze(1)
         index, pre, scores = index[keep], pre[keep], scores[keep]
-    return _selection(index // encoder.d_sae, index % encoder.d_sae, pre, scores)
+    return _selection(index // encoder.d_sae, index % encoder.d_sae, pre, scores, group)
 
 
-def select_token(encoder: Encoder, norms: torch.Tensor | None, k: int) -> Selection:
+def select_token(encoder: Encoder, norms: torch.Tensor | None, k: int, *, group: Group = ALONE) -> Selection:
     """The k largest scores of each row, if positive. Arguments as in `select_batch`."""
     found: list[tuple[torch.Tensor, ...]] = []
     for start, hidden_pre in encoder.blocks():
         scores = (hidden_pre if norms is None else hidden_pre * norms).relu()
-        smallest_kept = scores.topk(k, dim=-1).values[:, -1:]
-        # ">= and positive" is right but for ties, which go to the lower index
-        keep = (scores >= smallest_kept) & (scores > 0)
-        surplus = keep.sum(dim=-1) - k
-        for row in (surplus > 0).nonzero().squeeze(1).tolist():
-            tied = (scores[row] == smallest_kept[row]).nonzero().squeeze(1)
-            keep[row, tied[len(tied) - int(surplus[row]) :]] = False
+        keep = largest_of_rows(scores, k, group, positive=True)
         rows, columns = keep.nonzero(as_tuple=True)
         found.append((rows + start, columns, hidden_pre[rows, columns], scores[rows, columns]))
-    return _selection(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    return _selection(*(torch.cat(parts) for parts in zip(*found, strict=True)), group=group)
+
+
+def largest_of_rows(
+    scores: torch.Tensor, k: int, group: Group = ALONE, *, positive: bool = False
+) -> torch.Tensor:
+    """Mask of the k largest of each row of `[rows, m]`, or of the positive among them.
+
+    The k largest are chosen among all of a group's latents, ties going to the lower index.
+    """
+    thresholds, places = group.row_thresholds(scores, k)
+    keep = scores >= thresholds  # right but for ties
+    if positive:
+        keep &= scores > 0
+    surplus = keep.sum(dim=-1) - places
+    for row in (surplus > 0).nonzero().squeeze(1).tolist():
+        tied = (scores[row] == thresholds[row]).nonzero().squeeze(1)
+        keep[row, tied[len(tied) - int(surplus[row]) :]] = False
+    return keep
 
 
 def _selection(
-    rows: torch.Tensor, columns: torch.Tensor, pre: torch.Tensor, scores: torch.Tensor
+    rows: torch.Tensor, columns: torch.Tensor, pre: torch.Tensor, scores: torch.Tensor, group: Group
 ) -> Selection:
-    smallest = scores.min() if len(scores) else scores.new_zeros(())
-    return Selection(rows, columns, pre, scores, smallest)
+    smallest = scores.min() if len(scores) else scores.new_full((), torch.inf)
+    smallest = group.min(smallest, "all")
+    return Selection(rows, columns, pre, scores, torch.where(smallest.isinf(), 0, smallest))
 
 
 def _candidates(
@@ -119,16 +143,6 @@ def _nonzero(mask: torch.Tensor) -> torch.Tensor:
         flat: Any = mask.view(-1).numpy()
         return torch.from_numpy(np.flatnonzero(flat))
     return mask.view(-1).nonzero().squeeze(1)
-
-
-def _largest(scores: torch.Tensor, n: int) -> torch.Tensor:
-    """Mask of the n largest of more than n scores `[m]`, ties by lower index."""
-    if n == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    smallest_kept = scores.topk(n, sorted=False).values.min()
-    above = scores > smallest_kept
-    tied = scores == smallest_kept
-    return above | (tied & (tied.cumsum(0) <= n - above.sum()))
 
 
 def _estimated_cutoff(encoder: Encoder, norms: torch.Tensor | None, k: float) -> torch.Tensor:

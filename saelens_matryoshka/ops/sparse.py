@@ -10,6 +10,9 @@ The same function as `saelens_matryoshka.ops.reference`, to rounding. With n ≈
    from the other end. With it, the gradients of the entries, of the decoder rows and of the encoder
    columns are again bags: of entries per latent this time;
 4. the auxiliary loss is computed on the dead columns alone.
+
+Processes that share the rows or the latents (a `Group`) each do this for their block. Losses, predictions and
+the gradient of what every block contains are summed over blocks; all else stays where it is.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ import torch
 import torch.nn.functional as F
 
 from saelens_matryoshka.ops.encoder import Encoder
-from saelens_matryoshka.ops.selection import Selection, select_batch, select_token
+from saelens_matryoshka.ops.group import ALONE, Group
+from saelens_matryoshka.ops.selection import Selection, largest_of_rows, select_batch, select_token
 from saelens_matryoshka.ops.step import NestedObjective, NestedStep, NestedWeights
 from saelens_matryoshka.widths import latent_levels
 
@@ -33,9 +37,14 @@ class SparseStep:
     """The step as a callable that remembers, from batch to batch, where the candidates begin.
 
     What it remembers changes the speed, never the result.
+
+    Args:
+        group: Who shares the batch and the dictionary. The losses of the step are then those of the whole
+            batch, and the gradients those of the mean over this process's rows, of its latents.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, group: Group = ALONE) -> None:
+        self.group = group
         self._last_threshold: torch.Tensor | None = None
         self._scratch: dict[str, torch.Tensor] = {}
         self._spare: torch.Tensor | None = None
@@ -55,7 +64,7 @@ class SparseStep:
             dead_columns = dead.nonzero().squeeze(1)
         loss, parts = _run(self, weights, x, y, objective, dead_columns)
         chosen = parts.selection
-        self._last_threshold = chosen.batch_threshold if len(chosen.rows) else None
+        self._last_threshold = chosen.batch_threshold
         shape = (len(x), weights.W_dec.shape[0])
         index = torch.stack([chosen.rows, chosen.columns])
         return NestedStep(
@@ -70,7 +79,7 @@ class SparseStep:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseStep:
-        return SparseStep()
+        return SparseStep(self.group)
 
     def scratch(
         self, name: str, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype
@@ -136,19 +145,20 @@ class _NestedLoss(torch.autograd.Function):
         step: SparseStep,
         box: list[_Parts],
     ) -> torch.Tensor:
+        group = step.group
         encoder_in = x - b_dec if objective.subtract_b_dec else x
         encoder = Encoder(encoder_in, W_enc, b_enc, dead_columns, step.scratch)
         norms = W_dec.norm(dim=-1)
         selection_norms = norms if objective.rescale_by_decoder_norm else None
         if objective.selection == "token":
-            selection = select_token(encoder, selection_norms, int(objective.k))
+            selection = select_token(encoder, selection_norms, int(objective.k), group=group)
         else:
             selection = select_batch(
-                encoder, selection_norms, objective.k, last_threshold=step._last_threshold
+                encoder, selection_norms, objective.k, last_threshold=step._last_threshold, group=group
             )
         acts = selection.pre.to(W_dec.dtype)
         base = b_dec if W_skip is None else torch.addmm(b_dec, x, W_skip.T).to(b_dec.dtype)
-        any_dead = dead_columns is not None and len(dead_columns) > 0
+        any_dead = dead_columns is not None and group.count(len(dead_columns), "latents") > 0
         decoded = _decode(
             selection,
             acts,
@@ -156,20 +166,29 @@ class _NestedLoss(torch.autograd.Function):
             base,
             y,
             objective,
+            group,
             output_grads=step.take(W_dec, (len(x), len(objective.widths), W_dec.shape[1])),
             all_residuals=any_dead and objective.aux_per_level,
         )
-        aux = _aux_forward(
-            encoder.dead_pre(), W_dec, decoded.residuals, selection_norms, objective, dead_columns
-        )
+        aux = _Aux(W_dec.new_zeros(()), [])
+        if any_dead:
+            dead_pre = encoder.dead_pre()
+            assert dead_columns is not None
+            if dead_pre is None:
+                dead_pre = W_dec.new_zeros(len(x), 0)
+            aux = _aux_forward(
+                dead_pre, W_dec, decoded.residuals, selection_norms, objective, dead_columns, group
+            )
         l1_loss = (acts * norms[selection.columns]).sum() * (objective.l1_coefficient / len(x))
-        box.append(_Parts(decoded.level_losses, aux.loss, l1_loss, y + decoded.residuals[:, -1], selection))
+        l1_loss = group.sum(l1_loss, "latents")
+        level_losses, aux_loss, l1_loss = _mean_over_rows(group, decoded.level_losses, aux.loss, l1_loss)
+        box.append(_Parts(level_losses, aux_loss, l1_loss, y + decoded.residuals[:, -1], selection))
         ctx.save_for_backward(W_enc, W_dec, W_skip, x, encoder_in)
         ctx.selection, ctx.acts, ctx.norms, ctx.bags = selection, acts, norms, decoded.bags
         ctx.output_grads, ctx.aux, ctx.objective = decoded.output_grads, aux, objective
         ctx.step = step
         ctx.autocast = torch.is_autocast_enabled(x.device.type)
-        return decoded.total_loss + aux.loss + l1_loss
+        return (level_losses.new_tensor(objective.level_weights) * level_losses).sum() + aux_loss + l1_loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
@@ -207,15 +226,13 @@ class _NestedLoss(torch.autograd.Function):
         ctx.step.give_back(output_grads)
         b_dec_grad = base_grad.sum(dim=0)
         if objective.subtract_b_dec:
-            b_dec_grad = b_dec_grad - W_enc @ b_enc_grad
+            b_dec_grad = b_dec_grad - ctx.step.group.sum(W_enc @ b_enc_grad, "latents")
         return (W_enc_grad.T, b_enc_grad, W_dec_grad, b_dec_grad, W_skip_grad, *[None] * 6)
 
 
 class _Decoded(NamedTuple):
     level_losses: torch.Tensor
     """`[n_levels]`"""
-    total_loss: torch.Tensor
-    """scalar: their weighted sum"""
     residuals: torch.Tensor
     """`[B, 1, d_out]`, the whole dictionary's prediction minus target; `[B, n_levels, d_out]` if asked"""
     output_grads: torch.Tensor
@@ -231,6 +248,7 @@ def _decode(
     base: torch.Tensor,
     y: torch.Tensor,
     objective: NestedObjective,
+    group: Group,
     *,
     output_grads: torch.Tensor,
     all_residuals: bool,
@@ -257,6 +275,7 @@ def _decode(
         parts = F.embedding_bag(
             columns, W_dec, chunk_offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
         ).view(-1, n_levels, d_out)
+        parts = group.sum(parts, "latents")
         out, running = output_grads[start:stop], start_from[start:stop]
         for level in range(n_levels):
             running = torch.add(running, parts[:, level], out=out[:, level])
@@ -266,8 +285,16 @@ def _decode(
         out *= (level_weights * (2 / n_rows)).to(out.dtype)[:, None]
         for level in range(n_levels - 2, -1, -1):
             out[:, level] += out[:, level + 1]
-    level_losses = level_losses / n_rows
-    return _Decoded(level_losses, (level_weights * level_losses).sum(), residuals, output_grads, bags)
+    return _Decoded(level_losses / n_rows, residuals, output_grads, bags)
+
+
+def _mean_over_rows(group: Group, level_losses: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
+    """The losses of the whole batch, from those of the blocks of rows."""
+    if group.row_blocks == 1:
+        return [level_losses, *others]
+    losses = torch.cat([level_losses, torch.stack(others).to(level_losses.dtype)])
+    losses = group.sum(losses, "rows") / group.row_blocks
+    return [losses[: len(level_losses)], *losses[len(level_losses) :]]
 
 
 class _EntriesByLatent(NamedTuple):
@@ -338,16 +365,15 @@ class _Aux(NamedTuple):
 
 
 def _aux_forward(
-    dead_pre: torch.Tensor | None,
+    dead_pre: torch.Tensor,
     W_dec: torch.Tensor,
     residuals: torch.Tensor,
     norms: torch.Tensor | None,
     objective: NestedObjective,
-    dead_columns: torch.Tensor | None,
+    dead_columns: torch.Tensor,
+    group: Group,
 ) -> _Aux:
     loss, groups = W_dec.new_zeros(()), []
-    if dead_columns is None or dead_pre is None or len(dead_columns) == 0:
-        return _Aux(loss, groups)
     budget = objective.aux_budget(W_dec.shape[1])
     if objective.aux_per_level:
         bounds = torch.searchsorted(
@@ -358,17 +384,18 @@ def _aux_forward(
         level_columns = [dead_columns]
     parts = dead_pre.split([len(columns) for columns in level_columns], dim=1)
     for level, (columns, part) in enumerate(zip(level_columns, parts, strict=True)):
-        if len(columns) == 0:
+        n_dead = group.count(len(columns), "latents")
+        if n_dead == 0:
             continue
         acts = part.to(W_dec.dtype)
         chosen = None
-        if len(columns) > budget:
+        if n_dead > budget:
             ranking = acts if norms is None else acts * norms[columns]
-            top = ranking.topk(budget, dim=-1, sorted=False).indices
-            chosen = torch.zeros_like(acts, dtype=torch.bool).scatter_(-1, top, True)
+            chosen = largest_of_rows(ranking, budget, group)
             acts = acts * chosen
-        error = (acts @ W_dec[columns]).to(W_dec.dtype) + residuals[:, level]
-        scale = objective.aux_coefficient * min(len(columns) / budget, 1.0)
+        prediction = group.sum(acts @ W_dec[columns], "latents").to(W_dec.dtype)
+        error = prediction + residuals[:, level]
+        scale = objective.aux_coefficient * min(n_dead / budget, 1.0)
         loss = loss + scale * error.pow(2).sum() / len(error)
         groups.append(_AuxGroup(columns, acts, chosen, error * (2 * scale / len(error))))
     return _Aux(loss, groups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 import warnings
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from sae_lens import SAETrainer
 from sae_lens.saes.sae import TrainStepOutput
 
 from saelens_matryoshka.architectures import NonFiniteActivationsError
+from saelens_matryoshka.ops import ALONE, Group
 from saelens_matryoshka.runs.checkpoints import CheckpointError, Checkpoints
 from saelens_matryoshka.runs.signals import StopRequest
 
@@ -61,6 +63,8 @@ class Keeper:
         """
         self.checkpoints, self.seconds = checkpoints, 60 * minutes
         self.stop = StopRequest()
+        self.group: Group = ALONE
+        """the processes that train together, which save and stop after the same step"""
         self._saved_at = time.monotonic()
         self._complete: int | None = None
 
@@ -100,6 +104,9 @@ class Keeper:
         self._complete = trainer.n_training_samples
         finished = self._complete >= trainer.cfg.total_training_samples
         due = self.seconds > 0 and time.monotonic() - self._saved_at >= self.seconds
+        due = self.group.count(int(due), "all") > 0
+        if self.group.count(int(self.stop.number is not None), "all"):
+            self.stop.number = self.stop.number or signal.SIGTERM  # another process was asked
         if finished or due or self.stop.number is not None:
             self._save(trainer)
         if self.stop.number is not None:
@@ -113,8 +120,9 @@ class Keeper:
         self._saved_at = time.monotonic()
 
     def _rescue(self, trainer: SAETrainer[Any, Any]) -> str:
-        # An error inside a step leaves half of it done; that state is of no use.
-        if self._complete and trainer.n_training_samples == self._complete:
+        # An error inside a step leaves half of it done; that state is of no use. What is common to many
+        # processes cannot be saved by the one that failed.
+        if self.group is ALONE and self._complete and trainer.n_training_samples == self._complete:
             try:
                 self._save(trainer)
             except CheckpointError as error:

@@ -13,6 +13,7 @@ from sae_lens import SAETrainer
 from sae_lens.saes.sae import TrainStepOutput
 
 from saelens_matryoshka.atomic import write_atomically
+from saelens_matryoshka.runner import mean_l0
 
 
 class MetricsLog:
@@ -88,8 +89,7 @@ def _values(trainer: SAETrainer[Any, Any], output: TrainStepOutput) -> dict[str,
         value = value.item() if isinstance(value, torch.Tensor) else value
         return value if math.isfinite(value) else None  # of a batch that was left out
 
-    metrics, acts = output.metrics, output.feature_acts
-    n_active = acts._nnz() if acts.is_sparse else int((acts > 0).sum())
+    metrics = output.metrics
     return {
         "loss": read(output.loss),
         "mse_loss": read(output.losses["mse_loss"]),
@@ -98,7 +98,7 @@ def _values(trainer: SAETrainer[Any, Any], output: TrainStepOutput) -> dict[str,
         "fvu_per_prefix": {
             str(width): read(metrics[f"fvu_w{width}"]) for width in trainer.sae.cfg.matryoshka_widths
         },
-        "l0": n_active / len(acts),
+        "l0": mean_l0(output),
         "dead": trainer.dead_neurons.float().mean().item(),
         "threshold": read(metrics["topk_threshold"]),
         "lr": trainer.optimizer.param_groups[0]["lr"],

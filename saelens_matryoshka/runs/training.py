@@ -6,7 +6,7 @@ import dataclasses
 import os
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from sae_lens.constants import (
 )
 from typing_extensions import override
 
+from saelens_matryoshka import parallel
 from saelens_matryoshka.atomic import write_atomically
 from saelens_matryoshka.evaluation.result import EvalResult
 from saelens_matryoshka.evaluation.training_evaluator import HeldOutEvaluator
@@ -78,8 +79,11 @@ def train_run(
     log_every: int = 20,
     upkeep: Upkeep | None = None,
     command: Sequence[str] = (),
+    sharding: parallel.Sharding | None = None,
 ) -> EvalResult | None:
     """Train in a folder, from the first step to the evaluation of what was saved.
+
+    Under torchrun, together with its other processes, of which the first writes and evaluates.
 
     1. Everything is loaded and checked; nothing is written before that has gone well.
     2. The folder is made and locked, with config.yaml.
@@ -92,34 +96,40 @@ def train_run(
         log_every: Steps between two lines of metrics.jsonl.
         upkeep: How its state is kept.
         command: What was called, for the record.
+        sharding: "dictionary" divides the latents among torchrun's processes; None, only the rows.
 
     Returns:
-        The evaluation; None where the dataset was too small to hold prompts out.
+        The evaluation; None where the dataset was too small to hold prompts out, and in all processes but the
+        first.
 
     Raises:
         ValueError: the folder is used, or the settings do not fit the model or the data.
         RunStopped: a signal or an error has ended it; `resume_run` goes on.
     """
-    folder.require_unused()
     upkeep = upkeep or Upkeep()
     settings.cfg.logger.wandb_id = settings.cfg.logger.wandb_id or uuid.uuid4().hex[:8]
-    runner = _runner(settings, folder, log_every, upkeep)
+    with parallel.joined(settings.cfg, sharding) as job, ExitStack() as held:
+        if job.is_first:
+            folder.require_unused()
+        runner = _runner(settings, folder, log_every, upkeep, job)
+        if job.is_first:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(folder.path))
+            folder.require_unused()
+            folder.write_config(
+                settings,
+                command=list(command),
+                versions=versions(),
+                wandb={"id": settings.cfg.logger.wandb_id} if settings.cfg.logger.log_to_wandb else None,
+                upkeep={"log_every": log_every, **dataclasses.asdict(upkeep)},
+                started_at=now(),
+            )
+        return _run(runner, folder, job)
 
-    folder.path.mkdir(parents=True, exist_ok=True)
-    with locked(folder.path):
-        folder.require_unused()
-        folder.write_config(
-            settings,
-            command=list(command),
-            versions=versions(),
-            wandb={"id": settings.cfg.logger.wandb_id} if settings.cfg.logger.log_to_wandb else None,
-            upkeep={"log_every": log_every, **dataclasses.asdict(upkeep)},
-            started_at=now(),
-        )
-        return _run(runner, folder)
 
-
-def resume_run(folder: RunFolder, **upkeep: Any) -> EvalResult | None:
+def resume_run(
+    folder: RunFolder, sharding: parallel.Sharding | None = None, **upkeep: Any
+) -> EvalResult | None:
     """Go on with a run that was stopped, from its newest whole checkpoint to its end.
 
     On the same machine and with the same packages its weights, metrics.jsonl (but for times) and metrics.json
@@ -127,6 +137,7 @@ def resume_run(folder: RunFolder, **upkeep: Any) -> EvalResult | None:
 
     Args:
         folder: Of the run.
+        sharding: As `train_run`; it need not be what the run was started with, nor the number of processes.
         **upkeep: What is to be other than at its start: fields of `Upkeep`.
 
     Raises:
@@ -135,40 +146,48 @@ def resume_run(folder: RunFolder, **upkeep: Any) -> EvalResult | None:
     """
     if folder.read().get("completed_at"):
         raise ValueError(f"{folder.path} holds a finished run: there is nothing to go on with.")
-    with locked(folder.path):
-        recorded = folder.read()
-        kept = dict(recorded.get("upkeep") or {}) | upkeep
-        log_every = kept.pop("log_every", 20)
-        settings = resolve([folder.settings()])
-        if recorded.get("wandb"):
-            settings.cfg.logger.wandb_id = recorded["wandb"]["id"]
+    recorded = folder.read()
+    kept = dict(recorded.get("upkeep") or {}) | upkeep
+    log_every = kept.pop("log_every", 20)
+    settings = resolve([folder.settings()])
+    if recorded.get("wandb"):
+        settings.cfg.logger.wandb_id = recorded["wandb"]["id"]
+    with parallel.joined(settings.cfg, sharding) as job, ExitStack() as held:
         checkpoints = Checkpoints(folder.checkpoints)
-        checkpoints.clean()
+        if job.is_first:
+            held.enter_context(locked(folder.path))
+            checkpoints.clean()
+            for name in _FINAL_FILES:  # of a run that was ended while it saved them
+                (folder.path / name).unlink(missing_ok=True)
         checkpoint = checkpoints.newest()
         if checkpoint is not None:
             warn_of_other_versions(checkpoint)
             settings.cfg.resume_from_checkpoint = str(checkpoint.path)
-        for name in _FINAL_FILES:  # of a run that was ended while it saved them
-            (folder.path / name).unlink(missing_ok=True)
-        return _run(_runner(settings, folder, log_every, Upkeep(**kept)), folder)
+        return _run(_runner(settings, folder, log_every, Upkeep(**kept), job), folder, job)
 
 
-def _runner(settings: Settings, folder: RunFolder, log_every: int, upkeep: Upkeep) -> RunRunner:
+def _runner(
+    settings: Settings, folder: RunFolder, log_every: int, upkeep: Upkeep, job: parallel.Job
+) -> RunRunner:
     cfg = settings.cfg
     cfg.output_path, cfg.checkpoint_path = str(folder.path), str(folder.checkpoints)
     if "run_name" not in settings.given:
         cfg.logger.run_name = folder.path.name
     keeper = Keeper(Checkpoints(folder.checkpoints, upkeep.keep), minutes=upkeep.checkpoint_minutes)
-    observers: list[Observer] = [MetricsLog(folder.metrics_log, log_every)]
+    observers: list[Observer] = [MetricsLog(folder.metrics_log, log_every)] if job.is_first else []
     torch.manual_seed(cfg.seed)  # the runner itself does not
-    runner = RunRunner(cfg, observers=observers, keeper=keeper, **_overrides(settings))
+    overrides = _overrides(settings) | job.overrides(cfg)
+    runner = RunRunner(cfg, observers=observers, keeper=keeper, **overrides)
     runner.sae.finite.may_skip = upkeep.skip_bad_batches  # type: ignore[union-attr]  (one of ours)
+    job.share(runner, keeper)
     return runner
 
 
-def _run(runner: RunRunner, folder: RunFolder) -> EvalResult | None:
+def _run(runner: RunRunner, folder: RunFolder, job: parallel.Job) -> EvalResult | None:
     with _wandb_in(folder):
         runner.run()
+    if not job.is_first:
+        return None
     result = evaluate_run(runner, folder)
     folder.add_record("completed_at", now())
     return result

@@ -1,0 +1,84 @@
+"""Who shares a training step: one process, or many that each hold a block of it.
+
+A step is about a matrix of activations, rows (tokens) by latents. Many processes cut it into blocks: each
+holds some of the rows, or some of the latents. What the step must know of the other blocks are sums, minima
+and the largest scores; `Group` is the answer of a process that is alone, for which its block is the whole.
+`saelens_matryoshka.parallel` has the answer of many.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+Over = Literal["rows", "latents", "all"]
+"""Which blocks: those with other rows of the same latents, with other latents of the same rows, or all"""
+
+
+class Group:
+    """A process alone. Methods are called by all processes of a group, in the same order."""
+
+    row_blocks: int = 1
+    """into how many blocks the rows are cut, all of the same length"""
+
+    def sum(self, tensor: torch.Tensor, over: Over) -> torch.Tensor:  # noqa: ARG002
+        """The elementwise sum over blocks, the same bits on all of them; may overwrite `tensor`."""
+        return tensor
+
+    def min(self, tensor: torch.Tensor, over: Over) -> torch.Tensor:  # noqa: ARG002
+        """The elementwise minimum over blocks; may overwrite `tensor`."""
+        return tensor
+
+    def count(self, n: int, over: Over) -> int:  # noqa: ARG002
+        """The sum of a number over blocks."""
+        return n
+
+    def gather_rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All rows `[B, ...]` of the whole batch, of this block's `[B / row_blocks, ...]`."""
+        return tensor
+
+    def kth_largest(self, values: torch.Tensor, n: int) -> torch.Tensor:
+        """The n-th largest (from 1) of the values `[m]` of all blocks together; there are as many."""
+        return values.topk(n, sorted=False).values.min()
+
+    def largest(
+        self,
+        values: torch.Tensor,
+        n: int,
+        index: torch.Tensor,  # noqa: ARG002
+        shape: tuple[int, int],  # noqa: ARG002
+    ) -> torch.Tensor:
+        """Which of this block's values are among the n largest of all, ties by lower index in the whole.
+
+        Args:
+            values: `[m]`; all blocks together have more than n.
+            n: How many to keep of all blocks together.
+            index: `[m]`, increasing: where each value is in this block, flat and row-major.
+            shape: Rows and latents of this block.
+
+        Returns:
+            Mask `[m]`.
+        """
+        if n == 0:
+            return torch.zeros_like(values, dtype=torch.bool)
+        smallest_kept = self.kth_largest(values, n)
+        above, tied = values > smallest_kept, values == smallest_kept
+        return above | (tied & (tied.cumsum(0) <= n - above.sum()))
+
+    def row_thresholds(self, values: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The n-th largest value of each row, over all blocks of latents.
+
+        Args:
+            values: `[rows, m]`; all blocks together have n or more columns.
+            n: How many of each row to keep.
+
+        Returns:
+            The thresholds `[rows, 1]`, and how many values of each row this block may keep `[rows]`: all that
+            are larger and, by lower index, as many of those equal to the threshold as there is room for.
+        """
+        thresholds = values.topk(n, dim=-1).values[:, -1:]
+        return thresholds, torch.full((len(values),), n, device=values.device)
+
+
+ALONE = Group()

@@ -1,0 +1,9 @@
+"""Training in many processes, applied from outside: see `docs/parallel.md`.
+
+`job` joins the processes that torchrun starts, `data` divides the text, `trainer` and `dictionary` change
+SAELens's trainer and the weights it trains, `processes` has the collectives.
+"""
+
+from saelens_matryoshka.parallel.job import Job, LostProcessError, Sharding, is_torchrun, joined
+
+__all__ = ["Job", "LostProcessError", "Sharding", "is_torchrun", "joined"]

@@ -1,0 +1,216 @@
+"""A training run as one job of many processes, started by torchrun.
+
+    torchrun --nproc-per-node 8 -m saelens_matryoshka train ...
+    torchrun --nproc-per-node 8 -m saelens_matryoshka train --shard dictionary ...
+
+A process that torchrun has not started is a job of one, for which all of this does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, SAETrainer, TrainingSAE
+from torch.distributed.device_mesh import init_device_mesh
+from tqdm.auto import tqdm
+
+from saelens_matryoshka.parallel.data import share_data
+from saelens_matryoshka.parallel.dictionary import load_trainer_state, shard
+from saelens_matryoshka.parallel.processes import Processes
+from saelens_matryoshka.parallel.trainer import parallelize, writing
+from saelens_matryoshka.runner import before_training
+from saelens_matryoshka.runs.keeper import Keeper
+from saelens_matryoshka.seams import replacing_load_trainer_state
+
+Sharding = Literal["dictionary"]
+
+# How long a process waits for another. The longest wait is for the first one, while it saves or evaluates.
+_TIMEOUT = timedelta(minutes=30)
+_lost = threading.Event()
+
+
+class LostProcessError(RuntimeError):
+    """Another process of the job has ended, or does not answer."""
+
+
+class Job:
+    """The processes that train one dictionary."""
+
+    def __init__(self, group: Processes | None = None) -> None:
+        self._group = group
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self._group is None or self._group.rank == 0
+
+    @property
+    def size(self) -> int:
+        """How many processes there are."""
+        return 1 if self._group is None else self._group.size
+
+    def overrides(self, cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, Any]:
+        """What a runner is to be given: where the dictionary is sharded, this process's shard."""
+        group = self._group
+        return {} if group is None or group.shards == 1 else {"override_sae": self._shard(cfg, group)}
+
+    def _shard(self, cfg: LanguageModelSAERunnerConfig[Any], group: Processes) -> Any:
+        sae: Any
+        sae_cfg = type(cfg.sae).from_dict(cfg.get_training_sae_cfg_dict())
+        sae_cfg.device = "cpu" if group.rank == 0 else "meta"
+        resumed = cfg.resume_from_checkpoint
+        with torch.device(sae_cfg.device):
+            if cfg.from_pretrained_path is not None and group.rank == 0:
+                sae = TrainingSAE.load_from_disk(cfg.from_pretrained_path, "cpu")
+            else:
+                sae = TrainingSAE.from_dict(sae_cfg.to_dict())
+            if resumed is not None and group.rank == 0:
+                sae.load_weights_from_checkpoint(resumed)
+        shard(sae, group, cfg.device)
+        if resumed is not None or cfg.from_pretrained_path is not None:
+            sae._prepared = True
+            sae.load_weights_from_checkpoint = lambda checkpoint_path: None  # noqa: ARG005
+        return sae
+
+    def share(self, runner: LanguageModelSAETrainingRunner, keeper: Keeper) -> None:
+        """Have a runner, before it runs, train together with those of the other processes.
+
+        Args:
+            runner: Of the same config in all processes.
+            keeper: Of its checkpoints.
+
+        Raises:
+            ValueError: the batch or the dataset cannot be divided.
+        """
+        group = self._group
+        if group is None:
+            return
+        share_data(runner.activations_store, group.rank, group.size)
+        train, save, run = runner.run_trainer_with_interruption_handling, runner.save_final_sae, runner.run
+
+        def run_trainer(trainer: SAETrainer[Any, Any]) -> Any:
+            before_training(trainer, lambda: parallelize(trainer, group))
+            fit, checkpoints = trainer.fit, keeper.checkpoints
+
+            def fit_together() -> Any:
+                with _naming_loss(group):
+                    return fit()
+
+            trainer.fit = fit_together  # type: ignore[method-assign]
+            keeper.group = group
+            checkpoints.save = writing(trainer, group, checkpoints.save)  # type: ignore[method-assign]
+            runner.save_final_sae = writing(trainer, group, save, optimizer=False)  # type: ignore[method-assign]
+            return train(trainer)
+
+        def run_sharded() -> Any:
+            with replacing_load_trainer_state(functools.partial(load_trainer_state, group=group)):
+                return run()
+
+        runner.run_trainer_with_interruption_handling = run_trainer  # type: ignore[method-assign]
+        if group.shards > 1:
+            runner.run = run_sharded  # type: ignore[method-assign]
+        dist.barrier()  # all have loaded and checked everything
+
+
+def is_torchrun() -> bool:
+    """Whether torchrun has started this process, with others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+@contextlib.contextmanager
+def joined(cfg: LanguageModelSAERunnerConfig[Any], sharding: Sharding | None = None) -> Iterator[Job]:
+    """Join the other processes of torchrun's job.
+
+    Args:
+        cfg: The runner's config. Where it says "cuda", it is made to say which.
+        sharding: "dictionary" gives each process a part of the latents; None, a part of the rows only.
+
+    Raises:
+        ValueError: the dictionary is to be sharded, and there is one process.
+        LostProcessError: another process ended meanwhile.
+    """
+    if not is_torchrun():
+        if sharding is not None:
+            raise ValueError(
+                f"--shard {sharding} divides the dictionary among processes, and there is one. Start "
+                "several, e.g. torchrun --nproc-per-node 8 -m saelens_matryoshka train --shard dictionary ..."
+            )
+        yield Job()
+        return
+    rank = int(os.environ["RANK"])
+    device = _use_own_device(cfg)
+    if rank > 0:
+        _be_quiet()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    try:
+        size = dist.get_world_size()
+        shape = (1, size) if sharding == "dictionary" else (size, 1)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("rows", "latents"))
+        group = Processes(mesh, cfg.sae.d_sae)
+        with _naming_loss(group):
+            yield Job(group)
+    except Exception as error:
+        follows = isinstance(error, LostProcessError) or isinstance(error.__cause__, LostProcessError)
+        if rank > 0 and not follows:  # what the first process says is shown by the command
+            print(f"process {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        raise
+    finally:
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group()
+
+
+def _terminate(number: int, frame: Any) -> None:  # noqa: ARG001
+    """End by SIGTERM, which torchrun sends when another process has gone: after having said so."""
+    if not _lost.is_set():
+        sys.exit(128 + number)
+
+
+def _be_quiet() -> None:
+    """One process of a job shows and logs what is going on."""
+    os.environ["WANDB_MODE"] = "disabled"
+    warnings.simplefilter("ignore")
+    tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)  # type: ignore[method-assign]
+
+
+def _use_own_device(cfg: LanguageModelSAERunnerConfig[Any]) -> torch.device:
+    """Make "cuda" this process's GPU."""
+    device = torch.device(cfg.device)
+    if device.type != "cuda":
+        return device
+    local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(local)
+    for name in ("device", "llm_device", "act_store_device"):
+        if torch.device(getattr(cfg, name) or "cuda").type == "cuda":
+            setattr(cfg, name, str(local))
+    cfg.sae.device = str(local)
+    return local
+
+
+@contextlib.contextmanager
+def _naming_loss(group: Processes) -> Iterator[None]:
+    """Say in plain words when torch's error is that another process has gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        signs = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "ProcessGroup")
+        if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in signs):
+            raise
+        _lost.set()
+        raise LostProcessError(
+            f"process {group.rank} of {group.size} has lost another one, which has ended, or did not answer "
+            f"for {_TIMEOUT.total_seconds() / 60:.0f} minutes. See what that one said. The run can be "
+            "resumed from its last checkpoint, on any number of processes."
+        ) from error

@@ -1,0 +1,231 @@
+"""SAELens's trainer in each of many processes, training one dictionary together.
+
+`parallelize` changes a trainer from outside, before it trains; its loop, its optimizer and its schedules run
+unchanged in every process, on the same numbers:
+
+1. the step knows its group: one selection, one loss, one set of dead latents for the whole batch;
+2. the gradients are those of the whole batch, and clipped by their whole norm;
+3. what fires is counted over the whole batch, and activations are scaled by all processes' rows;
+4. only the first process writes.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from sae_lens import SAETrainer
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.training.types import DataProvider
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
+
+from saelens_matryoshka.architectures import MatryoshkaTraining
+from saelens_matryoshka.architectures.calibration import RecentRows
+from saelens_matryoshka.ops import SparseStep
+from saelens_matryoshka.parallel.dictionary import (
+    ShardedStep,
+    clip_over_shards,
+    whole,
+)
+from saelens_matryoshka.parallel.processes import Processes
+
+# What SAELens's trainer clips the norm of the gradients to.
+_MAX_NORM = 1.0
+
+
+def parallelize(trainer: SAETrainer[Any, Any], group: Processes) -> None:
+    """Have a trainer train together with those of the group's other processes.
+
+    Args:
+        trainer: Of one of our architectures, with its optimizer; its dictionary is the same in all processes,
+            or has been cut by `shard`. Its `train_batch_size_samples` is that of the whole batch, of which
+            its data provider gives this process's rows.
+        group: The processes.
+    """
+    sae: MatryoshkaTraining = trainer.sae
+    sae.group = group
+    sae.step_fn = SparseStep(group) if group.shards == 1 else ShardedStep(group)
+    trainer.activation_scaler = _ScalerOfAll(trainer.activation_scaler, group)
+    if group.row_blocks > 1:
+        _divide_recent_rows(sae, group)
+        _average_gradients(sae, group)
+    if group.shards > 1:
+        trainer.data_provider = RowsOfAll(trainer.data_provider, group)
+        clip_over_shards(sae.named_parameters(), group, _MAX_NORM)
+    _count_over_all(trainer, group)
+    _write_once(trainer, group)
+
+
+# ---- gradients
+
+
+class _TrainingForward(nn.Module):
+    """The training forward pass as the forward of a module, which is what DDP wraps."""
+
+    def __init__(self, sae: MatryoshkaTraining) -> None:
+        super().__init__()
+        self.sae = sae
+        self._pass = sae.training_forward_pass
+
+    @override
+    def forward(self, step_input: TrainStepInput) -> TrainStepOutput:
+        return self._pass(step_input)
+
+
+def _average_gradients(sae: MatryoshkaTraining, group: Processes) -> None:
+    device = sae.W_enc.device
+    with warnings.catch_warnings():
+        # the name that replaces broadcast_buffers is not known to older versions
+        warnings.simplefilter("ignore", FutureWarning)
+        forward = DistributedDataParallel(
+            _TrainingForward(sae),
+            device_ids=[device] if device.type == "cuda" else None,
+            process_group=group.process_group("rows"),
+            broadcast_buffers=False,  # every process computes the same ones
+            gradient_as_bucket_view=True,
+        )
+
+    def training_forward_pass(step_input: TrainStepInput) -> TrainStepOutput:
+        return forward(step_input)
+
+    sae.training_forward_pass = training_forward_pass  # type: ignore[method-assign]
+
+
+# ---- data
+
+
+class RowsOfAll(Iterator[torch.Tensor]):
+    """Batches of the rows that all processes' providers give, the same ones for all."""
+
+    def __init__(self, own: DataProvider, group: Processes) -> None:
+        self._own, self._group = own, group
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        rows = next(self._own).to(self._group.device)
+        return torch.cat(self._group.gather(rows, "all"))
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Keep a prefetcher's thread from running the language model meanwhile, if there is one."""
+        return getattr(self._own, "paused", nullcontext)()
+
+
+class _ScalerOfAll(ActivationScaler):
+    """Estimates its factors from the rows of all processes."""
+
+    def __init__(self, own: ActivationScaler, group: Processes) -> None:
+        super().__init__(own.scaling_factor, own.whitening)
+        self._group = group
+
+    @override
+    def estimate_scaling_factor(
+        self, d_in: int, data_provider: DataProvider, *args: Any, **kwargs: Any
+    ) -> None:
+        super().estimate_scaling_factor(d_in, self._rows_of_all(data_provider), *args, **kwargs)
+
+    @override
+    def estimate_whitening(self, d_in: int, data_provider: DataProvider, *args: Any, **kwargs: Any) -> None:
+        super().estimate_whitening(d_in, self._rows_of_all(data_provider), *args, **kwargs)
+
+    def _rows_of_all(self, provider: DataProvider) -> DataProvider:
+        return provider if isinstance(provider, RowsOfAll) else RowsOfAll(provider, self._group)
+
+
+# ---- statistics
+
+
+def _count_over_all(trainer: SAETrainer[Any, Any], group: Processes) -> None:
+    """Count samples and firings over the whole batch, after every step of the trainer."""
+    step = trainer.step
+
+    def step_of_all(batch: torch.Tensor) -> TrainStepOutput:
+        so_far = trainer.act_freq_scores
+        trainer.act_freq_scores = torch.zeros_like(so_far)
+        try:
+            output = step(batch)
+            fired = group.sum(trainer.act_freq_scores, "all")
+        finally:
+            trainer.act_freq_scores = so_far
+        so_far += fired
+        n_rows = len(batch) * group.row_blocks
+        # of the whole batch, in place of what SAELens logs of the rows it sees
+        output.metrics["l0"] = fired.sum() / n_rows
+        output.metrics["explained_variance"] = lambda: 1 - output.metrics["fvu"]()  # type: ignore[operator]
+        trainer.n_forward_passes_since_fired[fired > 0] = 0
+        trainer.n_training_samples += n_rows - len(batch)
+        return output
+
+    trainer.step = step_of_all  # type: ignore[method-assign]
+
+
+# ---- writing
+
+
+def _write_once(trainer: SAETrainer[Any, Any], group: Processes) -> None:
+    """Only the first process saves checkpoints and evaluates."""
+    trainer.save_checkpoint = writing(trainer, group, trainer.save_checkpoint)  # type: ignore[method-assign]
+    if group.shards > 1:
+        trainer.evaluator = None  # it would need the whole dictionary on the language model's device
+    elif trainer.evaluator is not None:
+        trainer.evaluator = writing(trainer, group, trainer.evaluator, otherwise={})
+
+
+def writing(
+    trainer: SAETrainer[Any, Any],
+    group: Processes,
+    write: Callable[..., Any],
+    *,
+    optimizer: bool = True,
+    otherwise: Any = None,
+) -> Callable[..., Any]:
+    """`write` to be called by all processes, and done by the first.
+
+    Meanwhile, that one has what all of them have together: the whole dictionary, its optimizer state (if
+    wanted) and the rows its threshold is calibrated by. The others return `otherwise`.
+    """
+
+    @functools.wraps(write)
+    def write_once(*args: Any, **kwargs: Any) -> Any:
+        if group.is_writing:
+            return write(*args, **kwargs)
+        sae: MatryoshkaTraining = trainer.sae
+        sae.finite.settle()
+        with sae.keeping_threshold():
+            sae.calibrate_threshold()  # here, where all take part
+            with whole(trainer, group, optimizer=optimizer), _recent_rows_of_all(sae, group):
+                if group.rank != 0:
+                    return otherwise
+                group.is_writing = True
+                try:
+                    return write(*args, **kwargs)
+                finally:
+                    group.is_writing = False
+
+    return write_once
+
+
+@contextmanager
+def _recent_rows_of_all(sae: MatryoshkaTraining, group: Processes) -> Iterator[None]:
+    own = sae.recent
+    if group.row_blocks > 1 and own.count():
+        lengths = [len(batch) for batch in own.batches()]
+        blocks = [rows.split(lengths) for rows in group.gather(own.rows(), "rows")]
+        sae.recent = RecentRows(map(torch.cat, zip(*blocks, strict=True)))
+    try:
+        yield
+    finally:
+        sae.recent = own
+
+
+def _divide_recent_rows(sae: MatryoshkaTraining, group: Processes) -> None:
+    """Of the rows that a checkpoint has of whole batches, keep this process's share."""
+    sae.recent = RecentRows(batch[group.row_block :: group.row_blocks] for batch in sae.recent.batches())

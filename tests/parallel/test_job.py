@@ -1,0 +1,104 @@
+"""`torchrun ... -m saelens_matryoshka train`, as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from sae_lens import SAE
+from typer.testing import CliRunner
+
+from saelens_matryoshka.cli import app
+
+REPOSITORY = Path(__file__).parents[2]
+COMMAND = (
+    "train --preset tiny --mapping mlp --layer 2 --d_sae 256 --train_batch_size_tokens 256 "
+    "--n_batches_in_buffer 16 --n_eval_batches 1 --eval_batch_size_prompts 4 --name run --log-every 1"
+)
+TRAIN = COMMAND.split()
+
+
+def start(n: int, folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """A job of n processes, in a folder; one is not started by torchrun."""
+    launch = [] if n == 1 else ["torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "-m"]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONWARNINGS": "ignore",
+        "COLUMNS": "120",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", *launch, "saelens_matryoshka", *arguments],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_job_trains_and_the_first_process_writes(tmp_path: Path) -> None:
+    job = start(2, tmp_path, *TRAIN, "--training_tokens", "5120", "--shard", "dictionary")
+    said, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, said
+    run = tmp_path / "results" / "tiny" / "mlp-2" / "run"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert lines[-1]["tokens"] == 5120
+    assert abs(lines[-1]["l0"] - 16) < 0.01  # over all shards: k of every row
+    assert lines[-1]["fvu"] < lines[0]["fvu"]
+    assert SAE.load_from_disk(run).W_dec.shape == (256, 128)
+    assert said.count("Saved in") == 1
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_job_which_any_number_of_processes_resumes(tmp_path: Path) -> None:
+    job = start(2, tmp_path, *TRAIN, "--training_tokens", "25600", "--checkpoint-minutes", "0.0001")
+    run = tmp_path / "results" / "tiny" / "mlp-2" / "run"
+    try:
+        until = time.monotonic() + 200
+        while not list(run.glob("checkpoints/[0-9]*")):
+            assert time.monotonic() < until
+            assert job.poll() is None, job.communicate()[0]
+            time.sleep(0.2)
+        workers = [
+            process
+            for process in psutil.Process(job.pid).children(recursive=True)
+            if process.environ().get("RANK") == "1"
+        ]
+        workers[0].send_signal(signal.SIGKILL)
+        said, _ = job.communicate(timeout=100)
+    finally:
+        job.kill()
+    assert job.returncode != 0
+    assert "has lost another one" in said
+    assert "The last good checkpoint is" in said
+    assert "--resume" in said
+
+    job = start(1, tmp_path, "train", "--resume", str(run.relative_to(tmp_path)))
+    said, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, said
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 101))
+    assert lines[-1]["tokens"] == 25600
+
+
+def test_sharding_one_process_is_refused(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, [*TRAIN, "--shard", "dictionary", "--out", str(tmp_path)])
+    assert isinstance(result.exception, ValueError)
+    assert "torchrun --nproc-per-node" in str(result.exception)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_way_to_shard_is_refused() -> None:
+    result = CliRunner().invoke(app, [*TRAIN, "--shard", "rows"])
+    assert "--shard rows is not known" in str(result.exception)
