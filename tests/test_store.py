@@ -35,7 +35,10 @@ class TextModel(FakeModel):
 
 def _texts(n: int = 60) -> list[str]:
     generator = random.Random(0)
-    return ["".join(generator.choices("abcdefgh", k=generator.choice([0, 1, 5, 16, 17, 40, 90]))) for _ in range(n)]
+    return [
+        "".join(generator.choices("abcdefgh", k=generator.choice([0, 1, 5, 16, 17, 40, 90])))
+        for _ in range(n)
+    ]
 
 
 def _tokens(n: int = 60, length: int = CONTEXT) -> list[list[int]]:
@@ -115,7 +118,9 @@ def test_streams_the_same_batches_as_saelens_over_several_epochs(kind: str, cutt
     mix_fraction=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
 )
 @settings(max_examples=60, deadline=None)
-def test_mixing_buffer_is_saelens_s(data: Any, buffer_size: int, batch_size: int, mix_fraction: float) -> None:
+def test_mixing_buffer_is_saelens_s(
+    data: Any, buffer_size: int, batch_size: int, mix_fraction: float
+) -> None:
     buffer_size = max(buffer_size, batch_size)
     lengths = data.draw(st.lists(st.integers(0, 30), min_size=1, max_size=20))
     parts = torch.arange(sum(lengths)).split(lengths)
@@ -123,7 +128,11 @@ def test_mixing_buffer_is_saelens_s(data: Any, buffer_size: int, batch_size: int
     theirs = list(mixing_buffer(buffer_size, batch_size, iter(parts), mix_fraction))
     torch.manual_seed(0)
     source = ((part, index) for index, part in enumerate(parts))
-    sizes: dict[str, Any] = {"buffer_size": buffer_size, "batch_size": batch_size, "mix_fraction": mix_fraction}
+    sizes: dict[str, Any] = {
+        "buffer_size": buffer_size,
+        "batch_size": batch_size,
+        "mix_fraction": mix_fraction,
+    }
     ours = list(MixingBuffer(source, start=-1, **sizes))
     assert len(ours) == len(theirs)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -51,6 +51,18 @@ def train(
     layer: Annotated[
         int | None, typer.Option(help="Of the mapping; alone, the layer whose output an SAE reconstructs.")
     ] = None,
+    layers_: Annotated[
+        str | None,
+        typer.Option(
+            "--layers",
+            help="Several, e.g. 0-11 or 0,4,8: one run each, in lockstep, from one pass of the language "
+            "model. With several mappings (mlp,attention), each. The same command again goes on.",
+        ),
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Activations on disk (see the command cache), in place of the language model."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")
     ] = False,
@@ -100,6 +112,7 @@ def train(
       saelens-matryoshka train --preset gpt2 --layer 5 --name first --dry-run
       saelens-matryoshka train --model_name gpt2 --mapping mlp --layer 8 -k 64
         --d_sae 12288 --dataset_path Skylion007/openwebtext --training_tokens 5e7
+      saelens-matryoshka train --preset gpt2 --layers 0-11 --name all
       saelens-matryoshka train --config results/gpt2/mlp-8/first/config.yaml
     """
     console = Console(stderr=as_json, highlight=False)
@@ -118,9 +131,33 @@ def train(
         flags |= {key: Given(value, "flag") for key, value in own.items() if value is not None}
         file = {} if config is None else read_file(config)
         preset = preset or _text(file.pop("preset", None))
-        layers = [{} if preset is None else load_preset(preset).settings, file, flags]
+        several = layers_ is not None or "," in (mapping or "") or "runs" in file
+        runs = file.pop("runs", None)
+        if several and mapping:
+            del flags["mapping"]
+        cached = {} if cache is None else _cache_settings(cache)
+        layers = [{} if preset is None else load_preset(preset).settings, cached, file, flags]
         if name is not None:
             require_name(name)
+    if several:
+        from saelens_matryoshka.cli.layers import train_layers
+        from saelens_matryoshka.runs.layers import each_of
+
+        if layer is not None:
+            raise ValueError(f"--layer {layer} is of a single run: with several, give --layers.")
+        train_layers(
+            layers,
+            each_of(layers_, mapping, None if runs is None else runs.value),
+            out=out,
+            name=name,
+            recommended=not saelens_defaults,
+            dry_run=dry_run,
+            log_every=log_every,
+            as_json=as_json,
+            console=console,
+        )
+        return
+    with console.status("resolving the settings"):
         settings = resolve(layers, recommended=not saelens_defaults)
         folder = _folder(settings, out, name)
         folder.require_unused()
@@ -128,6 +165,19 @@ def train(
         _show_plan(settings, folder, console, as_json=as_json)
         return
     _train(settings, folder, console, log_every=log_every, as_json=as_json)
+
+
+def _cache_settings(folder: Path) -> dict[str, Any]:
+    """The settings that a cache decides."""
+    from saelens_matryoshka.cache import open_cache
+    from saelens_matryoshka.runs.fields import Given
+
+    values = {
+        **open_cache(folder).manifest.runner_fields(),
+        "use_cached_activations": True,
+        "cached_activations_path": str(folder),
+    }
+    return {name: Given(value, "cache") for name, value in values.items()}
 
 
 def _folder(settings: Settings, out: Path | None, name: str | None) -> RunFolder:

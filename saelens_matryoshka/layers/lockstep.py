@@ -86,6 +86,7 @@ def train_layers(
     keeper: Keeper | None = None,
     resume_from: Path | None = None,
     finished: Callable[[str], bool] | None = None,
+    on_start: Callable[[], None] | None = None,
 ) -> dict[str, PartRunner]:
     """Train the dictionaries of several runner configs in lockstep, and save each in its `output_path`.
 
@@ -100,6 +101,7 @@ def train_layers(
         keeper: Writes checkpoints of all together.
         resume_from: A checkpoint of a keeper to go on from.
         finished: Whether one is to be left out. Default: its `output_path` holds a saved model.
+        on_start: Called when everything has been loaded and checked, before the first step.
 
     Returns:
         A runner of each that was trained: `sae`, `cfg` and `evaluator`.
@@ -120,7 +122,7 @@ def train_layers(
     if first.use_cached_activations:
         runners, batches = _from_cache(cfgs)
     else:
-        model = _load(cfgs) if override_model is None else override_model
+        model = load_model_for(list(cfgs.values())) if override_model is None else override_model
         runners, batches = _from_model(cfgs, model, override_dataset)
     if first.logger.log_to_wandb:
         wandb.init(
@@ -130,6 +132,8 @@ def train_layers(
             name=first.logger.run_name,
             id=first.logger.wandb_id,
         )
+    if on_start is not None:
+        on_start()
     trainer = LockstepTrainer(runners, batches)
     for name, given in (observers or {}).items():
         for observer in given if name in trainer.trainers else ():
@@ -367,12 +371,11 @@ def _width(model: Any, hook: str) -> int:
     return probe_hooks(model, hook, hook).d_in
 
 
-def _load(cfgs: Mapping[str, LanguageModelSAERunnerConfig[Any]]) -> Any:
-    cfg = next(iter(cfgs.values()))
+def load_model_for(cfgs: Sequence[LanguageModelSAERunnerConfig[Any]]) -> Any:
+    """The language model of several configs, with all their hooks."""
+    cfg = cfgs[0]
     assert cfg.llm_device is not None  # set in the config's __post_init__
-    hooks = [
-        hook for c in cfgs.values() for hook in (c.hook_name, getattr(c.sae, "hook_name_out", "")) if hook
-    ]
+    hooks = [hook for c in cfgs for hook in (c.hook_name, getattr(c.sae, "hook_name_out", "")) if hook]
     model: Any = load_model(
         cfg.model_class_name,
         cfg.model_name,

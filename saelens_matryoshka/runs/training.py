@@ -13,9 +13,10 @@ from sae_lens import SAE, LanguageModelSAETrainingRunner, SAETrainer
 from typing_extensions import override
 
 from saelens_matryoshka.atomic import write_atomically
+from saelens_matryoshka.cache import CachedModel, open_cache
+from saelens_matryoshka.cache.store import is_cache
 from saelens_matryoshka.evaluation.result import EvalResult
-from saelens_matryoshka.evaluation.training_evaluator import HeldOutEvaluator
-from saelens_matryoshka.runner import Observer, observe
+from saelens_matryoshka.runner import Observer, held_out_evaluator, observe
 from saelens_matryoshka.runs.folder import RunFolder, now, versions
 from saelens_matryoshka.runs.mappings import TINY
 from saelens_matryoshka.runs.metrics_log import MetricsLog
@@ -73,7 +74,7 @@ def train_run(
     observers: list[Observer] = [MetricsLog(folder.metrics_log, log_every)]
 
     torch.manual_seed(cfg.seed)  # the runner itself does not
-    runner = RunRunner(cfg, observers=observers, **_overrides(settings))
+    runner = RunRunner(cfg, observers=observers, **overrides(settings))
 
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.require_unused()
@@ -84,7 +85,7 @@ def train_run(
         wandb={"id": cfg.logger.wandb_id} if cfg.logger.log_to_wandb else None,
         started_at=now(),
     )
-    with _wandb_in(folder):
+    with wandb_in(folder):
         runner.run()
     result = evaluate_run(runner, folder)
     folder.add_record("completed_at", now())
@@ -93,16 +94,25 @@ def train_run(
 
 def evaluate_run(runner: LanguageModelSAETrainingRunner, folder: RunFolder) -> EvalResult | None:
     """Evaluate the saved SAE of a run on the prompts that were held out of its training, as metrics.json."""
-    evaluator = HeldOutEvaluator.in_place_of(runner.evaluator)
+    evaluator = held_out_evaluator(runner.evaluator)
     if evaluator is None:
         return None
     result = evaluator.result(SAE.load_from_disk(folder.path, device=runner.cfg.device))
+    if result is None:
+        return None
     write_atomically(folder.metrics, result.to_json() + "\n")
     return result
 
 
-def _overrides(settings: Settings) -> dict[str, Any]:
-    """The embedded model and its text, which SAELens cannot load by name."""
+def overrides(settings: Settings) -> dict[str, Any]:
+    """What the runner is given where SAELens cannot load it by name: the embedded model and its text.
+
+    And the stand-in for the model of a cache.
+    """
+    cfg = settings.cfg
+    if cfg.use_cached_activations and is_cache(cfg.cached_activations_path):
+        assert cfg.cached_activations_path is not None
+        return {"override_model": CachedModel(open_cache(cfg.cached_activations_path))}
     if settings.cfg.model_name not in TINY:
         return {}
     from saelens_matryoshka import tiny
@@ -114,7 +124,7 @@ def _overrides(settings: Settings) -> dict[str, Any]:
 
 
 @contextmanager
-def _wandb_in(folder: RunFolder) -> Iterator[None]:
+def wandb_in(folder: RunFolder) -> Iterator[None]:
     """Have W&B keep its files in the folder, and continue a run of the same id."""
     ours = {"WANDB_DIR": str(folder.path), "WANDB_RESUME": "allow"}
     added = {name: value for name, value in ours.items() if name not in os.environ}
