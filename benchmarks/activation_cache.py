@@ -143,13 +143,13 @@ def train(folder: Path, held_out: Path, args: argparse.Namespace, seed: int) -> 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=300_000, help="in the cache of the tiny model")
-    parser.add_argument("--train-tokens", type=int, default=900_000)
+    parser.add_argument("--tokens", type=int, default=150_000, help="in the cache of the tiny model")
+    parser.add_argument("--train-tokens", type=int, default=450_000)
     parser.add_argument("--d-sae", type=int, default=1024)
     parser.add_argument("--k", type=float, default=16)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--wide", type=int, default=2304, help="width of the random hooks")
-    parser.add_argument("--wide-tokens", type=int, default=60_000)
+    parser.add_argument("--wide-tokens", type=int, default=40_000)
     parser.add_argument("--batch", type=int, default=4096, help="of the reading test")
     parser.add_argument("--folder", type=Path, default=Path("output/activation_cache_benchmark"))
     parser.add_argument("--json", type=Path, help="where to write the figures")
