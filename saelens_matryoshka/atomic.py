@@ -7,13 +7,17 @@ import uuid
 from pathlib import Path
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a whole file or none, in a folder that is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # not mkstemp: readable to its owner only
     try:
-        with temporary.open("x") as file:
-            file.write(text)
+        if isinstance(content, bytes):
+            with temporary.open("xb") as file:
+                file.write(content)
+        else:
+            with temporary.open("x") as file:
+                file.write(content)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

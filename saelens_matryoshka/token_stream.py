@@ -4,8 +4,8 @@ A position is the number of documents begun in this epoch and the tokens of the 
 yet: at the end of a sequence, nothing else is pending. To find it again, a map-style dataset is indexed; a
 streaming dataset is asked for its own state, which spares reading again what has been read. Either way the
 last document that was begun is read again and compared, so that a dataset which has changed is noticed; a
-streaming dataset that did not come back to the same place (behind a shuffle buffer it does not) is read from
-its start.
+streaming dataset that cannot come back to the same place (behind a shuffle buffer it cannot) is read from its
+start.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ class _Documents:
             return dataset, iter(dataset)
         ways = []
         if isinstance(dataset, IterableDataset) and self._start.dataset_state is not None:
-            # A copy, because a dataset starts every later epoch from a state that was loaded into it.
-            resumed = copy.copy(dataset)
+            # A copy, all of it, because a dataset starts every later epoch from a state loaded into it.
+            resumed = copy.deepcopy(dataset)
             resumed.load_state_dict(self._start.dataset_state)
             ways.append((resumed, n - self._start.dataset_state_at))
         ways.append((dataset.skip(n - 1), 1))
@@ -172,9 +172,20 @@ class _Documents:
 
 
 def _json_state(dataset: IterableDataset) -> dict[str, Any] | None:
-    """A streaming dataset's state, if it has one that JSON can hold."""
+    """A streaming dataset's state, if JSON can hold it and the dataset can go on from it exactly."""
+    if _has_shuffle_buffer(dataset):
+        return None
     try:
-        state = dataset.state_dict()
-        return json.loads(json.dumps(state)) if state else None
+        return json.loads(json.dumps(dataset.state_dict()))
     except (TypeError, ValueError, RuntimeError, NotImplementedError):
         return None
+
+
+def _has_shuffle_buffer(dataset: IterableDataset) -> bool:
+    # The contents of a shuffle buffer are not in the state, and nothing public tells of it.
+    step: Any = dataset._ex_iterable
+    while step is not None:
+        if "BufferShuffled" in type(step).__name__:
+            return True
+        step = getattr(step, "ex_iterable", None)
+    return False

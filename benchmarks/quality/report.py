@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 
 from benchmarks.quality.measure import Row
+from saelens_matryoshka.evaluation.plots import Curve, Quantity, panel, require_plotting
 
 RIVAL_AIM = 1.05
 DEAD_AIM = 0.10
@@ -208,46 +209,42 @@ def plot(gathered: list[Line], path: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("The plot needs matplotlib: pip install matplotlib") from None
+    require_plotting(path)
+    from matplotlib.figure import Figure
+
     tasks = list(dict.fromkeys(line.task for line in gathered))
-    contestants = list(dict.fromkeys(line.contestant for line in gathered))
     figure = Figure(figsize=(4.6 * len(tasks), 10), layout="constrained")
     axes = figure.subplots(3, len(tasks), squeeze=False)
-    panels: list[tuple[str, str, Callable[[Row], float | None], Callable[[Row], float | None]]] = [
-        ("width", "FVU", lambda row: row.width, lambda row: row.fvu),
-        ("width", "CE recovered (mean ablation)", lambda row: row.width, lambda row: row.ce_recovered_mean),
-        ("L0", "FVU", lambda row: row.l0, lambda row: row.fvu),
-    ]
-    for column, task in enumerate(tasks):
-        for row, (x_label, y_label, x_of, y_of) in enumerate(panels):
-            ax = axes[row][column]
-            for contestant in contestants:
-                points = [
-                    (x.mean, y.mean)
-                    for line in gathered
-                    if (line.task, line.contestant) == (task, contestant)
-                    and (x := line.spread(x_of)) is not None
-                    and (y := line.spread(y_of)) is not None
-                ]
-                if not points:
-                    continue
-                ours = contestant.startswith("matryoshka_")
-                ax.plot(
-                    *zip(*sorted(points), strict=True),
-                    marker="o" if ours else "s" if len(points) > 1 else "D",
-                    linewidth=2.5 if ours else 1.2,
-                    color="black" if ours else f"C{contestants.index(contestant) % 10}",
-                    label="ours" if ours else contestant,
-                )
-            ax.set_xlabel(x_label)
-            ax.set_ylabel(y_label)
-            ax.set_xscale("log", base=2)
-            ax.xaxis.set_major_formatter("{x:g}")
-            ax.grid(alpha=0.3)
-            if row == 0:
-                ax.set_title(_TASKS[task])
-                ax.legend(fontsize="x-small")
+    panels: list[tuple[Quantity, Quantity]] = [("width", "fvu"), ("width", "ce_recovered"), ("l0", "fvu")]
+    for column, task in zip(axes.T, tasks, strict=True):
+        curves = _curves([line for line in gathered if line.task == task])
+        for ax, (x, y) in zip(column, panels, strict=True):
+            panel(ax, curves, x, y)
+        column[0].set_title(_TASKS[task])
+        column[0].legend(fontsize="x-small", frameon=False)
     figure.savefig(path, dpi=130)
+
+
+def _curves(members: list[Line]) -> list[Curve]:
+    """A curve per contestant, ours last, so that it lies on top."""
+    names = list(dict.fromkeys(line.contestant for line in members))
+
+    def mean(line: Line, number: Callable[[Row], float | None]) -> float | None:
+        spread = line.spread(number)
+        return None if spread is None else spread.mean
+
+    found: list[Curve] = []
+    for name in names:
+        own = [line for line in members if line.contestant == name]
+        ours = name.startswith("matryoshka_")
+        found.append(
+            Curve(
+                "ours" if ours else name,
+                [line.width for line in own],
+                [mean(line, lambda row: row.l0) for line in own],
+                [mean(line, lambda row: row.fvu) for line in own],
+                [mean(line, lambda row: row.ce_recovered_mean) for line in own],
+                emphasised=ours,
+            )
+        )
+    return sorted(found, key=lambda curve: curve.emphasised)

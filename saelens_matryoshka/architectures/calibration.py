@@ -13,10 +13,10 @@ import torch
 
 # Rows kept: few enough to be cheap, and from many batches, because L0 differs more between texts than between
 # the tokens of one text.
-_MAX_ROWS = 16_384
+MAX_ROWS = 16_384
 _ROWS_PER_BATCH = 128
 # Scores computed at a time.
-_CHUNK_VALUES = 1 << 25
+CHUNK_VALUES = 1 << 25
 
 
 class RecentRows:
@@ -28,7 +28,7 @@ class RecentRows:
     def add(self, source: torch.Tensor) -> None:
         """Keep some rows of a batch `[B, d_in]`; the oldest go when there are enough."""
         self._batches.append(source[:_ROWS_PER_BATCH].detach().clone())
-        while len(self._batches) > 1 and self.count() - len(self._batches[0]) >= _MAX_ROWS:
+        while len(self._batches) > 1 and self.count() - len(self._batches[0]) >= MAX_ROWS:
             self._batches.popleft()
 
     def count(self) -> int:
@@ -69,7 +69,7 @@ def threshold_for_l0(
     """
     n = int(k * len(rows))
     for cutoff in (0.7 * guess, 0.0):
-        chunks = rows.split(max(1, _CHUNK_VALUES // W_enc.shape[1]))
+        chunks = rows.split(max(1, CHUNK_VALUES // W_enc.shape[1]))
         candidates = torch.cat([_scores_above(chunk, W_enc, b_enc, norms, cutoff) for chunk in chunks])
         if len(candidates) > n:
             # a score is kept if it is larger than the threshold, so the first not to be kept is it

@@ -7,7 +7,18 @@ import sys
 import typer
 from rich.console import Console
 
-from saelens_matryoshka.cli import cache, demo, describe, evaluate, formats, hooks, saebench, train
+from saelens_matryoshka.cli import (
+    cache,
+    demo,
+    describe,
+    estimate,
+    evaluate,
+    formats,
+    hooks,
+    runs,
+    saebench,
+    train,
+)
 from saelens_matryoshka.cli.output import plain
 
 app = typer.Typer(
@@ -18,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (demo, train, cache, evaluate, saebench, describe, formats, hooks):
+for command in (demo, train, cache, runs, estimate, evaluate, saebench, describe, formats, hooks):
     command.register(app)
 
 

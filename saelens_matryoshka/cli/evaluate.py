@@ -41,6 +41,13 @@ Json = Annotated[
     Path | None,
     typer.Option("--json", help='Write the numbers to this file; "-" prints them instead of the table.'),
 ]
+Plot = Annotated[
+    Path | None,
+    typer.Option(help="Draw FVU and CE recovered against width and L0: a .png, .svg, .pdf or .html."),
+]
+TableFile = Annotated[
+    Path | None, typer.Option("--table", help="Write the numbers as a table too: a .md or .csv.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -62,14 +69,18 @@ def evaluate(
     special_tokens: SpecialTokens = False,
     device: Device = None,
     json: Json = None,
+    plot: Plot = None,
+    table: TableFile = None,
 ) -> None:
     """Evaluate every prefix of an SAE or transcoder: FVU, L0, dead latents, CE recovered, KL.
 
     saelens-matryoshka eval output/demo-tiny-layer-2
+    saelens-matryoshka eval output/demo-tiny-layer-2 --plot prefixes.png
     saelens-matryoshka eval gpt2-small-res-jb:blocks.8.hook_resid_pre --dataset NeelNanda/pile-10k
     """
     console = Console(stderr=True)
     quieten()
+    _require_writable(plot, table)
     device = pick_device(device)
     with console.status("loading"):
         import saelens_matryoshka as sm
@@ -89,6 +100,7 @@ def evaluate(
             exclude_special_tokens=not special_tokens,
         )
     write_result(result.table(), result.to_json(), described, json)
+    _write({Path(path.rstrip("/")).name: result}, plot, table, console)
 
 
 def compare(
@@ -104,15 +116,20 @@ def compare(
     special_tokens: SpecialTokens = False,
     device: Device = None,
     json: Json = None,
+    plot: Plot = None,
+    table: TableFile = None,
 ) -> None:
     """Compare SAEs or transcoders of one target on the same tokens, each in its own frame.
 
     What they read may differ; what they predict may not.
 
-      saelens-matryoshka compare output/a output/b
+      saelens-matryoshka compare output/a output/b --plot both.png --table both.csv
+      saelens-matryoshka compare output/a
+          gemma-scope-2b-pt-transcoders:layer_8/width_16k/average_l0_61 --dataset NeelNanda/pile-10k
     """
     console = Console(stderr=True)
     quieten()
+    _require_writable(plot, table)
     device = pick_device(device)
     with console.status("loading"):
         import saelens_matryoshka as sm
@@ -134,6 +151,32 @@ def compare(
             exclude_special_tokens=not special_tokens,
         )
     write_result(result.tables(), result.to_json(), described, json)
+    _write(result.results, plot, table, console)
+
+
+def _require_writable(plot: Path | None, table: Path | None) -> None:
+    """Refuse what could not be written before the evaluation, not after it."""
+    if plot is not None:
+        from saelens_matryoshka.evaluation.plots import require_plotting
+
+        require_plotting(plot)
+    if table is not None:
+        from saelens_matryoshka.evaluation.tables import require_table
+
+        require_table(table)
+
+
+def _write(results: dict[str, Any], plot: Path | None, table: Path | None, console: Console) -> None:
+    if plot is not None:
+        from saelens_matryoshka.evaluation.plots import plot as draw_plot
+
+        draw_plot(results, plot)
+    if table is not None:
+        from saelens_matryoshka.evaluation.tables import write_table
+
+        write_table(results, table)
+    for written in filter(None, (plot, table)):
+        console.print(f"written: {written}", markup=False, highlight=False)
 
 
 def _require_one_language_model(saes: dict[str, Any], model: str | None) -> None:

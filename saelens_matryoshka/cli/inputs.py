@@ -47,17 +47,12 @@ def load_language_model(
     except ValueError as error:
         if "not found" not in str(error):
             raise
+        from saelens_matryoshka.runs.language_models import similar_models
+
         # TransformerLens says so with the names of all the models it knows
-        raise ValueError(f"model {name!r} is not one that TransformerLens knows.{_similar(name)}") from None
-
-
-def _similar(name: str) -> str:
-    from difflib import get_close_matches
-
-    from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
-
-    close = get_close_matches(name, OFFICIAL_MODEL_NAMES, n=3)
-    return f" Similar: {', '.join(close)}." if close else ""
+        raise ValueError(
+            f"model {name!r} is not one that TransformerLens knows.{similar_models(name)}"
+        ) from None
 
 
 def load_language_model_for(sae: SAE[Any], name: str | None, device: str, *, dtype: str | None = None) -> Any:

@@ -24,12 +24,11 @@ def train_layers(
     recommended: bool,
     dry_run: bool,
     log_every: int,
+    upkeep: dict[str, Any],
     as_json: bool,
     console: Console,
 ) -> None:
     """Train several runs in OUT/MODEL/MAPPINGS/NAME, or say what would be trained."""
-    from rich.table import Table
-
     from saelens_matryoshka.runs.folder import default_name, run_folder
     from saelens_matryoshka.runs.layers import label_of, resolve_many, train_many
 
@@ -58,12 +57,41 @@ def train_layers(
             values = {one: given.values() for one, given in settings.items()}
             print(json.dumps({"folder": str(parent), "runs": values}, default=str))
         return
-    results = train_many(settings, parent, log_every=log_every, command=sys.argv[1:])
+    from saelens_matryoshka.cli.train import told_how_to_go_on
+    from saelens_matryoshka.runs.keeper import Upkeep
+    from saelens_matryoshka.runs.settings import require_devices
+
+    for one in settings.values():
+        require_devices(one.cfg)
+    with told_how_to_go_on(parent, console):
+        results = train_many(
+            settings, parent, log_every=log_every, upkeep=Upkeep(**upkeep), command=sys.argv[1:]
+        )
+    _show(results, list(settings), parent, console, as_json=as_json)
+
+
+def resume_layers(parent: Path, upkeep: dict[str, Any], console: Console, *, as_json: bool) -> None:
+    """Go on with several runs that were stopped."""
+    from saelens_matryoshka.cli.train import told_how_to_go_on
+    from saelens_matryoshka.runs.layers import resume_many, runs_in
+
+    names = runs_in(parent)
+    console.print(f"[bold]Going on[/] with {len(names)} runs in {parent}")
+    with told_how_to_go_on(parent, console):
+        results = resume_many(parent, **upkeep)
+    _show(results, names, parent, console, as_json=as_json)
+
+
+def _show(
+    results: dict[str, Any], names: list[str], parent: Path, console: Console, *, as_json: bool
+) -> None:
+    from rich.table import Table
+
     if as_json:
         metrics: dict[str, Any] = {one: r.to_dict() if r else None for one, r in results.items()}
         print(json.dumps({"folder": str(parent), "metrics": metrics}))
         return
-    if skipped := [one for one in settings if one not in results]:
+    if skipped := [one for one in names if one not in results]:
         console.print(f"Finished before, and left alone: {', '.join(skipped)}.")
     table = Table("run", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for heading in ("width", "FVU", "L0", "dead", "CE rec."):

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from click.core import ParameterSource
 from rich import box
 from rich.console import Console
 
-from saelens_matryoshka.cli.output import quieten
+from saelens_matryoshka.cli.output import plain, quieten
 
 if TYPE_CHECKING:
+    from saelens_matryoshka.evaluation.result import EvalResult
     from saelens_matryoshka.runs.folder import RunFolder
     from saelens_matryoshka.runs.settings import Settings
 
@@ -62,6 +67,31 @@ def train(
     cache: Annotated[
         Path | None,
         typer.Option(help="Activations on disk (see the command cache), in place of the language model."),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="The folder of a run that was stopped: go on with it, exactly. Settings are the run's own.",
+            rich_help_panel=_FOLDER,
+        ),
+    ] = None,
+    keep: Annotated[
+        int | None,
+        typer.Option(help="Checkpoints kept, 0 for all. Default: 2.", rich_help_panel=_FOLDER),
+    ] = None,
+    checkpoint_minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Between two checkpoints, beside SAELens's --n_checkpoints. Default: 15.",
+            rich_help_panel=_FOLDER,
+        ),
+    ] = None,
+    skip_bad_batches: Annotated[
+        int | None,
+        typer.Option(
+            help="Batches of NaN or Inf to leave out before the run stops. Default: 0.",
+            rich_help_panel=_MORE,
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")
@@ -114,17 +144,34 @@ def train(
         --d_sae 12288 --dataset_path Skylion007/openwebtext --training_tokens 5e7
       saelens-matryoshka train --preset gpt2 --layers 0-11 --name all
       saelens-matryoshka train --config results/gpt2/mlp-8/first/config.yaml
+      saelens-matryoshka train --resume results/gpt2/mlp-8/first
     """
     console = Console(stderr=as_json, highlight=False)
     quieten()
     if help_all:
         _print_all_help(context)
         return
+    from saelens_matryoshka.runs.keeper import Upkeep
+
+    given = {"keep": keep, "checkpoint_minutes": checkpoint_minutes, "skip_bad_batches": skip_bad_batches}
+    upkeep = {field: value for field, value in given.items() if value is not None}
+    Upkeep(**upkeep)
+    if resume is not None:
+        others = [
+            f"--{parameter.replace('_', '-')}"
+            for parameter in context.params
+            if parameter not in {*given, "resume", "as_json"}
+            and context.get_parameter_source(parameter) is ParameterSource.COMMANDLINE
+        ]
+        if others := others + context.args:
+            raise ValueError(f"--resume goes on with the run's own settings: leave out {' '.join(others)}.")
+        _resume(resume, upkeep, console, as_json=as_json)
+        return
     with console.status("resolving the settings"):
         from saelens_matryoshka.runs.fields import Given
         from saelens_matryoshka.runs.folder import require_name
         from saelens_matryoshka.runs.presets import load_preset
-        from saelens_matryoshka.runs.settings import read_file, read_flags, resolve
+        from saelens_matryoshka.runs.settings import read_file, read_flags, require_devices, resolve
 
         flags = read_flags(context.args)
         own = {"mapping": mapping, "layer": layer, "log_to_wandb": wandb or None}
@@ -153,6 +200,7 @@ def train(
             recommended=not saelens_defaults,
             dry_run=dry_run,
             log_every=log_every,
+            upkeep=upkeep,
             as_json=as_json,
             console=console,
         )
@@ -161,10 +209,52 @@ def train(
         settings = resolve(layers, recommended=not saelens_defaults)
         folder = _folder(settings, out, name)
         folder.require_unused()
+        if not dry_run:
+            require_devices(settings.cfg)
     if dry_run:
         _show_plan(settings, folder, console, as_json=as_json)
         return
-    _train(settings, folder, console, log_every=log_every, as_json=as_json)
+    from saelens_matryoshka.runs.training import train_run
+
+    console.print(f"[bold]Training[/] {_summary(settings)}\n  in {folder.path}")
+    with told_how_to_go_on(folder.path, console):
+        result = train_run(
+            settings, folder, log_every=log_every, upkeep=Upkeep(**upkeep), command=sys.argv[1:]
+        )
+    _show_result(result, folder, console, as_json=as_json)
+
+
+def _resume(path: Path, upkeep: dict[str, Any], console: Console, *, as_json: bool) -> None:
+    from saelens_matryoshka.runs.folder import RunFolder
+    from saelens_matryoshka.runs.layers import runs_in
+    from saelens_matryoshka.runs.training import resume_run
+
+    if runs_in(path):
+        from saelens_matryoshka.cli.layers import resume_layers
+
+        resume_layers(path, upkeep, console, as_json=as_json)
+        return
+    folder = RunFolder(path)
+    console.print(f"[bold]Going on[/] with {folder.path}")
+    with told_how_to_go_on(folder.path, console):
+        result = resume_run(folder, **upkeep)
+    _show_result(result, folder, console, as_json=as_json)
+
+
+@contextmanager
+def told_how_to_go_on(folder: Path, console: Console) -> Iterator[None]:
+    """Within, a run that stops says with which command it goes on."""
+    from saelens_matryoshka.runs.keeper import RunStopped
+
+    try:
+        yield
+    except RunStopped as stopped:
+        console.print(
+            f"{plain(stopped)}\nTo go on: saelens-matryoshka train --resume {shlex.quote(str(folder))}",
+            soft_wrap=True,
+            markup=False,
+        )
+        raise typer.Exit(stopped.exit_code) from None
 
 
 def _cache_settings(folder: Path) -> dict[str, Any]:
@@ -182,11 +272,13 @@ def _cache_settings(folder: Path) -> dict[str, Any]:
 
 def _folder(settings: Settings, out: Path | None, name: str | None) -> RunFolder:
     """Where the run goes: OUT/MODEL/MAPPING/NAME, or SAELens's output_path."""
-    from saelens_matryoshka.runs.folder import RunFolder, default_name, run_folder
+    from saelens_matryoshka.runs.folder import RunFolder, new_run_folder, run_folder
 
     if "output_path" not in settings.given:
-        name = name or default_name(settings)
-        return run_folder(out or Path("results"), settings.cfg.model_name, settings.mapping, name)
+        out = out or Path("results")
+        if name is None:
+            return new_run_folder(out, settings)
+        return run_folder(out, settings.cfg.model_name, settings.mapping, name)
     given = settings.given["output_path"]
     if given.value is None:
         raise ValueError(f"{given.called('output_path')}: a run needs a folder.")
@@ -203,11 +295,7 @@ def _text(given: Any) -> str | None:
     return None if given is None else read_value("preset", given, str)
 
 
-def _train(settings: Settings, folder: RunFolder, console: Console, *, log_every: int, as_json: bool) -> None:
-    from saelens_matryoshka.runs.training import train_run
-
-    console.print(f"[bold]Training[/] {_summary(settings)}\n  in {folder.path}")
-    result = train_run(settings, folder, log_every=log_every, command=sys.argv[1:])
+def _show_result(result: EvalResult | None, folder: RunFolder, console: Console, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"folder": str(folder.path), "metrics": result.to_dict() if result else None}))
         return
@@ -237,17 +325,34 @@ def _summary(settings: Settings) -> str:
 def _show_plan(settings: Settings, folder: RunFolder, console: Console, *, as_json: bool) -> None:
     values = settings.values()
     if as_json:
-        print(json.dumps({"folder": str(folder.path), "mapping": settings.mapping, "settings": values}))
+        estimate = _estimate(settings)
+        plan = {"folder": str(folder.path), "mapping": settings.mapping, "settings": values}
+        print(json.dumps({**plan, "estimate": estimate and estimate.to_dict()}, indent=2))
         return
     from rich.table import Table
 
     console.print(f"[bold]Would train[/] {_summary(settings)}\n  in {folder.path}\n")
-    table = Table("setting", "value", "from", **_PLAIN)
+    table = Table(**_PLAIN)
+    table.add_column("setting", no_wrap=True)
+    table.add_column("value", overflow="fold")
+    table.add_column("from", overflow="fold")
     for name, given in settings.given.items():
         table.add_row(name, str(given.value), given.origin)
     console.print(table)
     n_left = len(values) - len(settings.given)
     console.print(f"{n_left} other settings are SAELens's defaults; --json prints them too.")
+    if (estimate := _estimate(settings)) is not None:
+        console.print(estimate.tables())
+
+
+def _estimate(settings: Settings) -> Any:
+    """What the run will take, an `Estimate`; None in a release without `saelens_matryoshka.runs.estimate`."""
+    from importlib import import_module
+    from importlib.util import find_spec
+
+    if find_spec("saelens_matryoshka.runs.estimate") is None:
+        return None
+    return import_module("saelens_matryoshka.runs.estimate").estimate(settings.cfg)
 
 
 def _print_all_help(context: typer.Context) -> None:
@@ -268,7 +373,7 @@ def presets(
     """List the presets of `train`, or show one.
 
     saelens-matryoshka presets
-    saelens-matryoshka presets gemma-2-2b-8-18k
+    saelens-matryoshka presets gemma-2-2b-layer-8
     """
     from rich.table import Table
 
@@ -288,7 +393,11 @@ def presets(
         console.print(table)
         console.print(f"`saelens-matryoshka train --preset {name} --dry-run` shows what it resolves to.")
         return
-    table = Table("preset", "model", "layer", "latents", "k", "tokens", **_PLAIN)
+    table = Table(**_PLAIN)
+    table.add_column("preset", no_wrap=True)
+    table.add_column("model", overflow="fold")
+    for heading in ("layer", "latents", "k", "tokens"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for preset in found:
         values = preset.to_dict()
         table.add_row(

@@ -48,6 +48,7 @@ from saelens_matryoshka.runner import (
     require_own_output_path,
 )
 from saelens_matryoshka.runs.keeper import Keeper
+from saelens_matryoshka.runs.wandb_guard import wandb_cannot_stop_it
 from saelens_matryoshka.seams import defer_checkpoints, replace_progress_bar, set_sae_metadata
 
 # Fields of the runner config that say how the shared rows are made and served.
@@ -84,6 +85,7 @@ def train_layers(
     override_dataset: HfDataset | None = None,
     observers: Mapping[str, Sequence[Observer]] | None = None,
     keeper: Keeper | None = None,
+    may_skip: int = 0,
     resume_from: Path | None = None,
     finished: Callable[[str], bool] | None = None,
     on_start: Callable[[], None] | None = None,
@@ -99,6 +101,7 @@ def train_layers(
         override_dataset: Used in place of `dataset_path`.
         observers: By name, called after every step (see `saelens_matryoshka.runner.observe`).
         keeper: Writes checkpoints of all together.
+        may_skip: Batches of NaN or Inf that each may leave out.
         resume_from: A checkpoint of a keeper to go on from.
         finished: Whether one is to be left out. Default: its `output_path` holds a saved model.
         on_start: Called when everything has been loaded and checked, before the first step.
@@ -135,21 +138,24 @@ def train_layers(
     if on_start is not None:
         on_start()
     trainer = LockstepTrainer(runners, batches)
+    for runner in runners.values():
+        runner.sae.finite.may_skip = may_skip
     for name, given in (observers or {}).items():
         for observer in given if name in trainer.trainers else ():
             observe(trainer.trainers[name], observer)
     try:
-        if resume_from is not None:
-            trainer.load_checkpoint(resume_from)
-        if keeper is None:
-            trainer.fit()
-        else:
-            trainer.observers.append(keeper)  # type: ignore[arg-type]
-            keeper.train(trainer, trainer.fit)  # type: ignore[arg-type]
-        for name, runner in runners.items():
-            if runner.cfg.output_path is not None:
-                sparsity = trainer.trainers[name].log_feature_sparsity
-                runner.save_final_sae(runner.sae, runner.cfg.output_path, sparsity)
+        with wandb_cannot_stop_it():
+            if resume_from is not None:
+                trainer.load_checkpoint(resume_from)
+            if keeper is None:
+                trainer.fit()
+            else:
+                trainer.observers.append(keeper)  # type: ignore[arg-type]
+                keeper.train(trainer, trainer.fit)  # type: ignore[arg-type]
+            for name, runner in runners.items():
+                if runner.cfg.output_path is not None:
+                    sparsity = trainer.trainers[name].log_feature_sparsity
+                    runner.save_final_sae(runner.sae, runner.cfg.output_path, sparsity)
     finally:
         batches.close()
         if first.logger.log_to_wandb:

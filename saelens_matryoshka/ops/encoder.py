@@ -8,7 +8,7 @@ import torch
 
 # Pre-activations in memory at a time: 512 MB in float32. All at once wherever that suffices, since every
 # further block costs a synchronisation on a GPU.
-_BLOCK_VALUES = 1 << 27
+BLOCK_VALUES = 1 << 27
 
 
 class Encoder:
@@ -41,7 +41,7 @@ class Encoder:
         if self._whole is not None:
             yield 0, self._whole
             return
-        block_rows = min(self.n_rows, max(1, _BLOCK_VALUES // self.d_sae))
+        block_rows = min(self.n_rows, max(1, BLOCK_VALUES // self.d_sae))
         self._dead_pre = []
         for start in range(0, self.n_rows, block_rows):
             hidden_pre = self._encode(self._encoder_in[start : start + block_rows])

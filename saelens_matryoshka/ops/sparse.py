@@ -26,7 +26,7 @@ from saelens_matryoshka.ops.step import NestedObjective, NestedStep, NestedWeigh
 from saelens_matryoshka.widths import latent_levels
 
 # Values of [rows, levels, d_out] decoded at a time on a CPU, so that they stay in its cache.
-_CPU_DECODE_VALUES = 1 << 20
+CPU_DECODE_VALUES = 1 << 20
 
 
 class SparseStep:
@@ -245,7 +245,7 @@ def _decode(
     residuals = W_dec.new_empty(n_rows, n_levels if all_residuals else 1, d_out)
     start_from = (base - y).expand(n_rows, d_out)
     on_cpu = W_dec.device.type == "cpu"
-    chunk = max(1, _CPU_DECODE_VALUES // (n_levels * d_out)) if on_cpu else n_rows
+    chunk = max(1, CPU_DECODE_VALUES // (n_levels * d_out)) if on_cpu else n_rows
     for start in range(0, n_rows, chunk):
         stop = min(start + chunk, n_rows)
         chunk_offsets = offsets[start * n_levels : stop * n_levels + 1]

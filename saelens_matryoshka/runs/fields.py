@@ -153,7 +153,8 @@ def read_value(name: str, given: Given, hint: Any) -> Any:
             raise ValueError
         return TypeAdapter(hint).validate_python(value)
     except (ValidationError, ValueError):
-        shown = "without a value" if given.value is True else repr(given.value)
+        bare = given.value is True and given.origin == "flag"
+        shown = "without a value" if bare else repr(given.value)
         raise ValueError(f"{given.called(name)} {shown}: expected {in_words(hint)}.") from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import yaml
 
 from saelens_matryoshka.atomic import write_atomically
 from saelens_matryoshka.runs.fields import Given
+from saelens_matryoshka.runs.lock import LOCK
 from saelens_matryoshka.runs.settings import RECORDS, Settings
 
 # Not in a file's name on Windows, and no good idea elsewhere.
@@ -67,12 +69,20 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file, and was to be the run's folder: choose another --name.")
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if not self.path.exists() or all(child.name == LOCK for child in self.path.iterdir()):
             return
         if not self.config.exists():
             raise ValueError(f"{self.path} holds other files. Choose another --name or --out.")
-        state = "a finished run" if self.read().get("completed_at") else "a run that is not finished"
+        done = self.is_run() and self.read().get("completed_at")
+        state = "a finished run" if done else "a run that is not finished"
         raise ValueError(f"{self.path} holds {state}. Choose another --name, or move that folder away.")
+
+    def is_run(self) -> bool:
+        """Whether its config.yaml is that of a run."""
+        try:
+            return "started_at" in self.read()
+        except ValueError:
+            return False
 
     def write_config(self, settings: Settings, **records: Any) -> None:
         """Write the settings, and what there is to say about the run beside them (see `RECORDS`).
@@ -128,10 +138,16 @@ def run_folder(out: Path, model_name: str, mapping: str, name: str) -> RunFolder
     return RunFolder(out / _fit(model) / _fit(mapping) / unicodedata.normalize("NFC", name))
 
 
-def default_name(settings: Settings) -> str:
-    """A name that says what is trained, and when it was started."""
+def new_run_folder(out: Path, settings: Settings) -> RunFolder:
+    """A folder that is not there yet, whose name says what is trained and when it was started."""
     sae = settings.cfg.sae
-    return f"{sae.d_sae}-k{sae.k:g}-{datetime.now().strftime('%Y%m%d-%H%M%S-%f')[:-3]}"
+    name = f"{sae.d_sae}-k{sae.k:g}-{datetime.now():%Y%m%d-%H%M%S}"
+    for number in itertools.count(1):
+        unique = name if number == 1 else f"{name}-{number}"
+        folder = run_folder(out, settings.cfg.model_name, settings.mapping, unique)
+        if not folder.path.exists():
+            return folder
+    raise AssertionError
 
 
 def require_name(name: str) -> None:

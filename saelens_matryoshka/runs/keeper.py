@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sae_lens import SAETrainer
@@ -17,13 +18,31 @@ from saelens_matryoshka.runs.signals import StopRequest
 T = TypeVar("T")
 
 
-class RunStopped(Exception):
+class RunStopped(RuntimeError):
     """A run has stopped before its end, and can be continued. The message says from where."""
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
         self.exit_code = exit_code
         """130 after SIGINT and 143 after SIGTERM, as a shell reports processes they end; else 1"""
+
+
+@dataclass(frozen=True)
+class Upkeep:
+    """How the state of a run is kept."""
+
+    keep: int = 2
+    """checkpoints kept, the newest ones; 0 for all"""
+    checkpoint_minutes: float = 15.0
+    """between two checkpoints; 0 for none but at SAELens's marks and at the end"""
+    skip_bad_batches: int = 0
+    """batches of NaN or Inf that are left out before the run stops"""
+
+    def __post_init__(self) -> None:
+        for name in ("keep", "checkpoint_minutes", "skip_bad_batches"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and 0 <= value < float("inf")):
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be a number, 0 or larger.")
 
 
 class Keeper:

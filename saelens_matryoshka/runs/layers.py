@@ -20,7 +20,7 @@ from saelens_matryoshka.layers import train_layers
 from saelens_matryoshka.runs.checkpoints import Checkpoints, warn_of_other_versions
 from saelens_matryoshka.runs.fields import Given
 from saelens_matryoshka.runs.folder import RunFolder, now, require_name, versions
-from saelens_matryoshka.runs.keeper import Keeper
+from saelens_matryoshka.runs.keeper import Keeper, Upkeep
 from saelens_matryoshka.runs.lock import locked
 from saelens_matryoshka.runs.metrics_log import MetricsLog
 from saelens_matryoshka.runs.settings import Layer, Settings, resolve
@@ -123,8 +123,7 @@ def train_many(
     parent: Path,
     *,
     log_every: int = 20,
-    keep: int = 2,
-    minutes: float = 10,
+    upkeep: Upkeep | None = None,
     command: Sequence[str] = (),
 ) -> dict[str, EvalResult | None]:
     """Train several runs in lockstep, or go on with them.
@@ -133,8 +132,7 @@ def train_many(
         settings: By name, as `resolve_many` gives them.
         parent: Their parent folder.
         log_every: Steps between two lines of each metrics.jsonl.
-        keep: Checkpoints kept, 0 for all.
-        minutes: Between two checkpoints, 0 for none but at the end and when the run is stopped.
+        upkeep: How their state is kept.
         command: What was called, for the record.
 
     Returns:
@@ -158,7 +156,7 @@ def train_many(
     parent.mkdir(parents=True, exist_ok=True)
     try:
         with locked(parent):
-            return _train(settings, parent, folders, finished, log_every, keep, minutes, command)
+            return _train(settings, parent, folders, finished, log_every, upkeep or Upkeep(), command)
     finally:
         if not was_there:  # nothing is left behind by what was refused
             _remove_if_unused(parent)
@@ -170,11 +168,10 @@ def _train(
     folders: Mapping[str, RunFolder],
     finished: set[str],
     log_every: int,
-    keep: int,
-    minutes: float,
+    upkeep: Upkeep,
     command: Sequence[str],
 ) -> dict[str, EvalResult | None]:
-    checkpoints = Checkpoints(parent / "checkpoints", keep)
+    checkpoints = Checkpoints(parent / "checkpoints", upkeep.keep)
     checkpoints.clean()
     newest = checkpoints.newest()
     if newest is not None:
@@ -203,7 +200,8 @@ def _train(
         runners = train_layers(
             {name: one.cfg for name, one in settings.items()},
             observers={name: [MetricsLog(folder.metrics_log, log_every)] for name, folder in folders.items()},
-            keeper=Keeper(checkpoints, minutes=minutes),
+            keeper=Keeper(checkpoints, minutes=upkeep.checkpoint_minutes),
+            may_skip=upkeep.skip_bad_batches,
             resume_from=None if newest is None else newest.path,
             finished=finished.__contains__,
             on_start=begin,
@@ -213,6 +211,31 @@ def _train(
     for name, runner in runners.items():
         results[name] = evaluate_run(runner, folders[name])
         folders[name].add_record("completed_at", now())
+    return results
+
+
+def runs_in(parent: Path) -> list[str]:
+    """The names of the runs in a parent folder; none if it is not one."""
+    if not parent.is_dir() or RunFolder(parent).config.is_file():
+        return []
+    return sorted(path.name for path in parent.iterdir() if RunFolder(path).config.is_file())
+
+
+def resume_many(parent: Path, **upkeep: Any) -> dict[str, EvalResult | None]:
+    """Go on with the runs in a parent folder, with their own settings.
+
+    Args:
+        parent: As it was given to `train_many`.
+        **upkeep: Fields of `Upkeep` that are to be other than by default.
+
+    Raises:
+        ValueError: all are finished.
+        RunStopped: as `train_many`.
+    """
+    settings = {name: resolve([RunFolder(parent / name).settings()]) for name in runs_in(parent)}
+    results = train_many(settings, parent, upkeep=Upkeep(**upkeep))
+    if not results:
+        raise ValueError(f"{parent} holds finished runs: there is nothing to go on with.")
     return results
 
 

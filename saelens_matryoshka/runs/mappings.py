@@ -132,14 +132,15 @@ def skeleton(model_name: str) -> Any:
         ValueError: TransformerLens does not know the model.
     """
     from transformer_lens import HookedTransformer
-    from transformer_lens.loading_from_pretrained import get_pretrained_model_config
+
+    from saelens_matryoshka.runs.language_models import hooked_config
 
     if model_name in TINY:
         from saelens_matryoshka.tiny import load_hooked_transformer
 
         return load_hooked_transformer()
     try:
-        config = get_pretrained_model_config(model_name, device="cpu")
+        config = hooked_config(model_name)
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise NoModelConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from sae_lens import SAETrainer
 from sae_lens.saes.sae import TrainStepOutput
+
+from saelens_matryoshka.atomic import write_atomically
 
 
 class MetricsLog:
@@ -62,7 +65,7 @@ class MetricsLog:
         kept = [line for line in lines if line["step"] < step]
         self._seconds = kept[-1]["seconds"] if kept else 0.0
         if self.path.exists():
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def read_metrics_log(path: Path) -> list[dict[str, Any]]:
@@ -80,9 +83,10 @@ def read_metrics_log(path: Path) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def _values(trainer: SAETrainer[Any, Any], output: TrainStepOutput) -> dict[str, Any]:
-    def read(value: Any) -> float:
+    def read(value: Any) -> float | None:
         value = value() if callable(value) else value
-        return value.item() if isinstance(value, torch.Tensor) else value
+        value = value.item() if isinstance(value, torch.Tensor) else value
+        return value if math.isfinite(value) else None  # of a batch that was left out
 
     metrics, acts = output.metrics, output.feature_acts
     n_active = acts._nnz() if acts.is_sparse else int((acts > 0).sum())

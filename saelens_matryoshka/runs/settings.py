@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
+from sae_lens.training.optim import get_lr_scheduler
 
 from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig, recommended_runner_fields
 from saelens_matryoshka.runs.fields import (
@@ -41,12 +42,14 @@ Layer = Mapping[str, Given]
 
 # Settings of ours, beside SAELens's: name and type.
 _OURS: dict[str, Any] = {"mapping": str, "layer": int, "architecture": str}
+# Flags of the command that are no settings, for suggestions.
+_OF_THE_COMMAND = ("preset", "config", "name", "out", "dry_run", "resume", "wandb")
 # What SAELens is given here, and where it comes from instead.
 _RESERVED = {"checkpoint_path": "checkpoints are kept in the run's folder. Choose it with --out and --name."}
 # What another run must not repeat.
 _OF_ONE_FOLDER = {*_RESERVED, "output_path", "resume_from_checkpoint", "wandb_id", "run_name"}
 # What the file of a finished run says beside its settings.
-RECORDS = ("started_at", "completed_at", "versions", "command", "wandb")
+RECORDS = ("started_at", "completed_at", "versions", "command", "wandb", "upkeep")
 
 TINY_TEXT = "the Python standard library"
 
@@ -199,7 +202,7 @@ def resolve(layers: Sequence[Layer], *, recommended: bool = True) -> Settings:
         if name in _RESERVED:
             raise ValueError(f"{one.called(name)}: {_RESERVED[name]}")
         if name not in known and name not in _OURS:
-            raise unknown(name, one, architecture, _OURS)
+            raise unknown(name, one, architecture, [*_OURS, *_OF_THE_COMMAND])
         hint = _OURS[name] if name in _OURS else known[name].hint
         given[name] = Given(read_value(name, one, hint), one.origin)
     given.setdefault("architecture", Given(architecture, "default"))
@@ -215,7 +218,24 @@ def resolve(layers: Sequence[Layer], *, recommended: bool = True) -> Settings:
         for name, value in _recommended(config_class, values).items():
             given.setdefault(name, Given(value, "recommended"))
             values.setdefault(name, value)
-    return Settings(_build(config_class, values), given, label)
+    cfg = _build(config_class, values)
+    _check_schedule(cfg)
+    return Settings(cfg, given, label)
+
+
+def require_devices(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Refuse devices that this machine does not have.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    for name in ("device", "llm_device", "act_store_device"):
+        device = getattr(cfg, name)
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, ImportError) as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise ValueError(f"--{name} {device!r} cannot be used here: {reason}.") from None
 
 
 def _architecture(given: Mapping[str, Given]) -> str:
@@ -249,10 +269,10 @@ def _apply_mapping(given: dict[str, Given], transcoder: bool) -> str:
     model = skeleton(given["model_name"].value)
     found = find_mapping(model, mapping, layer, transcoder=transcoder)
     label = found.label
-    if moved := [name for name in ("hook_name", "hook_name_out") if name in given]:
-        label = "+".join([label, *(given[name].value for name in moved)])
     origin = f"mapping {found.label}"
     for name, value in found.settings().items():
+        if name.startswith("hook_name") and name in given and given[name].value != value:
+            label += f"+{given[name].value}"
         given.setdefault(name, Given(value, origin))
     _check_and_label(given, transcoder, stock_model)
     return label
@@ -314,6 +334,40 @@ def _build(config_class: type, values: Mapping[str, Any]) -> LanguageModelSAERun
         logger=LoggingConfig(**parts["logger"]),
         **{"checkpoint_path": None, "output_path": None, **parts["runner"]},
     )
+
+
+def _check_schedule(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Refuse what SAELens's trainer would refuse later, or a schedule that is longer than the run."""
+    n_steps, parts = cfg.total_training_steps, ("lr_warm_up_steps", "lr_decay_steps")
+    if n_steps < 1:
+        raise ValueError(
+            f"--training_tokens {cfg.training_tokens} is less than one batch "
+            f"(--train_batch_size_tokens {cfg.train_batch_size_tokens})."
+        )
+    if not cfg.lr > 0:
+        raise ValueError(f"--lr {cfg.lr:g} must be larger than 0.")
+    if sum(getattr(cfg, part) for part in parts) > n_steps:
+        said = " and ".join(f"{part} {getattr(cfg, part)}" for part in parts)
+        raise ValueError(f"{said} do not fit a run of {n_steps} steps: lower them, or raise training_tokens.")
+    trainer = cfg.to_sae_trainer_config()
+    assert trainer.lr_end is not None  # the config has put lr / 10
+    try:
+        get_lr_scheduler(
+            trainer.lr_scheduler_name,
+            torch.optim.SGD([torch.zeros(1)], lr=trainer.lr),
+            training_steps=n_steps,
+            lr=trainer.lr,
+            warm_up_steps=trainer.lr_warm_up_steps,
+            decay_steps=trainer.lr_decay_steps,
+            lr_end=trainer.lr_end,
+            num_cycles=trainer.n_restart_cycles,
+        )
+    except (ValueError, ZeroDivisionError) as error:
+        schedulers = "constant, cosineannealing, cosineannealingwarmrestarts"
+        raise ValueError(
+            f"the learning-rate schedule (lr {trainer.lr:g}, lr_end {trainer.lr_end:g}, "
+            f"lr_scheduler_name {trainer.lr_scheduler_name!r} of {schedulers}): {error}."
+        ) from None
 
 
 def _parts(fields: Mapping[str, Field], values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import uuid
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,12 @@ from typing import Any
 
 import torch
 from sae_lens import SAE, LanguageModelSAETrainingRunner, SAETrainer
+from sae_lens.constants import (
+    RUNNER_CFG_FILENAME,
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    SPARSITY_FILENAME,
+)
 from typing_extensions import override
 
 from saelens_matryoshka.atomic import write_atomically
@@ -17,39 +24,65 @@ from saelens_matryoshka.cache import CachedModel, open_cache
 from saelens_matryoshka.cache.store import is_cache
 from saelens_matryoshka.evaluation.result import EvalResult
 from saelens_matryoshka.runner import Observer, held_out_evaluator, observe
+from saelens_matryoshka.runs.checkpoints import Checkpoints, warn_of_other_versions
 from saelens_matryoshka.runs.folder import RunFolder, now, versions
+from saelens_matryoshka.runs.keeper import Keeper, Upkeep
+from saelens_matryoshka.runs.lock import locked
 from saelens_matryoshka.runs.mappings import TINY
 from saelens_matryoshka.runs.metrics_log import MetricsLog
-from saelens_matryoshka.runs.settings import TINY_TEXT, Settings
+from saelens_matryoshka.runs.settings import TINY_TEXT, Settings, resolve
+from saelens_matryoshka.runs.wandb_guard import wandb_cannot_stop_it
+
+_FINAL_FILES = (SAE_WEIGHTS_FILENAME, SAE_CFG_FILENAME, RUNNER_CFG_FILENAME, SPARSITY_FILENAME)
 
 
 class RunRunner(LanguageModelSAETrainingRunner):
-    """The stock runner, whose trainer is observed.
+    """The stock runner, whose trainer is observed and whose state is kept.
 
     Observers (see `saelens_matryoshka.runner.observe`) are called after every complete step, in their order:
-    the metrics log hangs there, and whatever else follows a run.
+    the metrics log hangs there, and whatever else follows a run. The keeper comes last, so that a checkpoint
+    is not ahead of the log. It also takes the place of the stock runner's handling of interruptions, which
+    ends a step in its middle and then saves no weights.
     """
 
     observers: list[Observer]
 
-    def __init__(self, *args: Any, observers: list[Observer] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, observers: list[Observer] | None = None, keeper: Keeper | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.observers = list(observers or [])
+        self.keeper = keeper
 
     @override
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
+        self.cfg.resume_from_checkpoint = None  # done, and no setting of the run
         for observer in self.observers:
             observe(trainer, observer)
-        return super().run_trainer_with_interruption_handling(trainer)
+        if self.keeper is None:
+            return super().run_trainer_with_interruption_handling(trainer)
+        observe(trainer, self.keeper)
+        with wandb_cannot_stop_it():
+            return self.keeper.train(trainer, trainer.fit)
+
+    @override
+    def save_final_sae(self, *args: Any, **kwargs: Any) -> None:
+        with wandb_cannot_stop_it():
+            super().save_final_sae(*args, **kwargs)
 
 
 def train_run(
-    settings: Settings, folder: RunFolder, *, log_every: int = 20, command: Sequence[str] = ()
+    settings: Settings,
+    folder: RunFolder,
+    *,
+    log_every: int = 20,
+    upkeep: Upkeep | None = None,
+    command: Sequence[str] = (),
 ) -> EvalResult | None:
     """Train in a folder, from the first step to the evaluation of what was saved.
 
     1. Everything is loaded and checked; nothing is written before that has gone well.
-    2. The folder is made, with config.yaml.
+    2. The folder is made and locked, with config.yaml.
     3. The runner trains and saves the stock SAE in the folder.
     4. Every prefix is evaluated on the held-out prompts; config.yaml gets `completed_at`.
 
@@ -57,6 +90,7 @@ def train_run(
         settings: As `resolve` gives them.
         folder: Which does not exist, or is empty.
         log_every: Steps between two lines of metrics.jsonl.
+        upkeep: How its state is kept.
         command: What was called, for the record.
 
     Returns:
@@ -64,27 +98,75 @@ def train_run(
 
     Raises:
         ValueError: the folder is used, or the settings do not fit the model or the data.
+        RunStopped: a signal or an error has ended it; `resume_run` goes on.
     """
     folder.require_unused()
-    cfg = settings.cfg
-    cfg.output_path, cfg.checkpoint_path = str(folder.path), str(folder.checkpoints)
-    cfg.logger.wandb_id = cfg.logger.wandb_id or uuid.uuid4().hex[:8]
-    if "run_name" not in settings.given:
-        cfg.logger.run_name = folder.path.name
-    observers: list[Observer] = [MetricsLog(folder.metrics_log, log_every)]
-
-    torch.manual_seed(cfg.seed)  # the runner itself does not
-    runner = RunRunner(cfg, observers=observers, **overrides(settings))
+    upkeep = upkeep or Upkeep()
+    settings.cfg.logger.wandb_id = settings.cfg.logger.wandb_id or uuid.uuid4().hex[:8]
+    runner = _runner(settings, folder, log_every, upkeep)
 
     folder.path.mkdir(parents=True, exist_ok=True)
-    folder.require_unused()
-    folder.write_config(
-        settings,
-        command=list(command),
-        versions=versions(),
-        wandb={"id": cfg.logger.wandb_id} if cfg.logger.log_to_wandb else None,
-        started_at=now(),
-    )
+    with locked(folder.path):
+        folder.require_unused()
+        folder.write_config(
+            settings,
+            command=list(command),
+            versions=versions(),
+            wandb={"id": settings.cfg.logger.wandb_id} if settings.cfg.logger.log_to_wandb else None,
+            upkeep={"log_every": log_every, **dataclasses.asdict(upkeep)},
+            started_at=now(),
+        )
+        return _run(runner, folder)
+
+
+def resume_run(folder: RunFolder, **upkeep: Any) -> EvalResult | None:
+    """Go on with a run that was stopped, from its newest whole checkpoint to its end.
+
+    On the same machine and with the same packages its weights, metrics.jsonl (but for times) and metrics.json
+    become those it would have had.
+
+    Args:
+        folder: Of the run.
+        **upkeep: What is to be other than at its start: fields of `Upkeep`.
+
+    Raises:
+        ValueError: it is finished, in use, or not a run; or its settings no longer work.
+        RunStopped: as `train_run`.
+    """
+    if folder.read().get("completed_at"):
+        raise ValueError(f"{folder.path} holds a finished run: there is nothing to go on with.")
+    with locked(folder.path):
+        recorded = folder.read()
+        kept = dict(recorded.get("upkeep") or {}) | upkeep
+        log_every = kept.pop("log_every", 20)
+        settings = resolve([folder.settings()])
+        if recorded.get("wandb"):
+            settings.cfg.logger.wandb_id = recorded["wandb"]["id"]
+        checkpoints = Checkpoints(folder.checkpoints)
+        checkpoints.clean()
+        checkpoint = checkpoints.newest()
+        if checkpoint is not None:
+            warn_of_other_versions(checkpoint)
+            settings.cfg.resume_from_checkpoint = str(checkpoint.path)
+        for name in _FINAL_FILES:  # of a run that was ended while it saved them
+            (folder.path / name).unlink(missing_ok=True)
+        return _run(_runner(settings, folder, log_every, Upkeep(**kept)), folder)
+
+
+def _runner(settings: Settings, folder: RunFolder, log_every: int, upkeep: Upkeep) -> RunRunner:
+    cfg = settings.cfg
+    cfg.output_path, cfg.checkpoint_path = str(folder.path), str(folder.checkpoints)
+    if "run_name" not in settings.given:
+        cfg.logger.run_name = folder.path.name
+    keeper = Keeper(Checkpoints(folder.checkpoints, upkeep.keep), minutes=upkeep.checkpoint_minutes)
+    observers: list[Observer] = [MetricsLog(folder.metrics_log, log_every)]
+    torch.manual_seed(cfg.seed)  # the runner itself does not
+    runner = RunRunner(cfg, observers=observers, keeper=keeper, **overrides(settings))
+    runner.sae.finite.may_skip = upkeep.skip_bad_batches
+    return runner
+
+
+def _run(runner: RunRunner, folder: RunFolder) -> EvalResult | None:
     with wandb_in(folder):
         runner.run()
     result = evaluate_run(runner, folder)
@@ -117,7 +199,9 @@ def overrides(settings: Settings) -> dict[str, Any]:
         return {}
     from saelens_matryoshka import tiny
 
-    found: dict[str, Any] = {"override_model": tiny.load_hooked_transformer().to(settings.cfg.llm_device)}
+    model = tiny.load_hooked_transformer()
+    on_cpu = settings.cfg.llm_device == "cpu"  # .to says on stdout that it moves the model
+    found: dict[str, Any] = {"override_model": model if on_cpu else model.to(settings.cfg.llm_device)}
     if settings.cfg.dataset_path == TINY_TEXT:
         found["override_dataset"] = tiny.text.dataset("train")
     return found

@@ -92,7 +92,7 @@ def load_hooked_transformer(fold_ln: bool = False) -> HookedTransformer:
     from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_weights
 
     hf_model = load_hf_model()
-    config = _hooked_config(hf_model.config)
+    config = hooked_config(hf_model.config)
     with _quiet():
         model = HookedTransformer(config, load_tokenizer())
         model.load_and_process_state_dict(
@@ -105,7 +105,7 @@ def load_hooked_transformer(fold_ln: bool = False) -> HookedTransformer:
     return model.eval()
 
 
-def _hooked_config(config: Gemma2Config) -> HookedTransformerConfig:
+def hooked_config(config: Gemma2Config) -> HookedTransformerConfig:
     """Translates the config; transformer_lens itself knows Gemma-2 by its official names only."""
     from transformer_lens import HookedTransformerConfig
 

@@ -54,8 +54,6 @@ def test_demo_trains_evaluates_saves_and_says_where(tmp_path: Path) -> None:
         (["demo", "--k", "0"], "k=0"),
         (["demo", "--layer", "7"], "layer=7, but the model has 4 layers"),
         (["demo", "--d-sae", "0"], "d_sae=0"),
-        (["train", "--architecture", "matryoshka_sae", "--d_in", "8", "--d_sae", "8"], "empty"),
-        (["train", "--no_such_flag", "1"], "no_such_flag"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_1(args: list[str], says: str, tmp_path: Path) -> None:
@@ -71,10 +69,3 @@ def test_help_lists_the_commands(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert "demo" in done.stdout
     assert "train" in done.stdout
-
-
-def test_train_takes_saelens_flags(tmp_path: Path) -> None:
-    done = _call("train", "--architecture", "matryoshka_transcoder", "--help", cwd=tmp_path)
-    assert done.returncode == 0
-    assert "--hook_name_out" in done.stdout
-    assert "--matryoshka_widths" in done.stdout

@@ -107,7 +107,7 @@ def test_step_equals_reference_in_losses_selection_and_gradients(seed: int) -> N
 def test_step_equals_reference_when_decoded_in_many_chunks(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sparse_module, "_CPU_DECODE_VALUES", 8)
+    monkeypatch.setattr(sparse_module, "CPU_DECODE_VALUES", 8)
     _assert_same(_random_case(seed), SparseStep())
 
 
@@ -116,7 +116,7 @@ def test_step_equals_reference_when_decoded_in_many_chunks(
 def test_step_equals_reference_when_encoded_in_many_blocks(
     seed: int, block_values: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoder_module, "_BLOCK_VALUES", block_values)
+    monkeypatch.setattr(encoder_module, "BLOCK_VALUES", block_values)
     _assert_same(_random_case(seed), SparseStep())
 
 

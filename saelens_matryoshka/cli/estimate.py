@@ -1,0 +1,126 @@
+"""`saelens-matryoshka estimate`: memory and time of a training run, before anything is downloaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from saelens_matryoshka.cli.output import quieten
+
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
+_SIZE = re.compile(r"\s*([\d.]+)\s*([kmgt]?i?)b?\s*", re.IGNORECASE)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command(
+        "estimate",
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+        no_args_is_help=True,
+    )(estimate)
+
+
+def estimate(
+    context: typer.Context,
+    preset: Annotated[str | None, typer.Option(help="Settings that go with a model.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file of settings.")] = None,
+    mapping: Annotated[str | None, typer.Option(help="What to learn; see `train`.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Of the mapping.")] = None,
+    saelens_defaults: Annotated[
+        bool,
+        typer.Option("--saelens-defaults", help="SAELens's defaults instead of the recommended settings."),
+    ] = False,
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="Memory of each GPU, e.g. 24GB, of another machine than this.")
+    ] = None,
+    cpu_memory: Annotated[str | None, typer.Option(help="The same for the main memory.")] = None,
+    no_time: Annotated[bool, typer.Option("--no-time", help="Leave out the calibration run.")] = False,
+    json: Annotated[
+        Path | None,
+        typer.Option("--json", help='Write the numbers to this file; "-" prints them instead of the table.'),
+    ] = None,
+) -> None:
+    """What a training run will take: memory on every device, and time. Nothing is downloaded.
+
+    Takes the settings of `train`. The time is that of a few real steps here. Where it does not fit,
+    the one setting is named that helps most. Exit code 1 if it does not fit.
+
+      saelens-matryoshka estimate --preset gpt2
+      saelens-matryoshka estimate --preset gemma-2-2b --device cuda --gpu-memory 24GB
+      saelens-matryoshka estimate --model_name gpt2 --mapping mlp --layer 8 --d_sae 12288 -k 64
+          --dataset_path any --training_tokens 50_000_000 --cpu-memory 16GB
+    """
+    quieten()
+    console = Console(stderr=True)
+    available = {
+        device: read_size(flag, given)
+        for device, flag, given in (("cuda", "--gpu-memory", gpu_memory), ("cpu", "--cpu-memory", cpu_memory))
+        if given is not None
+    }
+    with console.status("looking up the shapes"):
+        own = {"mapping": mapping, "layer": layer}
+        cfg = _runner_config(context.args, preset, config, own, recommended=not saelens_defaults)
+        from saelens_matryoshka.runs.estimate import estimate as estimate_run
+    with console.status("a few steps to calibrate the time" if not no_time else "counting"):
+        result = estimate_run(cfg, available=available, with_time=not no_time)
+    write(result, json)
+    if result.fits is False:
+        raise typer.Exit(1)
+
+
+def write(result: Any, json: Path | None) -> None:
+    """Print an estimate, or its numbers."""
+    from saelens_matryoshka.atomic import write_atomically
+
+    if json is not None and str(json) == "-":
+        print(result.to_json())
+        return
+    console = Console(highlight=False)
+    console.print(result.tables())
+    if json is not None:
+        write_atomically(json, result.to_json() + "\n")
+        console.print(f"written: {json}", markup=False)
+
+
+def read_size(flag: str, text: str) -> int:
+    """Bytes of "24GB", "80 GiB" or "16g".
+
+    Raises:
+        ValueError: it is no such thing.
+    """
+    found = _SIZE.fullmatch(text)
+    try:
+        assert found is not None
+        return int(float(found[1]) * _UNITS[found[2].lower()])
+    except (AssertionError, ValueError, KeyError):
+        raise ValueError(f"{flag} {text!r} is no size: write e.g. 24GB or 24GiB.") from None
+
+
+def _runner_config(
+    args: list[str], preset: str | None, config: Path | None, own: dict[str, Any], *, recommended: bool
+) -> Any:
+    """What `train` would resolve the same settings to."""
+    from saelens_matryoshka.runs.fields import Given
+    from saelens_matryoshka.runs.presets import load_preset
+    from saelens_matryoshka.runs.settings import read_file, read_flags, resolve
+
+    flags = read_flags(args) | {key: Given(value, "flag") for key, value in own.items() if value is not None}
+    file = {} if config is None else read_file(config)
+    named = file.pop("preset", None)
+    preset = preset or (str(named.value) if named else None)
+    layers = [{} if preset is None else load_preset(preset).settings, file, flags]
+    return resolve(layers, recommended=recommended).cfg

@@ -1,0 +1,173 @@
+"""The runs below a folder: what each is, how far it is, and how good it became."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import filelock
+from rich import box
+from rich.table import Table
+
+from saelens_matryoshka.runs.folder import RunFolder
+from saelens_matryoshka.runs.lock import LOCK
+from saelens_matryoshka.runs.metrics_log import read_metrics_log
+
+_PREFIX_METRICS = ("width", "fvu", "l0", "dead_fraction", "ce_recovered", "kl")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, from the files in its folder."""
+
+    folder: str
+    model: str
+    mapping: str
+    name: str
+    architecture: str
+    status: Literal["running", "interrupted", "done"]
+    started_at: str
+    completed_at: str | None
+    d_sae: int
+    k: float
+    tokens: int
+    """trained on so far"""
+    training_tokens: int
+    """to train on"""
+    evaluated: bool
+    """whether the metrics are those of held-out text; else they are of the last logged batch"""
+    prefixes: list[dict[str, Any]]
+    """by width, the narrowest first: width, fvu, l0, dead_fraction, ce_recovered, kl; None where unknown"""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def find_runs(root: Path) -> list[Run]:
+    """Every run below a folder, by model and mapping, the oldest first.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    if not root.is_dir():
+        raise ValueError(f"{str(root)!r} is no folder. Runs are kept in `results`, or where --out says.")
+    runs = [run for folder in _run_folders(root) if (run := _read(folder)) is not None]
+    return sorted(runs, key=lambda run: (run.model, run.mapping, run.started_at, run.folder))
+
+
+def _run_folders(root: Path) -> Iterator[RunFolder]:
+    for path, subfolders, names in os.walk(root):
+        if "config.yaml" in names and (folder := RunFolder(Path(path))).is_run():
+            subfolders.clear()  # W&B and checkpoints keep files of that name too
+            yield folder
+
+
+def _read(folder: RunFolder) -> Run | None:
+    config, log = folder.read(), read_metrics_log(folder.metrics_log)
+    evaluated = folder.metrics.is_file()
+    if config.get("completed_at"):
+        status = "done"
+    else:
+        status = "running" if _is_locked(folder.path) else "interrupted"
+    try:
+        return Run(
+            folder=str(folder.path),
+            model=config["model_name"],
+            mapping=folder.path.parent.name,
+            name=folder.path.name,
+            architecture=config["architecture"],
+            status=status,
+            started_at=str(config["started_at"]),
+            completed_at=config.get("completed_at"),
+            d_sae=config["d_sae"],
+            k=config["k"],
+            tokens=log[-1]["tokens"] if log else 0,
+            training_tokens=config["training_tokens"],
+            evaluated=evaluated,
+            prefixes=_evaluated(folder.metrics) if evaluated else _logged(log),
+        )
+    except (KeyError, ValueError, TypeError):
+        return None  # damaged
+
+
+def _evaluated(path: Path) -> list[dict[str, Any]]:
+    rows = json.loads(path.read_text(encoding="utf-8"))["prefixes"]
+    return [{name: row[name] for name in _PREFIX_METRICS} for row in rows]
+
+
+def _logged(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if not log:
+        return []
+    last, unknown = log[-1], dict.fromkeys(_PREFIX_METRICS)
+    rows = [{**unknown, "width": int(width), "fvu": fvu} for width, fvu in last["fvu_per_prefix"].items()]
+    rows[-1] |= {"l0": last["l0"], "dead_fraction": last["dead"]}
+    return rows
+
+
+def _is_locked(folder: Path) -> bool:
+    """Whether a live process trains in a folder."""
+    if not (folder / LOCK).exists():
+        return False
+    lock = filelock.FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except (filelock.Timeout, OSError):
+        return True
+    lock.release()
+    return False
+
+
+def runs_table(runs: list[Run], *, prefixes: bool = False) -> Table:
+    """The runs as a table, for rich; reads well at 80 columns.
+
+    Args:
+        runs: As `find_runs` gives them.
+        prefixes: A row for every prefix, and not for the whole dictionary alone.
+    """
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("run", overflow="fold")
+    table.add_column("status", no_wrap=True)
+    for heading in ("tokens", "FVU", "L0", "dead", "CE rec."):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for (model, mapping), group in groupby(runs, key=lambda run: (run.model, run.mapping)):
+        table.add_row(f"[bold]{_escaped(model)} · {_escaped(mapping)}[/]")
+        for run in group:
+            shown = run.prefixes if prefixes else run.prefixes[-1:]
+            whole = _metrics(shown[-1], run.evaluated) if shown else ["-"] * 4
+            table.add_row(_escaped(run.name), run.status, _tokens(run), *whole)
+            for row in shown[-2::-1]:
+                table.add_row(f"  first {row['width']:,}", "", "", *_metrics(row, run.evaluated))
+        table.add_section()
+    if any(run.prefixes and not run.evaluated for run in runs):
+        table.caption = "~ of the last logged batch, not of held-out text"
+        table.caption_justify = "left"
+    return table
+
+
+def _metrics(row: dict[str, Any], evaluated: bool) -> list[str]:
+    formats = {"fvu": "{:.3f}", "l0": "{:.1f}", "dead_fraction": "{:.1%}", "ce_recovered": "{:.1%}"}
+    fvu, *others = ["-" if row[name] is None else form.format(row[name]) for name, form in formats.items()]
+    return [fvu if evaluated else f"~{fvu}", *others]
+
+
+def _tokens(run: Run) -> str:
+    if run.status == "done":
+        return _short(run.tokens)
+    return f"{_short(run.tokens)}/{_short(run.training_tokens)}"
+
+
+def _short(n: int) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:.3g}{letter}"
+    return str(n)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")

@@ -1,0 +1,318 @@
+"""What a training run will take, before anything is downloaded: memory on every device, and time.
+
+from saelens_matryoshka.runs.estimate import estimate
+
+print(estimate(cfg).to_json())
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich import box
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+from sae_lens import LanguageModelSAERunnerConfig
+
+from saelens_matryoshka.architectures.config import MatryoshkaTrainingConfig
+from saelens_matryoshka.runs.advice import Advice, advise
+from saelens_matryoshka.runs.language_models import model_shape
+from saelens_matryoshka.runs.memory import (
+    Need,
+    by_phase,
+    device_name,
+    memory_needs,
+    store_rows,
+    trace_forward,
+)
+from saelens_matryoshka.runs.timing import Time, measure_time
+
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a run takes on one device."""
+
+    name: str
+    """cpu, or cuda:0"""
+    phases: dict[str, int]
+    """bytes while the run does each thing"""
+    parts: dict[str, int]
+    """bytes of what is there at the peak"""
+    available: int | None
+    """bytes that are free, None if it is not known"""
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the worst of times."""
+        return max(self.phases.values())
+
+    @property
+    def peak_phase(self) -> str:
+        """What the run does then."""
+        return max(self.phases, key=lambda phase: self.phases[phase])
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether that is available, None if it is not known."""
+        return None if self.available is None else self.peak <= self.available
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take."""
+
+    model_name: str
+    n_parameters: int
+    """of the language model"""
+    devices: list[Device]
+    time: Time | None
+    """None if it was not asked for, or the run's device is not in this machine"""
+    advice: list[Advice]
+    """single changes that help where it does not fit, the best first; empty if it fits"""
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether it fits everywhere, None if that is not known of some device."""
+        answers = [device.fits for device in self.devices]
+        return False if False in answers else None if None in answers else True
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers: bytes and seconds."""
+        found: dict[str, Any] = {
+            "model_name": self.model_name,
+            "n_parameters": self.n_parameters,
+            "fits": self.fits,
+            "devices": [
+                {
+                    "name": device.name,
+                    "peak_bytes": device.peak,
+                    "peak_phase": device.peak_phase,
+                    "available_bytes": device.available,
+                    "fits": device.fits,
+                    "phases": device.phases,
+                    "parts": device.parts,
+                }
+                for device in self.devices
+            ],
+            "time": None,
+            "advice": [
+                {
+                    "device": one.device,
+                    "settings": one.settings,
+                    "flags": one.flags,
+                    "peak_bytes": one.peaks,
+                    "fits": one.fits,
+                }
+                for one in self.advice
+            ],
+        }
+        if self.time is not None:
+            found["time"] = {
+                "seconds": self.time.total,
+                "tokens_per_second": self.time.tokens_per_second,
+                "n_steps": self.time.n_steps,
+                "seconds_per_step": self.time.step,
+                "seconds_per_llm_batch": self.time.language_model,
+                "llm_batches_per_step": self.time.llm_batches_per_step,
+                "buffer_seconds_per_step": self.time.buffer,
+                "extrapolated": self.time.scaled,
+            }
+        return found
+
+    def to_json(self) -> str:
+        """`to_dict` as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def tables(self) -> Group:
+        """For rich; fits 80 columns."""
+        shown: list[Any] = []
+        for device in self.devices:
+            shown += [_device_table(device), _verdict(device)]
+        shown.append(self._advice_line())
+        shown.append(self._time_line())
+        return Group(*[one for one in shown if one is not None])
+
+    def _advice_line(self) -> str | None:
+        if self.fits is not False:
+            return None
+        if not self.advice:
+            return "[yellow]No single setting makes it much smaller:[/] take a smaller model or d_sae.\n"
+        best = self.advice[0]
+        after = ", ".join(f"{_size(n)} on {name}" for name, n in best.peaks.items())
+        word = "It would fit with" if best.fits else "What helps most, though not enough:"
+        return f"[bold]{word} {escape(best.flags)}[/]: {after}.\n"
+
+    def _time_line(self) -> str:
+        if self.time is None:
+            return "Time: not measured here."
+        t = self.time
+        parts = (
+            f"step {_seconds(t.step)}, language model {_seconds(t.language_model * t.llm_batches_per_step)}"
+        )
+        parts += f", buffer {_seconds(t.buffer)}"
+        how = "measured smaller, extrapolated" if t.scaled else "measured"
+        return (
+            f"[bold]Time: {_duration(t.total)}[/], {t.tokens_per_second:,.0f} tokens/s: {t.n_steps:,} steps "
+            f"of {_seconds(t.per_step)}\n({parts}; {how} on this machine as it is now)"
+        )
+
+
+def estimate(
+    cfg: LanguageModelSAERunnerConfig[Any],
+    *,
+    available: Mapping[str, int] | None = None,
+    with_time: bool = True,
+) -> Estimate:
+    """Memory and time of a run of SAELens's runner, without its weights and its text.
+
+    Args:
+        cfg: A runner config whose `sae` is ours.
+        available: Bytes per device ("cpu", "cuda"), for another machine than this one. What is not given is
+            looked up, if the device is in this machine.
+        with_time: Calibrate the time. It takes some seconds.
+
+    Raises:
+        ValueError: the shape of the language model is not known, or the config does not fit it.
+    """
+    if not isinstance(cfg.sae, MatryoshkaTrainingConfig):
+        raise ValueError(
+            f"architecture={cfg.sae.architecture()!r}: the estimate knows this package's training step, not "
+            "SAELens's. Choose one of the matryoshka_ architectures."
+        )
+    shape = model_shape(cfg)
+    if cfg.context_size > shape.n_ctx:
+        raise ValueError(
+            f"context_size={cfg.context_size} is more than the {shape.n_ctx} tokens {cfg.model_name!r} takes."
+        )
+    trace = trace_forward(cfg, shape)
+    needs = memory_needs(cfg, trace)
+    names = sorted({need.device for need in needs}, reverse=True)
+    limits = {name: _available(name, available or {}) for name in names}
+    devices = [_device(name, needs, limits[name]) for name in names]
+    advice = []
+    if any(device.fits is False for device in devices):
+        advice = advise(cfg, trace, shape, limits)
+    seconds = None
+    if with_time and all(_is_here(device) for device in (cfg.device, cfg.llm_device, cfg.act_store_device)):
+        free = (
+            psutil.virtual_memory().available if device_name(cfg.device) == "cpu" else _free_cuda(cfg.device)
+        )
+        with _quiet():
+            seconds = measure_time(cfg, shape, store_rows(cfg), budget=free // 3)
+    return Estimate(cfg.model_name, trace.n_parameters, devices, seconds, advice)
+
+
+def _device(name: str, needs: list[Need], available: int | None) -> Device:
+    phases = by_phase(needs, name)
+    worst = max(phases, key=lambda phase: phases[phase])
+    parts: dict[str, int] = {}
+    for need in needs:
+        if need.device == name and worst in need.phases:
+            parts[need.what] = parts.get(need.what, 0) + need.n_bytes
+    return Device(name, phases, parts, available)
+
+
+def _available(name: str, given: Mapping[str, int]) -> int | None:
+    for key in (name, name.partition(":")[0]):
+        if key in given:
+            return given[key]
+    if name == "cpu":
+        # this process's own share is in the estimate
+        free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+        return min(free, _cgroup_limit() or free)
+    return _free_cuda(name) if _is_here(name) else None
+
+
+def _cgroup_limit() -> int | None:
+    """What a container may take, if it is limited."""
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            return int(Path(path).read_text())
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def _free_cuda(name: Any) -> int:
+    return torch.cuda.mem_get_info(torch.device(name))[0]
+
+
+def _is_here(device: Any) -> bool:
+    if device is None or torch.device(device).type == "cpu":
+        return True
+    if torch.device(device).type != "cuda" or not torch.cuda.is_available():
+        return False
+    return (torch.device(device).index or 0) < torch.cuda.device_count()
+
+
+@contextmanager
+def _quiet() -> Any:
+    """The random state is left as it was, and notices about settings are not repeated."""
+    state = torch.get_rng_state()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.set_rng_state(state)
+
+
+# ---- what is shown
+
+
+def _device_table(device: Device) -> Table:
+    title = f"{device.name}: {_size(device.peak)}, at its most while {device.peak_phase}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, title_justify="left")
+    table.add_column("at the peak")
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("in each part of the run")
+    table.add_column("", justify="right", no_wrap=True)
+    parts = sorted(device.parts.items(), key=lambda part: -part[1])
+    small = [n for _, n in parts if n < device.peak / 100]
+    left = [(what, n) for what, n in parts if n >= device.peak / 100]
+    if small:
+        left.append(("the rest", sum(small)))
+    right = list(device.phases.items())
+    for i in range(max(len(left), len(right))):
+        cells = [(what, _size(n)) for what, n in (left[i : i + 1] or [("", -1)])]
+        cells += [(what, _size(n)) for what, n in (right[i : i + 1] or [("", -1)])]
+        table.add_row(*[cell for pair in cells for cell in pair])
+    return table
+
+
+def _verdict(device: Device) -> str:
+    if device.available is None:
+        return "Whether that fits is not known: no such device is here. Give its --gpu-memory.\n"
+    if device.fits:
+        return f"[green]fits[/]: {_size(device.available)} available\n"
+    missing = _size(device.peak - device.available)
+    return f"[bold red]does not fit[/]: {_size(device.available)} available, {missing} too few\n"
+
+
+def _size(n_bytes: int) -> str:
+    if n_bytes < 0:
+        return ""
+    return f"{n_bytes / _GIB:,.1f} GiB" if n_bytes >= _GIB else f"{n_bytes / (1 << 20):,.0f} MiB"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{seconds * 1000:.1f} ms"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"

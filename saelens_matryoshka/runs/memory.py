@@ -1,0 +1,277 @@
+"""What a training run needs in memory, by part and by what the run is doing.
+
+The language model's parts are counted by building and running it on fake tensors; those of the training step
+follow from `saelens_matryoshka.ops`, those of the activation store from SAELens's mixing buffer. On a GPU the
+figures are those of `torch.cuda.max_memory_allocated`, plus the CUDA context; on a CPU those of the resident
+memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from sae_lens import LanguageModelSAERunnerConfig
+from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
+from torch._subclasses import FakeTensorMode
+
+from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig
+from saelens_matryoshka.architectures.calibration import CHUNK_VALUES, MAX_ROWS
+from saelens_matryoshka.ops.encoder import BLOCK_VALUES
+from saelens_matryoshka.ops.sparse import CPU_DECODE_VALUES
+from saelens_matryoshka.runs.buffer import BufferRows, buffer_rows
+from saelens_matryoshka.runs.language_models import ModelShape
+from saelens_matryoshka.runs.tracing import PeakMemory
+from saelens_matryoshka.sites import check_hook
+
+LOADING = "loading the model"
+FILLING = "reading activations"
+SHUFFLING = "shuffling the buffer"
+FORWARD = "step, forward"
+BACKWARD = "step, backward"
+SAVING = "saving"
+PHASES = (LOADING, FILLING, SHUFFLING, FORWARD, BACKWARD, SAVING)
+_STEP = (FORWARD, BACKWARD)
+_LOADED = PHASES[1:]
+
+CUDA_CONTEXT, PROCESS = "CUDA context", "Python and libraries"
+# What a process takes that trains nothing yet: measured on Linux with torch 2.13. The figures of CUDA, its
+# context on the GPU with cuBLAS's workspace and its libraries in main memory, are the usual ones, unmeasured.
+PROCESS_BYTES = 650 << 20
+CUDA_CONTEXT_BYTES, CUDA_PROCESS_BYTES = 600 << 20, 1 << 30
+# Share of the latents taken for dead once the run is long enough for any to be.
+DEAD_SHARE = 0.1
+# Bytes per kept entry: indices by row and by latent, values, the two sparse results.
+_ENTRY_BYTES = 100
+_FLOAT32 = 4
+
+
+class Need(NamedTuple):
+    """Something that takes memory."""
+
+    what: str
+    device: str
+    n_bytes: int
+    phases: tuple[str, ...] = _LOADED
+    """when it is there"""
+
+
+class ForwardTrace(NamedTuple):
+    """What one pass of the language model takes."""
+
+    weights: int
+    """bytes of parameters and buffers"""
+    n_parameters: int
+    peak: int
+    """bytes of the activations, at their most"""
+    widths: tuple[int, ...]
+    """of the hooks, heads flattened"""
+
+
+def hooks_of(cfg: LanguageModelSAERunnerConfig[Any]) -> list[str]:
+    """The hooks a run reads, the source first."""
+    target = getattr(cfg.sae, "hook_name_out", None)
+    return list(dict.fromkeys([cfg.hook_name, *([target] if target else [])]))
+
+
+def trace_forward(cfg: LanguageModelSAERunnerConfig[Any], shape: ModelShape) -> ForwardTrace:
+    """Count one batch of the language model, up to the last layer that is read, on fake tensors.
+
+    Raises:
+        ValueError: the model has no such hook, or its width is not the dictionary's.
+    """
+    hooks = hooks_of(cfg)
+    with FakeTensorMode():
+        model = shape.build("cpu")
+        for hook, field in zip(hooks, ("hook_name", "hook_name_out"), strict=False):
+            check_hook(model, hook, field)
+        weights = {id(t.untyped_storage()): t for t in (*model.parameters(), *model.buffers())}
+        tokens = torch.zeros(cfg.store_batch_size_prompts, cfg.context_size, dtype=torch.long)
+        with (
+            PeakMemory() as memory,
+            torch.no_grad(),
+            torch.autocast("cpu", dtype=torch.bfloat16, enabled=cfg.autocast_lm),
+        ):
+            cache = run_hooks(model, tokens, hooks)
+        widths = tuple(cache[hook].flatten(2).shape[-1] for hook in hooks)
+        if cfg.hook_head_index is not None:
+            widths = (cache[hooks[0]].shape[-1], *widths[1:])
+    _require_widths(cfg, hooks, widths)
+    return ForwardTrace(
+        weights=sum(t.untyped_storage().nbytes() for t in weights.values()),
+        n_parameters=sum(p.numel() for p in model.parameters()),
+        peak=memory.peak,
+        widths=widths,
+    )
+
+
+def run_hooks(model: Any, tokens: torch.Tensor, hooks: Sequence[str]) -> Any:
+    """What the hooks give, as SAELens's store reads them."""
+    stops = [extract_stop_at_layer_from_tlens_hook_name(hook) for hook in hooks]
+    known = [stop for stop in stops if stop is not None]
+    stop = max(known) if len(known) == len(stops) else None
+    return model.run_with_cache(tokens, names_filter=list(hooks), stop_at_layer=stop)[1]
+
+
+def _require_widths(
+    cfg: LanguageModelSAERunnerConfig[Any], hooks: list[str], widths: tuple[int, ...]
+) -> None:
+    configured = [("d_in", cfg.sae.d_in)]
+    if len(hooks) > 1:
+        configured.append(("d_out", cfg.sae.d_out))
+    for (field, value), hook, width in zip(configured, hooks, widths, strict=True):
+        if value != width:
+            raise ValueError(
+                f"{field}={value}, but hook {hook!r} of {cfg.model_name!r} gives {width} values per token. "
+                f"Set {field}={width}."
+            )
+
+
+def store_rows(cfg: LanguageModelSAERunnerConfig[Any]) -> BufferRows:
+    """Rows the activation store holds."""
+    per_prompt = len(range(*slice(*cfg.seqpos_slice).indices(cfg.context_size)))
+    return buffer_rows(
+        buffer_size=cfg.n_batches_in_buffer * per_prompt,
+        llm_batch=cfg.store_batch_size_prompts * per_prompt,
+        train_batch=cfg.train_batch_size_tokens,
+        mix=cfg.activations_mixing_fraction,
+        wanted=cfg.training_tokens,
+        batch_is_view=_batch_is_view(cfg),
+    )
+
+
+def _batch_is_view(cfg: LanguageModelSAERunnerConfig[Any]) -> bool:
+    same_place = device_name(cfg.device) == device_name(cfg.act_store_device or cfg.device)
+    unscaled = cfg.sae.normalize_activations in ("none", None)
+    return same_place and unscaled and _itemsize(cfg.sae.dtype) == _stored_itemsize(cfg)
+
+
+def _is_transcoder(cfg: LanguageModelSAERunnerConfig[Any]) -> bool:
+    return isinstance(cfg.sae, MatryoshkaTrainingTranscoderConfig)
+
+
+def _stored_itemsize(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
+    """SAELens's own store of one hook holds float32 whatever the dtype."""
+    return _itemsize(cfg.dtype) if _is_transcoder(cfg) else _FLOAT32
+
+
+def _itemsize(dtype: str) -> int:
+    return getattr(torch, str(dtype).removeprefix("torch.")).itemsize
+
+
+def device_name(device: Any) -> str:
+    """cuda and cuda:0 are one device."""
+    device = torch.device(device)
+    return f"cuda:{device.index or 0}" if device.type == "cuda" else device.type
+
+
+def memory_needs(cfg: LanguageModelSAERunnerConfig[Any], trace: ForwardTrace) -> list[Need]:
+    """Everything a run holds, with when and where."""
+    rows = store_rows(cfg)
+    training = [*_dictionary(cfg), *_step(cfg, rows.refills > 1)]
+    if cfg.prefetch_llm_batches:  # the buffer is filled while the steps go on
+        training = [_also_while_filling(need) for need in training]
+    needs = [*_language_model(cfg, trace), *_store(cfg, rows), *training]
+    gpus = sorted({need.device for need in needs if need.device.startswith("cuda")})
+    needs += [Need(CUDA_CONTEXT, gpu, CUDA_CONTEXT_BYTES, PHASES) for gpu in gpus]
+    needs.append(Need(PROCESS, "cpu", PROCESS_BYTES + (CUDA_PROCESS_BYTES if gpus else 0), PHASES))
+    return [need for need in needs if need.n_bytes > 0]
+
+
+def _also_while_filling(need: Need) -> Need:
+    if not set(_STEP) & set(need.phases):
+        return need
+    return need._replace(phases=tuple(dict.fromkeys((*need.phases, FILLING, SHUFFLING))))
+
+
+def _language_model(cfg: LanguageModelSAERunnerConfig[Any], trace: ForwardTrace) -> list[Need]:
+    device = device_name(cfg.llm_device or cfg.device)
+    n_prompts = cfg.n_eval_batches * (cfg.eval_batch_size_prompts or cfg.store_batch_size_prompts)
+    needs = [
+        Need("language model", device, trace.weights, PHASES),
+        Need("its weights as stored", "cpu", trace.weights, (LOADING,)),
+        Need("its activations", device, trace.peak, (FILLING,)),
+        Need("held-out prompts", "cpu", max(n_prompts, 0) * cfg.context_size * 8),
+    ]
+    return needs
+
+
+def _store(cfg: LanguageModelSAERunnerConfig[Any], rows: BufferRows) -> list[Need]:
+    device = device_name(cfg.act_store_device or cfg.device)
+    width = cfg.sae.d_in + (cfg.sae.d_out if _is_transcoder(cfg) else 0)
+    row = width * _stored_itemsize(cfg)
+    serving = rows.serving * row
+    return [
+        Need("activation buffer", device, serving, (*_STEP, SAVING)),
+        Need("activation buffer", device, rows.filling * row, (FILLING,)),
+        Need("activation buffer", device, min(serving, rows.shuffling * row), (SHUFFLING,)),
+        Need("its copies at a refill", device, max(0, rows.shuffling * row - serving), (SHUFFLING,)),
+    ]
+
+
+def _n_parameters(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
+    sae = cfg.sae
+    d_out = sae.d_out if _is_transcoder(cfg) else sae.d_in
+    skip = d_out * sae.d_in if sae.architecture() == "matryoshka_skip_transcoder" else 0
+    return sae.d_sae * (sae.d_in + d_out + 1) + d_out + skip
+
+
+def _dictionary(cfg: LanguageModelSAERunnerConfig[Any]) -> list[Need]:
+    device, size = device_name(cfg.device), _itemsize(cfg.sae.dtype)
+    weights = _n_parameters(cfg) * size
+    statistics = 2 * cfg.sae.d_sae * _FLOAT32
+    needs = [
+        Need("dictionary", device, weights),
+        Need("Adam's moments", device, 2 * weights + statistics),
+        Need("gradients", device, weights, (BACKWARD,)),
+        Need("folded copy", device, weights * 3 // 2, (SAVING,)),
+        Need("file in the making", "cpu", weights, (SAVING,)),
+    ]
+    if getattr(cfg.sae, "threshold_calibration", None) == "l0":
+        rows = min(MAX_ROWS, cfg.training_tokens)
+        needs.append(Need("recent rows", device, rows * cfg.sae.d_in * size))
+        scores = min(CHUNK_VALUES, rows * cfg.sae.d_sae) * (_FLOAT32 + 1)
+        needs.append(Need("threshold calibration", device, scores, (SAVING,)))
+    return needs
+
+
+def _step(cfg: LanguageModelSAERunnerConfig[Any], refilled: bool) -> list[Need]:
+    sae, device = cfg.sae, device_name(cfg.device)
+    size, on_cpu = _itemsize(sae.dtype), device_name(cfg.device) == "cpu"
+    batch, d_out = cfg.train_batch_size_tokens, sae.d_out if _is_transcoder(cfg) else sae.d_in
+    n_levels = len(sae.matryoshka_widths)
+    # On a CPU the large buffers are kept from step to step.
+    afterwards = (*((FILLING, SHUFFLING) if refilled else ()), *_STEP, SAVING)
+    pre_size = 2 if cfg.autocast else size
+    values = min(batch, max(1, BLOCK_VALUES // sae.d_sae)) * sae.d_sae
+    decoded = batch * n_levels * d_out * size
+    decoding = min(decoded, CPU_DECODE_VALUES * size) if on_cpu else 2 * decoded
+    n_dead = int(DEAD_SHARE * sae.d_sae) if _may_have_dead(cfg) else 0
+    reads = batch * (sae.d_in + d_out) * size
+    return [
+        Need("pre-activations", device, values * (pre_size + 1),
+             (afterwards if not cfg.autocast else (FORWARD,)) if on_cpu else (FORWARD,)),
+        Need("weights in bfloat16", device, sae.d_in * sae.d_sae * 2 if cfg.autocast else 0, (FORWARD,)),
+        Need("outputs of the levels", device, decoded, afterwards if on_cpu else _STEP),
+        Need("levels being decoded", device, decoding, (FORWARD,)),
+        Need("batch and results", device, 2 * reads + int(sae.k * batch) * _ENTRY_BYTES, _STEP),
+        Need("dead latents", device, n_dead * (5 * batch + 2 * (sae.d_in + d_out)) * size, _STEP),
+    ]  # fmt: skip
+
+
+def _may_have_dead(cfg: LanguageModelSAERunnerConfig[Any]) -> bool:
+    return cfg.sae.aux_loss_coefficient > 0 and cfg.total_training_steps > cfg.dead_feature_window
+
+
+def by_phase(needs: list[Need], device: str) -> dict[str, int]:
+    """Bytes on a device while the run does each thing."""
+    return {
+        phase: sum(need.n_bytes for need in needs if need.device == device and phase in need.phases)
+        for phase in PHASES
+    }
+
+
+def peak(needs: list[Need], device: str) -> int:
+    """Bytes on a device at the worst of times."""
+    return max(by_phase(needs, device).values())

@@ -1,0 +1,225 @@
+"""How long a run takes, from a short calibration on this machine.
+
+A few real training steps of SAELens's trainer on random activations, and a few real passes of the language
+model with random weights. What would take too long or too much memory is measured smaller and extrapolated:
+the time of a step is a·B·S + b·B + c·S for B rows and S latents (the encoder's product, what follows the
+batch, what follows the weights), and that of the language model grows with its layers and prompts.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sae_lens import LanguageModelSAERunnerConfig, SAETrainer, TrainingSAE
+
+from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig
+from saelens_matryoshka.runner import prepare_trainer
+from saelens_matryoshka.runs.buffer import BufferRows
+from saelens_matryoshka.runs.language_models import ModelShape
+from saelens_matryoshka.runs.memory import hooks_of, run_hooks
+
+# The largest products and prompts that are measured as they are: some tenths of a second on a slow processor.
+_CPU_STEP_VALUES, _GPU_STEP_VALUES = 4e9, 1e13
+_CPU_TOKENS, _GPU_TOKENS = 512, 16_384
+_REPEATS = 3
+_ROWS_MOVED = 4096
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of a run, without downloads, loading and tokenising."""
+
+    step: float
+    """one training step"""
+    language_model: float
+    """one of its batches"""
+    buffer: float
+    """moving activations, per step"""
+    n_steps: int
+    llm_batches_per_step: float
+    overlapping: bool
+    """the language model computes while the steps go on"""
+    scaled: bool
+    """measured smaller than it will be, and extrapolated"""
+    tokens_per_step: int
+
+    @property
+    def per_step(self) -> float:
+        """Seconds of a step with the activations for it."""
+        reading = self.language_model * self.llm_batches_per_step + self.buffer
+        return max(self.step, reading) if self.overlapping else self.step + reading
+
+    @property
+    def total(self) -> float:
+        """Seconds of all steps."""
+        return self.per_step * self.n_steps
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the training loop."""
+        return self.tokens_per_step / self.per_step
+
+
+def measure_time(
+    cfg: LanguageModelSAERunnerConfig[Any], shape: ModelShape, rows: BufferRows, *, budget: int
+) -> Time:
+    """Calibrate on this machine's devices, the config's own.
+
+    Args:
+        cfg: The run.
+        shape: Its language model.
+        rows: What its buffer moves.
+        budget: Bytes the calibration may take on any device.
+    """
+    step, step_scaled = _step_seconds(cfg, budget)
+    forward, forward_scaled = _forward_seconds(cfg, shape)
+    per_prompt = len(range(*slice(*cfg.seqpos_slice).indices(cfg.context_size)))
+    return Time(
+        step=step,
+        language_model=forward,
+        buffer=_seconds_per_row_moved(cfg) * rows.moved * cfg.train_batch_size_tokens,
+        n_steps=max(1, cfg.training_tokens // cfg.train_batch_size_tokens),
+        llm_batches_per_step=cfg.train_batch_size_tokens / (cfg.store_batch_size_prompts * per_prompt),
+        overlapping=bool(cfg.prefetch_llm_batches),
+        scaled=step_scaled or forward_scaled,
+        tokens_per_step=cfg.train_batch_size_tokens,
+    )
+
+
+def _on_cpu(device: Any) -> bool:
+    return torch.device(device).type == "cpu"
+
+
+# ---- the step
+
+
+def _step_seconds(cfg: LanguageModelSAERunnerConfig[Any], budget: int) -> tuple[float, bool]:
+    batch, d_sae, k = cfg.train_batch_size_tokens, cfg.sae.d_sae, cfg.sae.k
+    width = cfg.sae.d_in + (getattr(cfg.sae, "d_out", None) or cfg.sae.d_in)
+    most = _CPU_STEP_VALUES if _on_cpu(cfg.device) else _GPU_STEP_VALUES
+
+    def too_much(rows: int, latents: int) -> bool:
+        size = 4 * (4 * latents * width + rows * (latents + width * (len(cfg.sae.matryoshka_widths) + 2)))
+        return rows * latents * cfg.sae.d_in > most or size > budget
+
+    rows, latents = batch, d_sae
+    while too_much(rows, latents) and rows > 256:
+        rows //= 2
+    while too_much(rows, latents) and latents > 4 * max(k, 256):
+        latents //= 2
+    if (rows, latents) == (batch, d_sae):
+        return _time_step(cfg, batch, d_sae), False
+    # a·B·S + b·B + c·S through three points
+    full, half_rows, half_latents = (
+        _time_step(cfg, *size) for size in ((rows, latents), (rows // 2, latents), (rows, latents // 2))
+    )
+    b_part = max(0.0, 2 * half_latents - full)
+    c_part = max(0.0, 2 * half_rows - full)
+    product = max(0.0, full - b_part - c_part)
+    row_ratio, latent_ratio = batch / rows, d_sae / latents
+    return product * row_ratio * latent_ratio + b_part * row_ratio + c_part * latent_ratio, True
+
+
+def _time_step(cfg: LanguageModelSAERunnerConfig[Any], rows: int, latents: int) -> float:
+    """Median seconds of real steps of SAELens's trainer."""
+    cfg = copy.deepcopy(cfg)
+    share = latents / cfg.sae.d_sae
+    widths = sorted({max(1, int(width * share)) for width in cfg.sae.matryoshka_widths} | {latents})
+    if cfg.sae.level_weights is not None:
+        cfg.sae.level_weights = [1.0] * len(widths)
+    cfg.sae.d_sae, cfg.sae.matryoshka_widths, cfg.train_batch_size_tokens = latents, widths, rows
+    cfg.sae.device = cfg.device
+    sae = TrainingSAE.from_dict(cfg.sae.to_dict()).to(cfg.device)
+    if hasattr(sae, "gain"):
+        sae.set_input_gain(torch.ones(cfg.sae.d_in, device=cfg.device))
+    width = cfg.sae.d_in + (cfg.sae.d_out if isinstance(cfg.sae, MatryoshkaTrainingTranscoderConfig) else 0)
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.randn(rows, width, generator=generator)
+    batch = batch.to(cfg.act_store_device or cfg.device, getattr(torch, cfg.dtype.removeprefix("torch.")))
+    trainer = SAETrainer(cfg.to_sae_trainer_config(), sae, iter([batch]))
+    prepare_trainer(trainer)
+    trainer.n_forward_passes_since_fired.fill_(0)
+
+    def step() -> None:
+        trainer.step(batch)
+        trainer.n_training_steps += 1
+
+    return _median_seconds(step, cfg.device)
+
+
+def _median_seconds(function: Callable[[], Any], device: Any) -> float:
+    function()
+    times = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        function()
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+# ---- the language model
+
+
+@torch.no_grad()
+def _forward_seconds(cfg: LanguageModelSAERunnerConfig[Any], shape: ModelShape) -> tuple[float, bool]:
+    """One batch of the language model up to the last hook, from slices of one and two layers."""
+    device = cfg.llm_device or cfg.device
+    hooks = hooks_of(cfg)
+    last = _last_layer(hooks)
+    depth = shape.n_layers if last is None else last + 1
+    prompts = max(1, min(cfg.store_batch_size_prompts, _most_tokens(device) // cfg.context_size))
+    tokens = torch.randint(0, 100, (prompts, cfg.context_size), device=device)
+    times = []
+    for n_layers in (1, min(2, depth)):
+        model = shape.build(device, n_layers=n_layers, d_vocab=1000)
+        names = [_in_layer(hook, n_layers - 1) for hook in hooks]
+
+        def forward(model: Any = model, names: list[str] = names) -> None:
+            with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=cfg.autocast_lm):
+                run_hooks(model, tokens, list(dict.fromkeys(names)))
+
+        times.append(_median_seconds(forward, device))
+    one, two = times
+    seconds = one + max(0.0, two - one) * (depth - 1)
+    return (
+        seconds * cfg.store_batch_size_prompts / prompts,
+        depth > 2 or prompts < cfg.store_batch_size_prompts,
+    )
+
+
+def _most_tokens(device: Any) -> int:
+    return _CPU_TOKENS if _on_cpu(device) else _GPU_TOKENS
+
+
+def _last_layer(hooks: list[str]) -> int | None:
+    from sae_lens.util import extract_layer_from_tlens_hook_name
+
+    layers = [extract_layer_from_tlens_hook_name(hook) for hook in hooks]
+    known = [layer for layer in layers if layer is not None]
+    return max(known) if len(known) == len(layers) else None
+
+
+def _in_layer(hook: str, layer: int) -> str:
+    """The same hook in another layer."""
+    parts = hook.split(".")
+    return ".".join(str(layer) if part.isdigit() else part for part in parts)
+
+
+# ---- the buffer
+
+
+@torch.no_grad()
+def _seconds_per_row_moved(cfg: LanguageModelSAERunnerConfig[Any]) -> float:
+    device = cfg.act_store_device or cfg.device
+    width = cfg.sae.d_in + (cfg.sae.d_out if isinstance(cfg.sae, MatryoshkaTrainingTranscoderConfig) else 0)
+    rows = torch.zeros(_ROWS_MOVED, width, device=device)
+    order = torch.randperm(_ROWS_MOVED, device=device)
+    return _median_seconds(lambda: rows[order], device) / _ROWS_MOVED

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from saelens_matryoshka.runs.catalogue import find_runs, runs_table
+from saelens_matryoshka.runs.lock import locked
+
+
+def _run(root: Path, place: str, *, done: bool = True, step: int = 10, **config: Any) -> Path:
+    folder = root / place
+    folder.mkdir(parents=True)
+    settings = {
+        "model_name": "gpt2",
+        "architecture": "matryoshka_transcoder",
+        "d_sae": 12288,
+        "k": 64.0,
+        "training_tokens": 20_000,
+        "started_at": "2026-01-01T00:00:00+00:00",
+        **({"completed_at": "2026-01-01T01:00:00+00:00"} if done else {}),
+        **config,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    line = {
+        "step": step,
+        "tokens": step * 1000,
+        "fvu_per_prefix": {"768": 0.5, "12288": 0.25},
+        "l0": 64.0,
+        "dead": 0.5,
+    }
+    (folder / "metrics.jsonl").write_text(json.dumps(line) + '\n{"step": 11, "tok')
+    if done:
+        row = {"fvu": 0.3, "l0": 61.0, "dead_fraction": 0.1, "ce_recovered": 0.9, "kl": 0.1}
+        rows = [{**row, "width": 768, "fvu": 0.6}, {**row, "width": 12288}]
+        (folder / "metrics.json").write_text(json.dumps({"prefixes": rows}))
+    return folder
+
+
+def _shown(root: Path, **options: Any) -> str:
+    text = io.StringIO()
+    Console(file=text, width=80).print(runs_table(find_runs(root), **options))
+    return text.getvalue()
+
+
+def test_runs_are_found_with_their_state_and_numbers(tmp_path: Path) -> None:
+    _run(tmp_path, "gpt2/mlp-8/12288-k64-20260101-000000", step=20)
+    _run(tmp_path, "gpt2/mlp-8/stopped", done=False, started_at="2026-01-02T00:00:00+00:00")
+    live = _run(tmp_path, "gpt2/mlp-9/live", done=False)
+    (tmp_path / "gpt2/mlp-8/stopped/wandb/files").mkdir(parents=True)
+    (tmp_path / "gpt2/mlp-8/stopped/wandb/files/config.yaml").write_text("started_at: 1\n")
+    (tmp_path / "gpt2/mlp-8/damaged").mkdir()
+    (tmp_path / "gpt2/mlp-8/damaged/config.yaml").write_text("a: [b")
+    with locked(live):
+        done, stopped, running = find_runs(tmp_path)
+        shown = _shown(tmp_path)
+    assert [run.status for run in (done, stopped, running)] == ["done", "interrupted", "running"]
+    assert (done.tokens, done.evaluated, done.prefixes[-1]["ce_recovered"]) == (20_000, True, 0.9)
+    assert (stopped.tokens, stopped.evaluated, stopped.prefixes[-1]["fvu"]) == (10_000, False, 0.25)
+    assert stopped.prefixes[-1]["ce_recovered"] is None
+    assert max(map(len, shown.splitlines())) <= 80
+    for word in (
+        "gpt2 · mlp-8",
+        "gpt2 · mlp-9",
+        "12288-k64-20260101-000000",
+        "done",
+        "10k/20k",
+        "~0.250",
+        "90.0%",
+    ):
+        assert word in shown, shown
+    assert "interrupted" in _shown(tmp_path / "gpt2" / "mlp-9")  # the lock went with its holder
+
+
+def test_prefixes_have_a_row_each_when_asked_for(tmp_path: Path) -> None:
+    _run(tmp_path, "gpt2/mlp-8/a")
+    assert "first 768" not in _shown(tmp_path)
+    shown = _shown(tmp_path, prefixes=True)
+    assert "first 768" in shown
+    assert "0.600" in shown
+
+
+def test_a_run_can_be_named_like_markup(tmp_path: Path) -> None:
+    _run(tmp_path, "gpt2/mlp-8/[bold]x[", done=False)
+    assert "[bold]x[" in _shown(tmp_path)
+
+
+def test_no_folder_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no folder"):
+        find_runs(tmp_path / "results")
+    assert find_runs(tmp_path) == []
