@@ -15,6 +15,7 @@ from sae_lens import (
     llm_sae_training_runner,
 )
 from sae_lens.training import activations_store
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
 from saelens_matryoshka import seams
 
@@ -86,3 +87,21 @@ def test_seam_store_starts_every_epoch_from_its_dataset() -> None:
     assert "self.dataset" in inspect.getsource(ActivationsStore._iterate_raw_dataset)
     epoch = "self.iterable_sequences = self._iterate_tokenized_sequences()"
     assert epoch in inspect.getsource(ActivationsStore.get_batch_tokens)
+
+
+def test_a_runner_writes_what_its_sae_is_trained_on_before_it_trains() -> None:
+    """`seams.set_sae_metadata` calls it for the runners of several dictionaries."""
+    parameters = list(inspect.signature(LanguageModelSAETrainingRunner._set_sae_metadata).parameters)
+    assert parameters == ["self"], "LanguageModelSAETrainingRunner._set_sae_metadata has moved"
+
+
+def test_the_multi_sae_trainer_asks_for_batches_by_name_and_has_the_seams_of_a_trainer() -> None:
+    """`layers.LockstepTrainer` prepares its trainers, and hangs what follows a step where its bar is."""
+    source = inspect.getsource(MultiSAETrainer.fit)
+    for expected in (
+        "trainer.step(multi_batch[self.hook_names[name]])",
+        "self._checkpoint_if_needed()",
+        "self._update_pbar(step_outputs, pbar)",
+        "self._estimate_scaling_factors()",
+    ):
+        assert expected in source, f"MultiSAETrainer.fit has changed: {expected} is not in it"

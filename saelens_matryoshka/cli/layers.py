@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,13 +30,14 @@ def train_layers(
     console: Console,
 ) -> None:
     """Train several runs in OUT/MODEL/MAPPINGS/NAME, or say what would be trained."""
-    from saelens_matryoshka.runs.folder import default_name, run_folder
+    from saelens_matryoshka.runs.folder import run_folder
     from saelens_matryoshka.runs.layers import label_of, resolve_many, train_many
 
     with console.status("resolving the settings"):
         settings = resolve_many(layers, each, recommended=recommended)
         first = next(iter(settings.values()))
-        name = name or default_name(first)
+        sae = first.cfg.sae
+        name = name or f"{sae.d_sae}-k{sae.k:g}-{datetime.now():%Y%m%d-%H%M%S}"
         parent = run_folder(out or Path("results"), first.cfg.model_name, label_of(list(settings)), name).path
     hooks = list(
         dict.fromkeys(

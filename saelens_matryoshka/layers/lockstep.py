@@ -139,7 +139,8 @@ def train_layers(
         on_start()
     trainer = LockstepTrainer(runners, batches)
     for runner in runners.values():
-        runner.sae.finite.may_skip = may_skip
+        sae: Any = runner.sae
+        sae.finite.may_skip = may_skip
     for name, given in (observers or {}).items():
         for observer in given if name in trainer.trainers else ():
             observe(trainer.trainers[name], observer)

@@ -140,6 +140,8 @@ def test_other_settings_in_a_folder_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_refused_run_leaves_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="mlp-0: d_in=64, but hook"):
-        train_many(_settings(d_in=64), tmp_path / "p")
+    settings = _settings()
+    settings["mlp-1"].cfg.sae.d_in = 64
+    with pytest.raises(ValueError, match="mlp-1: d_in=64, but hook"):
+        train_many(settings, tmp_path / "p")
     assert not (tmp_path / "p").exists()
