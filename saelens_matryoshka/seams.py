@@ -13,7 +13,7 @@ import inspect
 import io
 import itertools
 from argparse import ArgumentError
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
@@ -108,10 +108,15 @@ def split_off_prompts(store: ActivationsStore, n_prompts: int, *, leaving: int) 
             taken.append(tokens.cpu())
             # a document is counted when the next one is asked for
             n_documents = store.n_dataset_processed - start + 1
+    whole = store.dataset
+    if isinstance(whole, Sized) and n_documents >= len(whole):  # a Dataset refuses to skip all it has
+        return None
+    store.dataset = whole.skip(n_documents)  # type: ignore[union-attr]  (a split, never a dict)
+    with contextlib.closing(token_sequences(store)) as sequences:
         n_left = sum(1 for _ in itertools.islice(sequences, leaving))
     if n_left < leaving:
+        store.dataset = whole
         return None
-    store.dataset = store.dataset.skip(n_documents)  # type: ignore[union-attr]  (a split, never a dict)
     store.iterable_sequences = store._iterate_tokenized_sequences()
     return torch.stack(taken)
 

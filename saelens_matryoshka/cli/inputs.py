@@ -10,7 +10,6 @@ if TYPE_CHECKING:
 
 TINY = "tiny"
 _TINY_NAMES = (TINY, "saelens_matryoshka.tiny")
-_FILE_FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 def pick_device(device: str | None) -> str:
@@ -169,17 +168,11 @@ def _after(documents: Any, skip: int) -> Any:
 
 
 def _stream(name: str, split: str) -> Any:
-    from datasets import load_dataset, load_from_disk
+    from saelens_matryoshka.text_files import open_text
 
-    path = Path(name)
-    if path.suffix in _FILE_FORMATS:
-        if not path.is_file():
-            raise ValueError(f"--dataset {name!r}: there is no such file.")
-        return load_dataset(
-            _FILE_FORMATS[path.suffix], data_files={split: str(path)}, split=split, streaming=True
-        )
-    if (path / "dataset_info.json").is_file():
-        return load_from_disk(str(path))
-    if (path / "dataset_dict.json").is_file():
-        return load_from_disk(str(path))[split]
-    return load_dataset(name, split=split, streaming=True)
+    try:
+        return open_text(name, split)
+    except FileNotFoundError as error:
+        if error.errno is None:  # ours, which says all
+            raise ValueError(f"--dataset {error}") from None
+        raise

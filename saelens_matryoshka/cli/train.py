@@ -177,7 +177,8 @@ def train(
         own = {"mapping": mapping, "layer": layer, "log_to_wandb": wandb or None}
         flags |= {key: Given(value, "flag") for key, value in own.items() if value is not None}
         file = {} if config is None else read_file(config)
-        preset = preset or _text(file.pop("preset", None))
+        of_file = {key: _text(key, file.pop(key, None)) for key in ("preset", "name")}
+        preset, name = preset or of_file["preset"], of_file["name"] if name is None else name
         several = layers_ is not None or "," in (mapping or "") or "runs" in file
         runs = file.pop("runs", None)
         if several and mapping:
@@ -289,10 +290,10 @@ def _folder(settings: Settings, out: Path | None, name: str | None) -> RunFolder
     return RunFolder(Path(given.value))
 
 
-def _text(given: Any) -> str | None:
+def _text(key: str, given: Any) -> str | None:
     from saelens_matryoshka.runs.fields import read_value
 
-    return None if given is None else read_value("preset", given, str)
+    return None if given is None else read_value(key, given, str)
 
 
 def _show_result(result: EvalResult | None, folder: RunFolder, console: Console, *, as_json: bool) -> None:
@@ -304,8 +305,11 @@ def _show_result(result: EvalResult | None, folder: RunFolder, console: Console,
     else:
         console.print(result.table())
     console.print(
-        f"Saved in {folder.path}, as SAELens saves it: SAE.load_from_disk({str(folder.path)!r}).\n"
-        "`saelens-matryoshka runs` lists all runs."
+        f"Saved in {folder.path}, as SAELens saves it:\n"
+        f"  sae = SAE.load_from_disk({str(folder.path)!r})\n"
+        "`saelens-matryoshka runs` lists all runs.",
+        soft_wrap=True,
+        markup=False,
     )
 
 
@@ -341,7 +345,9 @@ def _show_plan(settings: Settings, folder: RunFolder, console: Console, *, as_js
     console.print(table)
     n_left = len(values) - len(settings.given)
     console.print(f"{n_left} other settings are SAELens's defaults; --json prints them too.")
-    if (estimate := _estimate(settings)) is not None:
+    with console.status("estimating memory and time"):
+        estimate = _estimate(settings)
+    if estimate is not None:
         console.print(estimate.tables())
 
 

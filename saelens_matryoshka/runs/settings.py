@@ -37,6 +37,7 @@ from saelens_matryoshka.runs.mappings import (
     find_mapping,
     skeleton,
 )
+from saelens_matryoshka.text_files import is_text_file
 
 Layer = Mapping[str, Given]
 
@@ -219,7 +220,7 @@ def resolve(layers: Sequence[Layer], *, recommended: bool = True) -> Settings:
             given.setdefault(name, Given(value, "recommended"))
             values.setdefault(name, value)
     cfg = _build(config_class, values)
-    _check_schedule(cfg)
+    _check(cfg)
     return Settings(cfg, given, label)
 
 
@@ -272,7 +273,7 @@ def _apply_mapping(given: dict[str, Given], transcoder: bool) -> str:
     origin = f"mapping {found.label}"
     for name, value in found.settings().items():
         if name.startswith("hook_name") and name in given and given[name].value != value:
-            label += f"+{given[name].value}"
+            label = f"{label}+{given[name].value}" if transcoder else given[name].value
         given.setdefault(name, Given(value, origin))
     _check_and_label(given, transcoder, stock_model)
     return label
@@ -298,7 +299,12 @@ def _check_and_label(given: Mapping[str, Given], transcoder: bool, stock_model: 
 def _apply_defaults(given: dict[str, Given]) -> None:
     """Where this command's defaults are not SAELens's."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    defaults: dict[str, Any] = {"device": device, "log_to_wandb": False, "verbose": False}
+    defaults: dict[str, Any] = {
+        "device": device,
+        "log_to_wandb": False,
+        "verbose": False,
+        "dataset_trust_remote_code": False,
+    }
     if given["model_name"].value in TINY:
         defaults |= {"dataset_path": TINY_TEXT, "is_dataset_tokenized": False}
     for name, value in defaults.items():
@@ -336,8 +342,8 @@ def _build(config_class: type, values: Mapping[str, Any]) -> LanguageModelSAERun
     )
 
 
-def _check_schedule(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
-    """Refuse what SAELens's trainer would refuse later, or a schedule that is longer than the run."""
+def _check(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Refuse what would be refused later, or a schedule that is longer than the run."""
     n_steps, parts = cfg.total_training_steps, ("lr_warm_up_steps", "lr_decay_steps")
     if n_steps < 1:
         raise ValueError(
@@ -349,6 +355,11 @@ def _check_schedule(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     if sum(getattr(cfg, part) for part in parts) > n_steps:
         said = " and ".join(f"{part} {getattr(cfg, part)}" for part in parts)
         raise ValueError(f"{said} do not fit a run of {n_steps} steps: lower them, or raise training_tokens.")
+    for name in ("resume_from_checkpoint", "from_pretrained_path"):
+        if (path := getattr(cfg, name)) is not None and not Path(path).is_dir():
+            raise ValueError(f"--{name} {path!r} is no folder.")
+    if is_text_file(cfg.dataset_path) and not Path(cfg.dataset_path).is_file():
+        raise ValueError(f"--dataset_path {cfg.dataset_path!r}: there is no such file.")
     trainer = cfg.to_sae_trainer_config()
     assert trainer.lr_end is not None  # the config has put lr / 10
     try:

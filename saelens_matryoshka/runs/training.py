@@ -32,6 +32,7 @@ from saelens_matryoshka.runs.mappings import TINY
 from saelens_matryoshka.runs.metrics_log import MetricsLog
 from saelens_matryoshka.runs.settings import TINY_TEXT, Settings, resolve
 from saelens_matryoshka.runs.wandb_guard import wandb_cannot_stop_it
+from saelens_matryoshka.text_files import is_text_file, open_text
 
 _FINAL_FILES = (SAE_WEIGHTS_FILENAME, SAE_CFG_FILENAME, RUNNER_CFG_FILENAME, SPARSITY_FILENAME)
 
@@ -187,22 +188,24 @@ def evaluate_run(runner: LanguageModelSAETrainingRunner, folder: RunFolder) -> E
 
 
 def overrides(settings: Settings) -> dict[str, Any]:
-    """What the runner is given where SAELens cannot load it by name: the embedded model and its text.
+    """The embedded model and its text, and text files, which SAELens cannot load by name.
 
-    And the stand-in for the model of a cache.
+    Of a run on a cache, the stand-in for the language model.
     """
-    cfg = settings.cfg
+    cfg, found = settings.cfg, {}
     if cfg.use_cached_activations and is_cache(cfg.cached_activations_path):
         assert cfg.cached_activations_path is not None
         return {"override_model": CachedModel(open_cache(cfg.cached_activations_path))}
-    if settings.cfg.model_name not in TINY:
-        return {}
+    if is_text_file(cfg.dataset_path):
+        found["override_dataset"] = open_text(cfg.dataset_path, streaming=cfg.streaming)
+    if cfg.model_name not in TINY:
+        return found
     from saelens_matryoshka import tiny
 
     model = tiny.load_hooked_transformer()
-    on_cpu = settings.cfg.llm_device == "cpu"  # .to says on stdout that it moves the model
-    found: dict[str, Any] = {"override_model": model if on_cpu else model.to(settings.cfg.llm_device)}
-    if settings.cfg.dataset_path == TINY_TEXT:
+    on_cpu = cfg.llm_device == "cpu"  # .to says on stdout that it moves the model
+    found["override_model"] = model if on_cpu else model.to(cfg.llm_device)
+    if cfg.dataset_path == TINY_TEXT:
         found["override_dataset"] = tiny.text.dataset("train")
     return found
 

@@ -116,10 +116,12 @@ def test_wandb_is_logged_to_only_when_asked_for(
 def test_a_file_may_start_from_a_preset(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "mine.yaml").write_text("preset: tiny\nlayer: 3\nseed: 7\n")
+    (tmp_path / "mine.yaml").write_text("preset: tiny\nname: mine\nlayer: 3\nseed: 7\n")
     flags = ["--config", "mine.yaml", "--seed", "8", "--dry-run", "--json"]
     assert _call("train", *flags, monkeypatch=monkeypatch) == 0
-    settings = json.loads(capsys.readouterr().out)["settings"]
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["folder"] == "results/tiny/mlp-3/mine"
+    settings = plan["settings"]
     assert (settings["hook_name"], settings["seed"], settings["d_sae"]) == (
         "blocks.3.ln2.hook_normalized",
         8,

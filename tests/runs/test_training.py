@@ -124,7 +124,6 @@ def test_a_used_folder_is_refused_and_left_alone(run: RunFolder) -> None:
     [
         ("--dataset_path nowhere/to-be-found", "nowhere/to-be-found"),
         ("--dtype float33", "float33"),
-        ("--from_pretrained_path nowhere", "nowhere"),
     ],
 )
 def test_what_cannot_be_trained_leaves_no_folder(flags: str, says: str, tmp_path: Path) -> None:
@@ -155,3 +154,23 @@ def test_weights_and_biases_offline_keeps_its_files_and_its_id_in_the_run(
     train_run(_settings("--wandb_log_frequency 2"), plain)
     weights: list[Any] = [load_file(one.path / "sae_weights.safetensors") for one in (folder, plain)]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_a_text_file_is_trained_on(tmp_path: Path) -> None:
+    text = tmp_path / "my text.jsonl"
+    line = json.dumps({"text": "def main():\n    return 'some text of mine'\n" * 30})
+    text.write_text("\n".join([line] * 40))
+    folder = RunFolder(tmp_path / "run")
+    settings = resolve([parse_yaml(SMALL, "test"), read_flags(["--dataset_path", str(text)])])
+    assert train_run(settings, folder) is not None
+    assert folder.read()["dataset_path"] == str(text)
+
+
+def test_a_text_of_one_long_document_is_trained_on_and_not_evaluated(tmp_path: Path) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text("for name in names: print(name, end=' ')  " * 3000)
+    folder = RunFolder(tmp_path / "run")
+    settings = resolve([parse_yaml(SMALL, "test"), read_flags(["--dataset_path", str(text)])])
+    assert train_run(settings, folder) is None
+    assert not folder.metrics.exists()
+    assert folder.read()["completed_at"]
