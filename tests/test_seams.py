@@ -15,6 +15,7 @@ from sae_lens import (
     llm_sae_training_runner,
 )
 from sae_lens.training import activations_store
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
 from saelens_matryoshka import seams
 
@@ -138,3 +139,21 @@ def test_seam_store_saves_its_place_as_a_number_of_documents() -> None:
     source = inspect.getsource(ActivationsStore.state_dict)
     assert source.count("torch.tensor(") == 1
     assert "n_dataset_processed" in source
+
+
+def test_a_runner_writes_what_its_sae_is_trained_on_before_it_trains() -> None:
+    """`seams.set_sae_metadata` calls it for the runners of several dictionaries."""
+    parameters = list(inspect.signature(LanguageModelSAETrainingRunner._set_sae_metadata).parameters)
+    assert parameters == ["self"], "LanguageModelSAETrainingRunner._set_sae_metadata has moved"
+
+
+def test_the_multi_sae_trainer_asks_for_batches_by_name_and_has_the_seams_of_a_trainer() -> None:
+    """`layers.LockstepTrainer` prepares its trainers, and hangs what follows a step where its bar is."""
+    source = inspect.getsource(MultiSAETrainer.fit)
+    for expected in (
+        "trainer.step(multi_batch[self.hook_names[name]])",
+        "self._checkpoint_if_needed()",
+        "self._update_pbar(step_outputs, pbar)",
+        "self._estimate_scaling_factors()",
+    ):
+        assert expected in source, f"MultiSAETrainer.fit has changed: {expected} is not in it"

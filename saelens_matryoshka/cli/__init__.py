@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from saelens_matryoshka.cli import (
+    cache,
     demo,
     describe,
     estimate,
@@ -30,7 +31,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (demo, train, runs, estimate, evaluate, samples, report, saebench, describe, formats, hooks):
+for command in (
+    demo,
+    train,
+    cache,
+    runs,
+    estimate,
+    evaluate,
+    samples,
+    report,
+    saebench,
+    describe,
+    formats,
+    hooks,
+):
     command.register(app)
 
 

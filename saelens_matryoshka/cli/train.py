@@ -63,6 +63,18 @@ def train(
             "rows only."
         ),
     ] = None,
+    layers_: Annotated[
+        str | None,
+        typer.Option(
+            "--layers",
+            help="Several, e.g. 0-11 or 0,4,8: one run each, in lockstep, from one pass of the language "
+            "model. With several mappings (mlp,attention), each. The same command again goes on.",
+        ),
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Activations on disk (see the command cache), in place of the language model."),
+    ] = None,
     resume: Annotated[
         Path | None,
         typer.Option(
@@ -137,6 +149,7 @@ def train(
       saelens-matryoshka train --preset gpt2 --layer 5 --name first --dry-run
       saelens-matryoshka train --model_name gpt2 --mapping mlp --layer 8 -k 64
         --d_sae 12288 --dataset_path Skylion007/openwebtext --training_tokens 5e7
+      saelens-matryoshka train --preset gpt2 --layers 0-11 --name all
       saelens-matryoshka train --config results/gpt2/mlp-8/first/config.yaml
       saelens-matryoshka train --resume results/gpt2/mlp-8/first
     """
@@ -175,9 +188,34 @@ def train(
         of_file = {key: _text(key, file.pop(key, None)) for key in ("preset", "name")}
         preset = of_file["preset"] if preset is None else preset
         name = of_file["name"] if name is None else name
-        layers = [{} if preset is None else load_preset(preset).settings, file, flags]
+        several = layers_ is not None or "," in (mapping or "") or "runs" in file
+        runs = file.pop("runs", None)
+        if several and mapping:
+            del flags["mapping"]
+        cached = {} if cache is None else _cache_settings(cache)
+        layers = [{} if preset is None else load_preset(preset).settings, cached, file, flags]
         if name is not None:
             require_name(name)
+    if several:
+        from saelens_matryoshka.cli.layers import train_layers
+        from saelens_matryoshka.runs.layers import each_of
+
+        if layer is not None:
+            raise ValueError(f"--layer {layer} is of a single run: with several, give --layers.")
+        train_layers(
+            layers,
+            each_of(layers_, mapping, None if runs is None else runs.value),
+            out=out,
+            name=name,
+            recommended=not saelens_defaults,
+            dry_run=dry_run,
+            log_every=log_every,
+            upkeep=upkeep,
+            as_json=as_json,
+            console=console,
+        )
+        return
+    with console.status("resolving the settings"):
         settings = resolve(layers, recommended=not saelens_defaults)
         folder = _folder(settings, out, name)
         folder.require_unused()
@@ -189,7 +227,7 @@ def train(
     from saelens_matryoshka.runs.training import train_run
 
     console.print(f"[bold]Training[/] {_summary(settings)}\n  in {folder.path}")
-    with _told_how_to_go_on(folder, console):
+    with told_how_to_go_on(folder.path, console):
         result = train_run(
             settings,
             folder,
@@ -211,29 +249,49 @@ def _resume(
     path: Path, upkeep: dict[str, Any], console: Console, *, sharding: Sharding | None, as_json: bool
 ) -> None:
     from saelens_matryoshka.runs.folder import RunFolder
+    from saelens_matryoshka.runs.layers import runs_in
     from saelens_matryoshka.runs.training import resume_run
 
+    if runs_in(path):
+        from saelens_matryoshka.cli.layers import resume_layers
+
+        resume_layers(path, upkeep, console, as_json=as_json)
+        return
     folder = RunFolder(path)
     console.print(f"[bold]Going on[/] with {folder.path}")
-    with _told_how_to_go_on(folder, console):
+    with told_how_to_go_on(folder.path, console):
         result = resume_run(folder, sharding, **upkeep)
     _show_result(result, folder, console, as_json=as_json)
 
 
 @contextmanager
-def _told_how_to_go_on(folder: RunFolder, console: Console) -> Iterator[None]:
+def told_how_to_go_on(folder: Path, console: Console) -> Iterator[None]:
+    """Within, a run that stops says with which command it goes on."""
     from saelens_matryoshka.runs.keeper import RunStopped
 
     try:
         yield
     except RunStopped as stopped:
-        again = f"saelens-matryoshka train --resume {shlex.quote(str(folder.path))}"
+        again = f"saelens-matryoshka train --resume {shlex.quote(str(folder))}"
         console.print(
             f"\n{plain(stopped)}\nTo go on: {again}",
             soft_wrap=True,
             markup=False,
         )
         raise typer.Exit(stopped.exit_code) from None
+
+
+def _cache_settings(folder: Path) -> dict[str, Any]:
+    """The settings that a cache decides."""
+    from saelens_matryoshka.cache import open_cache
+    from saelens_matryoshka.runs.fields import Given
+
+    values = {
+        **open_cache(folder).manifest.runner_fields(),
+        "use_cached_activations": True,
+        "cached_activations_path": str(folder),
+    }
+    return {name: Given(value, "cache") for name, value in values.items()}
 
 
 def _folder(settings: Settings, out: Path | None, name: str | None) -> RunFolder:

@@ -115,7 +115,7 @@ class HeldOutEvaluator:
 class CachedEvaluator:
     """The same on a cache's held-out rows: what needs no language model."""
 
-    evaluate: Callable[[SAE[Any]], EvalResult | None]
+    result: Callable[[SAE[Any]], EvalResult | None]
 
     def __call__(
         self,
@@ -124,7 +124,7 @@ class CachedEvaluator:
         activation_scaler: ActivationScaler,
     ) -> dict[str, Any]:
         with sae.keeping_threshold():
-            result = self.evaluate(_unscaled(inference_model(sae), activation_scaler))
+            result = self.result(_unscaled(inference_model(sae), activation_scaler))
         return {} if result is None else logged_metrics(result)
 
 

@@ -48,6 +48,7 @@ from saelens_matryoshka.runner import (
     require_own_output_path,
 )
 from saelens_matryoshka.runs.keeper import Keeper
+from saelens_matryoshka.runs.wandb_guard import wandb_cannot_stop_it
 from saelens_matryoshka.seams import defer_checkpoints, replace_progress_bar, set_sae_metadata
 
 # Fields of the runner config that say how the shared rows are made and served.
@@ -84,8 +85,10 @@ def train_layers(
     override_dataset: HfDataset | None = None,
     observers: Mapping[str, Sequence[Observer]] | None = None,
     keeper: Keeper | None = None,
+    may_skip: int = 0,
     resume_from: Path | None = None,
     finished: Callable[[str], bool] | None = None,
+    on_start: Callable[[], None] | None = None,
 ) -> dict[str, PartRunner]:
     """Train the dictionaries of several runner configs in lockstep, and save each in its `output_path`.
 
@@ -98,8 +101,10 @@ def train_layers(
         override_dataset: Used in place of `dataset_path`.
         observers: By name, called after every step (see `saelens_matryoshka.runner.observe`).
         keeper: Writes checkpoints of all together.
+        may_skip: Batches of NaN or Inf that each may leave out.
         resume_from: A checkpoint of a keeper to go on from.
         finished: Whether one is to be left out. Default: its `output_path` holds a saved model.
+        on_start: Called when everything has been loaded and checked, before the first step.
 
     Returns:
         A runner of each that was trained: `sae`, `cfg` and `evaluator`.
@@ -120,7 +125,7 @@ def train_layers(
     if first.use_cached_activations:
         runners, batches = _from_cache(cfgs)
     else:
-        model = _load(cfgs) if override_model is None else override_model
+        model = load_model_for(list(cfgs.values())) if override_model is None else override_model
         runners, batches = _from_model(cfgs, model, override_dataset)
     if first.logger.log_to_wandb:
         wandb.init(
@@ -130,22 +135,28 @@ def train_layers(
             name=first.logger.run_name,
             id=first.logger.wandb_id,
         )
+    if on_start is not None:
+        on_start()
     trainer = LockstepTrainer(runners, batches)
+    for runner in runners.values():
+        sae: Any = runner.sae
+        sae.finite.may_skip = may_skip
     for name, given in (observers or {}).items():
         for observer in given if name in trainer.trainers else ():
             observe(trainer.trainers[name], observer)
     try:
-        if resume_from is not None:
-            trainer.load_checkpoint(resume_from)
-        if keeper is None:
-            trainer.fit()
-        else:
-            trainer.observers.append(keeper)  # type: ignore[arg-type]
-            keeper.train(trainer, trainer.fit)  # type: ignore[arg-type]
-        for name, runner in runners.items():
-            if runner.cfg.output_path is not None:
-                sparsity = trainer.trainers[name].log_feature_sparsity
-                runner.save_final_sae(runner.sae, runner.cfg.output_path, sparsity)
+        with wandb_cannot_stop_it():
+            if resume_from is not None:
+                trainer.load_checkpoint(resume_from)
+            if keeper is None:
+                trainer.fit()
+            else:
+                trainer.observers.append(keeper)  # type: ignore[arg-type]
+                keeper.train(trainer, trainer.fit)  # type: ignore[arg-type]
+            for name, runner in runners.items():
+                if runner.cfg.output_path is not None:
+                    sparsity = trainer.trainers[name].log_feature_sparsity
+                    runner.save_final_sae(runner.sae, runner.cfg.output_path, sparsity)
     finally:
         batches.close()
         if first.logger.log_to_wandb:
@@ -367,12 +378,11 @@ def _width(model: Any, hook: str) -> int:
     return probe_hooks(model, hook, hook).d_in
 
 
-def _load(cfgs: Mapping[str, LanguageModelSAERunnerConfig[Any]]) -> Any:
-    cfg = next(iter(cfgs.values()))
+def load_model_for(cfgs: Sequence[LanguageModelSAERunnerConfig[Any]]) -> Any:
+    """The language model of several configs, with all their hooks."""
+    cfg = cfgs[0]
     assert cfg.llm_device is not None  # set in the config's __post_init__
-    hooks = [
-        hook for c in cfgs.values() for hook in (c.hook_name, getattr(c.sae, "hook_name_out", "")) if hook
-    ]
+    hooks = [hook for c in cfgs for hook in (c.hook_name, getattr(c.sae, "hook_name_out", "")) if hook]
     model: Any = load_model(
         cfg.model_class_name,
         cfg.model_name,

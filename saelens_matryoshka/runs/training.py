@@ -21,9 +21,10 @@ from typing_extensions import override
 
 from saelens_matryoshka import parallel
 from saelens_matryoshka.atomic import write_atomically
+from saelens_matryoshka.cache import CachedModel, open_cache
+from saelens_matryoshka.cache.store import is_cache
 from saelens_matryoshka.evaluation.result import EvalResult
-from saelens_matryoshka.evaluation.training_evaluator import HeldOutEvaluator
-from saelens_matryoshka.runner import Observer, observe
+from saelens_matryoshka.runner import Observer, held_out_evaluator, observe
 from saelens_matryoshka.runs.checkpoints import Checkpoints, warn_of_other_versions
 from saelens_matryoshka.runs.folder import RunFolder, now, versions
 from saelens_matryoshka.runs.keeper import Keeper, Upkeep
@@ -176,15 +177,15 @@ def _runner(
     keeper = Keeper(Checkpoints(folder.checkpoints, upkeep.keep), minutes=upkeep.checkpoint_minutes)
     observers: list[Observer] = [MetricsLog(folder.metrics_log, log_every)] if job.is_first else []
     torch.manual_seed(cfg.seed)  # the runner itself does not
-    overrides = _overrides(settings) | job.overrides(cfg)
-    runner = RunRunner(cfg, observers=observers, keeper=keeper, **overrides)
+    replaced = overrides(settings) | job.overrides(cfg)
+    runner = RunRunner(cfg, observers=observers, keeper=keeper, **replaced)
     runner.sae.finite.may_skip = upkeep.skip_bad_batches  # type: ignore[union-attr]  (one of ours)
     job.share(runner, keeper)
     return runner
 
 
 def _run(runner: RunRunner, folder: RunFolder, job: parallel.Job) -> EvalResult | None:
-    with _wandb_in(folder):
+    with wandb_in(folder):
         runner.run()
     if not job.is_first:
         return None
@@ -195,17 +196,25 @@ def _run(runner: RunRunner, folder: RunFolder, job: parallel.Job) -> EvalResult 
 
 def evaluate_run(runner: LanguageModelSAETrainingRunner, folder: RunFolder) -> EvalResult | None:
     """Evaluate the saved SAE of a run on the prompts that were held out of its training, as metrics.json."""
-    evaluator = HeldOutEvaluator.in_place_of(runner.evaluator)
+    evaluator = held_out_evaluator(runner.evaluator)
     if evaluator is None:
         return None
     result = evaluator.result(SAE.load_from_disk(folder.path, device=runner.cfg.device))
+    if result is None:
+        return None
     write_atomically(folder.metrics, result.to_json() + "\n")
     return result
 
 
-def _overrides(settings: Settings) -> dict[str, Any]:
-    """The embedded model and its text, and text files, which SAELens cannot load by name."""
+def overrides(settings: Settings) -> dict[str, Any]:
+    """The embedded model and its text, and text files, which SAELens cannot load by name.
+
+    Of a run on a cache, the stand-in for the language model.
+    """
     cfg, found = settings.cfg, {}
+    if cfg.use_cached_activations and is_cache(cfg.cached_activations_path):
+        assert cfg.cached_activations_path is not None
+        return {"override_model": CachedModel(open_cache(cfg.cached_activations_path))}
     if is_text_file(cfg.dataset_path):
         try:
             found["override_dataset"] = open_text(cfg.dataset_path, streaming=cfg.streaming)
@@ -225,7 +234,7 @@ def _overrides(settings: Settings) -> dict[str, Any]:
 
 
 @contextmanager
-def _wandb_in(folder: RunFolder) -> Iterator[None]:
+def wandb_in(folder: RunFolder) -> Iterator[None]:
     """Have W&B keep its files in the folder, and continue a run of the same id."""
     ours = {"WANDB_DIR": str(folder.path), "WANDB_RESUME": "allow"}
     added = {name: value for name, value in ours.items() if name not in os.environ}

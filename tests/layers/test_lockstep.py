@@ -1,4 +1,4 @@
-"""Dictionaries trained in lockstep are those that are trained alone, and the language model runs once for all."""
+"""Dictionaries trained in lockstep are those that are trained alone; the language model runs once for all."""
 
 from __future__ import annotations
 
@@ -293,9 +293,10 @@ def test_every_dictionary_has_its_own_observers_and_evaluation(
     trainers: list[LockstepTrainer] = []
 
     def observer(name: str) -> Any:
-        return lambda trainer, output: steps[name].append(
-            (trainer.n_training_steps, trainer.n_training_samples)
-        )
+        def observed(trainer: Any, output: Any) -> None:  # noqa: ARG001
+            steps[name].append((trainer.n_training_steps, trainer.n_training_samples))
+
+        return observed
 
     class Kept(LockstepTrainer):
         def __init__(self, *args: Any) -> None:

@@ -1,0 +1,121 @@
+"""`saelens-matryoshka train --layers`: several runs in lockstep."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from saelens_matryoshka.runs.settings import Layer
+
+
+def train_layers(
+    layers: Sequence[Layer],
+    each: Sequence[Layer],
+    *,
+    out: Path | None,
+    name: str | None,
+    recommended: bool,
+    dry_run: bool,
+    log_every: int,
+    upkeep: dict[str, Any],
+    as_json: bool,
+    console: Console,
+) -> None:
+    """Train several runs in OUT/MODEL/MAPPINGS/NAME, or say what would be trained."""
+    from saelens_matryoshka.runs.folder import run_folder
+    from saelens_matryoshka.runs.layers import label_of, resolve_many, train_many
+
+    with console.status("resolving the settings"):
+        settings = resolve_many(layers, each, recommended=recommended)
+        first = next(iter(settings.values()))
+        sae = first.cfg.sae
+        name = name or f"{sae.d_sae}-k{sae.k:g}-{datetime.now():%Y%m%d-%H%M%S}"
+        parent = run_folder(out or Path("results"), first.cfg.model_name, label_of(list(settings)), name).path
+    hooks = list(
+        dict.fromkeys(
+            hook
+            for one in settings.values()
+            for hook in (one.cfg.hook_name, getattr(one.cfg.sae, "hook_name_out", None))
+            if hook
+        )
+    )
+    console.print(
+        f"[bold]{'Would train' if dry_run else 'Training'}[/] {len(settings)} dictionaries on "
+        f"{first.cfg.model_name} in lockstep\n"
+        f"  {', '.join(settings)}\n"
+        f"  {len(hooks)} hooks, {first.cfg.training_tokens:,} tokens\n"
+        f"  in {parent}"
+    )
+    if dry_run:
+        if as_json:
+            values = {one: given.values() for one, given in settings.items()}
+            print(json.dumps({"folder": str(parent), "runs": values}, default=str))
+        return
+    from saelens_matryoshka.cli.train import told_how_to_go_on
+    from saelens_matryoshka.runs.keeper import Upkeep
+    from saelens_matryoshka.runs.settings import require_devices
+
+    for one in settings.values():
+        require_devices(one.cfg)
+    with told_how_to_go_on(parent, console):
+        results = train_many(
+            settings, parent, log_every=log_every, upkeep=Upkeep(**upkeep), command=sys.argv[1:]
+        )
+    _show(results, list(settings), parent, console, as_json=as_json)
+
+
+def resume_layers(parent: Path, upkeep: dict[str, Any], console: Console, *, as_json: bool) -> None:
+    """Go on with several runs that were stopped."""
+    from saelens_matryoshka.cli.train import told_how_to_go_on
+    from saelens_matryoshka.runs.layers import resume_many, runs_in
+
+    names = runs_in(parent)
+    console.print(f"[bold]Going on[/] with {len(names)} runs in {parent}")
+    with told_how_to_go_on(parent, console):
+        results = resume_many(parent, **upkeep)
+    _show(results, names, parent, console, as_json=as_json)
+
+
+def _show(
+    results: dict[str, Any], names: list[str], parent: Path, console: Console, *, as_json: bool
+) -> None:
+    from rich.table import Table
+
+    if as_json:
+        metrics: dict[str, Any] = {one: r.to_dict() if r else None for one, r in results.items()}
+        print(json.dumps({"folder": str(parent), "metrics": metrics}))
+        return
+    if skipped := [one for one in names if one not in results]:
+        console.print(f"Finished before, and left alone: {', '.join(skipped)}.")
+    table = Table("run", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for heading in ("width", "FVU", "L0", "dead", "CE rec."):
+        table.add_column(heading, justify="right")
+    for one, result in results.items():
+        if result is None:
+            table.add_row(one, "-", "-", "-", "-", "-")
+            continue
+        full = result.prefixes[-1]
+        recovered = "-" if full.ce_recovered is None else f"{full.ce_recovered:.1%}"
+        table.add_row(
+            one,
+            f"{full.width:,}",
+            f"{full.fvu:.3f}",
+            f"{full.l0:.1f}",
+            f"{full.dead_fraction:.1%}",
+            recovered,
+        )
+    if results:
+        console.print(table)
+    console.print(
+        f"Saved in {parent}, a folder each.\n"
+        f"As a circuit-tracer set: saelens-matryoshka export {parent} --to circuit-tracer --out graphs",
+        soft_wrap=True,
+    )

@@ -1,0 +1,273 @@
+"""Several runs in lockstep, each in a run folder of its own, all in one parent folder.
+
+`PARENT/mlp-0/`, `PARENT/mlp-1/`, ... are run folders as any other; `PARENT/checkpoints/` has the checkpoints
+of all together. The same call again goes on where it stopped, and leaves out what is finished.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saelens_matryoshka.evaluation.result import EvalResult
+from saelens_matryoshka.layers import train_layers
+from saelens_matryoshka.runs.checkpoints import Checkpoints, warn_of_other_versions
+from saelens_matryoshka.runs.fields import Given
+from saelens_matryoshka.runs.folder import RunFolder, now, require_name, versions
+from saelens_matryoshka.runs.keeper import Keeper, Upkeep
+from saelens_matryoshka.runs.lock import locked
+from saelens_matryoshka.runs.metrics_log import MetricsLog
+from saelens_matryoshka.runs.settings import Layer, Settings, resolve
+from saelens_matryoshka.runs.training import evaluate_run, overrides, wandb_in
+
+_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+_LONGEST_LABEL = 60
+
+
+def parse_layers(text: str) -> list[int]:
+    """Layers from "0-25", "0,4,8" or a mix of both.
+
+    Raises:
+        ValueError: it is none of these, or names a layer twice.
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        match = _RANGE.fullmatch(part.strip())
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise ValueError(f"--layers {text!r} must be a range like 0-25, a list like 0,4,8, or both.")
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    if len(set(found)) < len(found):
+        raise ValueError(f"--layers {text!r} names a layer twice.")
+    return found
+
+
+def each_of(layers: str | None, mapping: str | None, runs: Any = None) -> list[dict[str, Given]]:
+    """What sets each run apart: the products of layers and mappings, or the entries of a file's `runs`.
+
+    Args:
+        layers: As `parse_layers` takes them.
+        mapping: One, or several with commas between.
+        runs: A list of settings of single runs.
+
+    Raises:
+        ValueError: there is nothing to tell runs apart by, or `runs` is no list of settings.
+    """
+    if runs is not None:
+        if layers is not None:
+            raise ValueError("--layers and the file's `runs` both say what to train: give one of them.")
+        if not isinstance(runs, list) or not runs or not all(isinstance(run, dict) for run in runs):
+            raise ValueError("`runs` must be a list of settings, e.g. `- {mapping: mlp, layer: 3}`.")
+        return [
+            {name: Given(value, f"runs[{i}]") for name, value in run.items()} for i, run in enumerate(runs)
+        ]
+    found: list[dict[str, Given]] = []
+    for name in [None] if mapping is None else [part.strip() for part in mapping.split(",")]:
+        chosen = {} if name is None else {"mapping": Given(name, "flag")}
+        if name is not None and name.startswith("cross-layer"):  # names its layers itself
+            found.append(chosen)
+            continue
+        if layers is None:
+            raise ValueError(f"--layers is needed with --mapping {mapping}.")
+        found += [{**chosen, "layer": Given(layer, "flag")} for layer in parse_layers(layers)]
+    return found
+
+
+def resolve_many(
+    layers: Sequence[Layer], each: Sequence[Layer], *, recommended: bool = True
+) -> dict[str, Settings]:
+    """The settings of every run, by the name of its folder.
+
+    Args:
+        layers: Common to all, lowest first.
+        each: What is given of each on top; `name` is its folder's, by default its mapping.
+        recommended: As in `resolve`.
+
+    Raises:
+        ValueError: as in `resolve`, or two would have the same folder.
+    """
+    found: dict[str, Settings] = {}
+    for one in each:
+        own = dict(one)
+        name = own.pop("name", None)
+        settings = resolve([*layers, own], recommended=recommended)
+        label = re.sub(r"[^\w.,+-]", "_", settings.mapping) if name is None else str(name.value)
+        require_name(label)
+        if label in found:
+            raise ValueError(f"Two of the runs would be in a folder {label!r}: give each a `name`.")
+        found[label] = settings
+    return found
+
+
+def label_of(names: Sequence[str]) -> str:
+    """A name for the parent of runs: "mlp-0-11", "mlp-0,4,8", or how many they are."""
+    matches = [re.fullmatch(r"(.+)-(\d+)", name) for name in names]
+    stems = {match[1] if match else None for match in matches}
+    if len(names) > 1 and len(stems) == 1 and None not in stems:
+        numbers = [int(match[2]) for match in matches if match]
+        whole = numbers == list(range(numbers[0], numbers[-1] + 1))
+        listed = f"{numbers[0]}-{numbers[-1]}" if whole else ",".join(map(str, numbers))
+        label = f"{stems.pop()}-{listed}"
+    else:
+        label = "+".join(names)
+    return label if len(label) <= _LONGEST_LABEL else f"{len(names)}-runs"
+
+
+def train_many(
+    settings: Mapping[str, Settings],
+    parent: Path,
+    *,
+    log_every: int = 20,
+    upkeep: Upkeep | None = None,
+    command: Sequence[str] = (),
+) -> dict[str, EvalResult | None]:
+    """Train several runs in lockstep, or go on with them.
+
+    Args:
+        settings: By name, as `resolve_many` gives them.
+        parent: Their parent folder.
+        log_every: Steps between two lines of each metrics.jsonl.
+        upkeep: How their state is kept.
+        command: What was called, for the record.
+
+    Returns:
+        The evaluation of each run that was trained now; None where no text was held out.
+
+    Raises:
+        ValueError: a folder holds a run with other settings, or settings do not go together or do not fit.
+        RunStopped: a signal or an error has ended it; the same call goes on.
+    """
+    if parent.exists() and not parent.is_dir():
+        raise ValueError(f"{parent} is a file, and was to be the folder of the runs: choose another --name.")
+    if parent.is_dir() and (parent / "config.yaml").is_file():
+        raise ValueError(f"{parent} is the folder of a single run: choose another --name.")
+    folders = {name: RunFolder(parent / name) for name in settings}
+    for name, folder in folders.items():
+        require_same_run(folder, settings[name])
+    finished = {name for name, folder in folders.items() if _is_finished(folder)}
+    if len(finished) == len(folders):
+        return {}
+    was_there = parent.exists()
+    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(parent):
+            return _train(settings, parent, folders, finished, log_every, upkeep or Upkeep(), command)
+    finally:
+        if not was_there:  # nothing is left behind by what was refused
+            _remove_if_unused(parent)
+
+
+def _train(
+    settings: Mapping[str, Settings],
+    parent: Path,
+    folders: Mapping[str, RunFolder],
+    finished: set[str],
+    log_every: int,
+    upkeep: Upkeep,
+    command: Sequence[str],
+) -> dict[str, EvalResult | None]:
+    checkpoints = Checkpoints(parent / "checkpoints", upkeep.keep)
+    checkpoints.clean()
+    newest = checkpoints.newest()
+    if newest is not None:
+        warn_of_other_versions(newest)
+    first = next(iter(settings.values()))
+    wandb_id = first.cfg.logger.wandb_id or uuid.uuid4().hex[:8]
+    for name, one in settings.items():
+        one.cfg.output_path = str(folders[name].path)
+        one.cfg.checkpoint_path = str(checkpoints.folder)
+        one.cfg.logger.wandb_id = wandb_id
+        if "run_name" not in one.given:
+            one.cfg.logger.run_name = parent.name
+
+    def begin() -> None:
+        for name, folder in folders.items():
+            if folder.config.is_file():
+                continue
+            folder.path.mkdir(parents=True, exist_ok=True)
+            wandb = {"id": wandb_id} if first.cfg.logger.log_to_wandb else None
+            folder.write_config(
+                settings[name], command=list(command), versions=versions(), wandb=wandb, started_at=now()
+            )
+
+    torch.manual_seed(first.cfg.seed)
+    with wandb_in(RunFolder(parent)):
+        runners = train_layers(
+            {name: one.cfg for name, one in settings.items()},
+            observers={name: [MetricsLog(folder.metrics_log, log_every)] for name, folder in folders.items()},
+            keeper=Keeper(checkpoints, minutes=upkeep.checkpoint_minutes),
+            may_skip=upkeep.skip_bad_batches,
+            resume_from=None if newest is None else newest.path,
+            finished=finished.__contains__,
+            on_start=begin,
+            **overrides(first),
+        )
+    results: dict[str, EvalResult | None] = {}
+    for name, runner in runners.items():
+        results[name] = evaluate_run(runner, folders[name])
+        folders[name].add_record("completed_at", now())
+    return results
+
+
+def runs_in(parent: Path) -> list[str]:
+    """The names of the runs in a parent folder; none if it is not one."""
+    if not parent.is_dir() or RunFolder(parent).config.is_file():
+        return []
+    return sorted(path.name for path in parent.iterdir() if RunFolder(path).config.is_file())
+
+
+def resume_many(parent: Path, **upkeep: Any) -> dict[str, EvalResult | None]:
+    """Go on with the runs in a parent folder, with their own settings.
+
+    Args:
+        parent: As it was given to `train_many`.
+        **upkeep: Fields of `Upkeep` that are to be other than by default.
+
+    Raises:
+        ValueError: all are finished.
+        RunStopped: as `train_many`.
+    """
+    settings = {name: resolve([RunFolder(parent / name).settings()]) for name in runs_in(parent)}
+    results = train_many(settings, parent, upkeep=Upkeep(**upkeep))
+    if not results:
+        raise ValueError(f"{parent} holds finished runs: there is nothing to go on with.")
+    return results
+
+
+def require_same_run(folder: RunFolder, settings: Settings) -> None:
+    """Refuse a folder that holds something else than this run.
+
+    Raises:
+        ValueError: it does; the message names a setting that differs.
+    """
+    if not folder.path.exists():
+        return
+    if not folder.config.is_file():
+        folder.require_unused()
+        return
+    found = {name: given.value for name, given in folder.settings().items()}
+    for name, ours in settings.values().items():
+        if name in ("device", "sae.device", "llm_device", "act_store_device", "wandb_id", "run_name"):
+            continue
+        ours = list(ours) if isinstance(ours, tuple) else ours
+        if name in found and found[name] != ours:
+            raise ValueError(
+                f"{folder.path} holds a run with other settings ({name}: {found[name]!r} there, {ours!r} "
+                "here). Choose another --name, or move that folder away."
+            )
+
+
+def _is_finished(folder: RunFolder) -> bool:
+    return folder.config.is_file() and bool(folder.read().get("completed_at"))
+
+
+def _remove_if_unused(parent: Path) -> None:
+    left = [path for path in parent.iterdir() if path.name != ".lock"]
+    if not left:
+        (parent / ".lock").unlink(missing_ok=True)
+        os.rmdir(parent)
