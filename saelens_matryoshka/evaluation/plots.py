@@ -98,7 +98,8 @@ def draw(curves: Sequence[Curve], title: str = "") -> Figure:
     """A figure with a panel for each pair of FVU or CE recovered, and width or L0."""
     from matplotlib.figure import Figure
 
-    measured = [y for y in ("fvu", "ce_recovered") if any(curve.points("width", y) for curve in curves)]
+    quantities: tuple[Quantity, ...] = ("fvu", "ce_recovered")
+    measured: list[Quantity] = [y for y in quantities if any(curve.points("width", y) for curve in curves)]
     figure = Figure(figsize=(9.6, 0.9 + 3.5 * len(measured)), layout="constrained")
     axes = figure.subplots(len(measured), 2, squeeze=False, sharey="row")
     for row, y in zip(axes, measured, strict=True):

@@ -75,7 +75,7 @@ def advise(
             if tried is None:
                 break
             peaks = _peaks(tried, _trace_again(tried, cfg, trace, shape))
-            fits = all(n <= limits[name] for name, n in peaks.items() if limits.get(name) is not None)
+            fits = all(n <= (limits.get(name) or n) for name, n in peaks.items())
             saved = before[worst] - peaks.get(worst, 0)
             if saved >= _WORTH * before[worst] and (best is None or fits or saved > best.saved):
                 best = Advice(settings, worst, peaks, fits, saved)

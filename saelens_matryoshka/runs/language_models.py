@@ -114,7 +114,7 @@ def model_shape(cfg: LanguageModelSAERunnerConfig[Any]) -> ModelShape:
     as_hf = cfg.model_class_name == _HF_CLASS
     if cfg.model_name in ("tiny", "saelens_matryoshka.tiny"):
         hf = AutoConfig.from_pretrained(tiny.PATH, local_files_only=True)
-        return _with_dtype(ModelShape("tiny", hf if as_hf else tiny.hooked_config(hf)), dtype)
+        return _with_dtype(ModelShape("tiny", hf if as_hf else tiny.hooked_config(hf)), dtype)  # type: ignore[arg-type]
     if cfg.model_class_name not in (_HF_CLASS, "HookedTransformer"):
         raise ValueError(
             f"model_class_name={cfg.model_class_name!r}: HookedTransformer and {_HF_CLASS} are known."

@@ -137,7 +137,7 @@ def _time_step(cfg: LanguageModelSAERunnerConfig[Any], rows: int, latents: int) 
     cfg.sae.device = cfg.device
     sae = TrainingSAE.from_dict(cfg.sae.to_dict()).to(cfg.device)
     if hasattr(sae, "gain"):
-        sae.set_input_gain(torch.ones(cfg.sae.d_in, device=cfg.device))
+        sae.set_input_gain(torch.ones(cfg.sae.d_in, device=cfg.device))  # type: ignore[operator]
     width = cfg.sae.d_in + (cfg.sae.d_out if isinstance(cfg.sae, MatryoshkaTrainingTranscoderConfig) else 0)
     generator = torch.Generator().manual_seed(0)
     batch = torch.randn(rows, width, generator=generator)
