@@ -27,7 +27,7 @@ def _run(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_the_readme_runs(tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 2
     done = _run("\n".join(blocks), tmp_path)
     assert done.returncode == 0, done.stderr
     assert "[64, 256, 512, 1024]" in done.stdout

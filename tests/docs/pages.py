@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PROGRAM = "saelens-matryoshka"
+PROGRAM = re.compile(r"(saelens-matryoshka|torchrun .*?-m saelens_matryoshka) +")
 
 
 class Command(NamedTuple):
@@ -36,7 +36,7 @@ def commands(page: Path) -> list[Command]:
     lines += [code for code in inline if "…" not in code and "..." not in code and len(code.split()) > 2]
     found = []
     for line in lines:
-        if line.startswith(f"{PROGRAM} "):
-            arguments = shlex.split(line, comments=True)[1:]
+        if program := PROGRAM.match(line):
+            arguments = shlex.split(line[program.end() :], comments=True)
             found.append(Command(page.relative_to(ROOT).as_posix(), line, arguments))
     return found
