@@ -59,11 +59,15 @@ def select_batch(
     """
     n = int(k * encoder.n_rows * group.row_blocks)
     if last_threshold is None:
-        cutoff = group.min(_estimated_cutoff(encoder, norms, k), "all")
+        cutoff = _sampled_cutoff(encoder, norms, k, group)
     else:
         cutoff = _MARGIN * last_threshold
     index, pre, scores = _candidates(encoder, norms, cutoff)
     found = group.count(len(index), "all")
+    if found < n and last_threshold is not None and bool(cutoff > 0):
+        cutoff = torch.minimum(cutoff, _sampled_cutoff(encoder, norms, k, group))
+        index, pre, scores = _candidates(encoder, norms, cutoff)
+        found = group.count(len(index), "all")
     if found < n and bool(cutoff > 0):
         index, pre, scores = _candidates(encoder, norms, torch.zeros_like(cutoff))
         found = group.count(len(index), "all")
@@ -145,9 +149,12 @@ def _nonzero(mask: torch.Tensor) -> torch.Tensor:
     return mask.view(-1).nonzero().squeeze(1)
 
 
-def _estimated_cutoff(encoder: Encoder, norms: torch.Tensor | None, k: float) -> torch.Tensor:
-    """A cutoff that a sample of the rows says lets more than k·B candidates through."""
+def _sampled_cutoff(encoder: Encoder, norms: torch.Tensor | None, k: float, group: Group) -> torch.Tensor:
+    """A cutoff that a sample of the rows says lets more than k·B candidates through.
+
+    Without one, half of all scores would be kept beside their indices.
+    """
     sample = encoder.sample(_SAMPLE_ROWS)
     scores = (sample if norms is None else sample * norms).relu().flatten()
     n = min(max(1, int(_SAMPLE_SLACK * k * len(sample))), scores.numel())
-    return scores.topk(n, sorted=False).values.min()
+    return group.min(scores.topk(n, sorted=False).values.min(), "all")

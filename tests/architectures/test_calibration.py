@@ -63,7 +63,7 @@ def test_inference_l0_on_held_out_text_is_within_two_percent_of_k(
 def test_recent_rows_are_those_of_the_last_batches() -> None:
     recent = RecentRows()
     for batch in range(300):
-        recent.add(torch.full((1000, 2), float(batch)))
+        recent.add(torch.full((1024, 2), float(batch)))
     rows = recent.rows()
     assert len(rows) == recent.count() == 16_384
     assert rows[:, 0].unique().tolist() == list(range(300 - 128, 300))

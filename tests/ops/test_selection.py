@@ -5,7 +5,7 @@ import torch
 
 from saelens_matryoshka.ops.encoder import Encoder
 from saelens_matryoshka.ops.reference import selection_mask
-from saelens_matryoshka.ops.selection import select_batch
+from saelens_matryoshka.ops.selection import _candidates, select_batch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -35,3 +35,34 @@ def test_selection_finds_what_a_far_too_high_last_threshold_hides() -> None:
     encoder = Encoder(x, W_enc, b_enc, None, lambda *_: None)
     selection = select_batch(encoder, None, 3, last_threshold=torch.tensor(1e6))
     assert len(selection.rows) == 24
+
+
+def test_a_second_search_does_not_keep_half_of_all_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside their indices they would take more memory than the pre-activations themselves."""
+    n_kept: list[int] = []
+
+    def candidates(*args):
+        found = _candidates(*args)
+        n_kept.append(len(found[0]))
+        return found
+
+    monkeypatch.setattr("saelens_matryoshka.ops.selection._candidates", candidates)
+    x, W_enc, b_enc = torch.randn(256, 16), torch.randn(16, 1000), torch.zeros(1000)
+    encoder = Encoder(x, W_enc, b_enc, None, lambda *_: None)
+    assert len(select_batch(encoder, None, 4, last_threshold=torch.tensor(1e6)).rows) == 1024
+    assert n_kept[0] == 0
+    assert 1024 <= n_kept[1] < 2 * 1024
+    assert len(n_kept) == 2
+
+
+def test_selection_is_exact_where_the_sample_misleads() -> None:
+    """Every row of the sample scores high, and no other."""
+    x = torch.full((640, 1), 0.01)
+    x[::10] = 100.0
+    x += torch.rand(640, 1) * 1e-3
+    W_enc, b_enc = torch.rand(1, 40) + 0.5, torch.zeros(40)
+    encoder = Encoder(x, W_enc, b_enc, None, lambda *_: None)
+    selection = select_batch(encoder, None, 8, last_threshold=torch.tensor(1e6))
+    kept = torch.zeros(640, 40, dtype=torch.bool)
+    kept[selection.rows, selection.columns] = True
+    assert torch.equal(kept, selection_mask(x @ W_enc, 8, "batch"))

@@ -110,7 +110,7 @@ def test_what_cannot_be_gone_on_with_is_refused(tmp_path: Path) -> None:
     assert "is not the folder of a run" in error("--resume", str(tmp_path / "missing"))
     (tmp_path / "config.yaml").write_text("completed_at: '2026-01-01'\n")
     assert "holds a finished run" in error("--resume", str(tmp_path))
-    (tmp_path / "config.yaml").write_text("model_name: tiny\n")
+    (tmp_path / "config.yaml").write_text("{model_name: tiny, mapping: mlp, layer: 2, d_sae: 256, k: 8}")
     assert "leave out --layer --lr" in error("--resume", str(tmp_path), "--layer", "2", "--lr")
     with locked(tmp_path):
         assert "is in use: another process" in error("--resume", str(tmp_path))
