@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from saelens_matryoshka.cli.output import quieten
+from saelens_matryoshka.cli.settings import read_layers
 
 _UNITS = {
     "": 1,
@@ -72,9 +73,12 @@ def estimate(
         if given is not None
     }
     with console.status("looking up the shapes"):
-        own = {"mapping": mapping, "layer": layer}
-        cfg = _runner_config(context.args, preset, config, own, recommended=not saelens_defaults)
         from saelens_matryoshka.runs.estimate import estimate as estimate_run
+        from saelens_matryoshka.runs.settings import resolve
+
+        own = {"mapping": mapping, "layer": layer}
+        layers = read_layers(context.args, preset=preset, config=config, own=own).settings
+        cfg = resolve(layers, recommended=not saelens_defaults).cfg
     with console.status("a few steps to calibrate the time" if not no_time else "counting"):
         result = estimate_run(cfg, available=available, with_time=not no_time)
     write(result, json)
@@ -108,19 +112,3 @@ def read_size(flag: str, text: str) -> int:
         return int(float(found[1]) * _UNITS[found[2].lower()])
     except (AssertionError, ValueError, KeyError):
         raise ValueError(f"{flag} {text!r} is no size: write e.g. 24GB or 24GiB.") from None
-
-
-def _runner_config(
-    args: list[str], preset: str | None, config: Path | None, own: dict[str, Any], *, recommended: bool
-) -> Any:
-    """What `train` would resolve the same settings to."""
-    from saelens_matryoshka.runs.fields import Given
-    from saelens_matryoshka.runs.presets import load_preset
-    from saelens_matryoshka.runs.settings import read_file, read_flags, resolve
-
-    flags = read_flags(args) | {key: Given(value, "flag") for key, value in own.items() if value is not None}
-    file = {} if config is None else read_file(config)
-    named = file.pop("preset", None)
-    preset = preset or (str(named.value) if named else None)
-    layers = [{} if preset is None else load_preset(preset).settings, file, flags]
-    return resolve(layers, recommended=recommended).cfg

@@ -15,6 +15,7 @@ from rich import box
 from rich.console import Console
 
 from saelens_matryoshka.cli.output import plain, quieten
+from saelens_matryoshka.cli.settings import read_layers
 
 if TYPE_CHECKING:
     from saelens_matryoshka.evaluation.result import EvalResult
@@ -176,35 +177,31 @@ def train(
         _resume(resume, upkeep, console, sharding=sharding, as_json=as_json)
         return
     with console.status("resolving the settings"):
-        from saelens_matryoshka.runs.fields import Given
         from saelens_matryoshka.runs.folder import require_name
-        from saelens_matryoshka.runs.presets import load_preset
-        from saelens_matryoshka.runs.settings import read_file, read_flags, require_devices, resolve
+        from saelens_matryoshka.runs.settings import require_devices, resolve
 
-        flags = read_flags(context.args)
-        own = {"mapping": mapping, "layer": layer, "log_to_wandb": wandb or None}
-        flags |= {key: Given(value, "flag") for key, value in own.items() if value is not None}
-        file = {} if config is None else read_file(config)
-        of_file = {key: _text(key, file.pop(key, None)) for key in ("preset", "name")}
-        preset = of_file["preset"] if preset is None else preset
-        name = of_file["name"] if name is None else name
-        several = layers_ is not None or "," in (mapping or "") or "runs" in file
-        runs = file.pop("runs", None)
-        if several and mapping:
-            del flags["mapping"]
-        cached = {} if cache is None else _cache_settings(cache)
-        layers = [{} if preset is None else load_preset(preset).settings, cached, file, flags]
+        several = layers_ is not None or "," in (mapping or "")
+        own = {
+            "mapping": None if several else mapping,  # of several, each has its own
+            "layer": layer,
+            "log_to_wandb": wandb or None,
+        }
+        layers, name_in_file, runs = read_layers(
+            context.args, preset=preset, config=config, own=own, cache=cache
+        )
+        name = name_in_file if name is None else name
         if name is not None:
             require_name(name)
-    if several:
+    if several or runs is not None:
         from saelens_matryoshka.cli.layers import train_layers
         from saelens_matryoshka.runs.layers import each_of
 
+        _require_one_process(sharding)
         if layer is not None:
             raise ValueError(f"--layer {layer} is of a single run: with several, give --layers.")
         train_layers(
             layers,
-            each_of(layers_, mapping, None if runs is None else runs.value),
+            each_of(layers_, mapping, runs),
             out=out,
             name=name,
             recommended=not saelens_defaults,
@@ -245,6 +242,16 @@ def _sharding(shard: str | None) -> Sharding | None:
     return cast("Sharding | None", shard)
 
 
+def _require_one_process(sharding: Sharding | None) -> None:
+    from saelens_matryoshka.parallel import is_torchrun
+
+    if sharding is not None or is_torchrun():
+        raise ValueError(
+            "several layers are trained in lockstep by one process: under torchrun, or with --shard, train "
+            "one --layer."
+        )
+
+
 def _resume(
     path: Path, upkeep: dict[str, Any], console: Console, *, sharding: Sharding | None, as_json: bool
 ) -> None:
@@ -253,6 +260,7 @@ def _resume(
     from saelens_matryoshka.runs.training import resume_run
 
     if runs_in(path):
+        _require_one_process(sharding)
         from saelens_matryoshka.cli.layers import resume_layers
 
         resume_layers(path, upkeep, console, as_json=as_json)
@@ -281,19 +289,6 @@ def told_how_to_go_on(folder: Path, console: Console) -> Iterator[None]:
         raise typer.Exit(stopped.exit_code) from None
 
 
-def _cache_settings(folder: Path) -> dict[str, Any]:
-    """The settings that a cache decides."""
-    from saelens_matryoshka.cache import open_cache
-    from saelens_matryoshka.runs.fields import Given
-
-    values = {
-        **open_cache(folder).manifest.runner_fields(),
-        "use_cached_activations": True,
-        "cached_activations_path": str(folder),
-    }
-    return {name: Given(value, "cache") for name, value in values.items()}
-
-
 def _folder(settings: Settings, out: Path | None, name: str | None) -> RunFolder:
     """Where the run goes: OUT/MODEL/MAPPING/NAME, or SAELens's output_path."""
     from saelens_matryoshka.runs.folder import RunFolder, new_run_folder, run_folder
@@ -311,12 +306,6 @@ def _folder(settings: Settings, out: Path | None, name: str | None) -> RunFolder
             f"{given.called('output_path')} is the run's folder, and so are --out and --name: give one."
         )
     return RunFolder(Path(given.value))
-
-
-def _text(key: str, given: Any) -> str | None:
-    from saelens_matryoshka.runs.fields import read_value
-
-    return None if given is None else read_value(key, given, str)
 
 
 def _show_result(result: EvalResult | None, folder: RunFolder, console: Console, *, as_json: bool) -> None:

@@ -59,8 +59,9 @@ def each_of(layers: str | None, mapping: str | None, runs: Any = None) -> list[d
         ValueError: there is nothing to tell runs apart by, or `runs` is no list of settings.
     """
     if runs is not None:
-        if layers is not None:
-            raise ValueError("--layers and the file's `runs` both say what to train: give one of them.")
+        for flag, given in (("--layers", layers), ("--mapping", mapping)):
+            if given is not None:
+                raise ValueError(f"{flag} and the file's `runs` both say what to train: give one of them.")
         if not isinstance(runs, list) or not runs or not all(isinstance(run, dict) for run in runs):
             raise ValueError("`runs` must be a list of settings, e.g. `- {mapping: mlp, layer: 3}`.")
         return [

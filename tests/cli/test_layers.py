@@ -49,3 +49,12 @@ def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(
 def test_one_layer_and_several_contradict_each_other() -> None:
     with pytest.raises(ValueError, match="--layer 1"):
         _run("train", "--layers", "0-1", "--layer", "1", *_SIZES)
+
+
+def test_many_processes_train_one_layer_each_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    found = CliRunner().invoke(app, ["train", "--preset", "tiny", "--layers", "0-1"])
+    assert "trained in lockstep by one process" in str(found.exception)
+    assert not list(tmp_path.iterdir())

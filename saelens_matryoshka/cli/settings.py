@@ -1,0 +1,71 @@
+"""The settings that `train` and `estimate` are given: a preset, a file and flags."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from saelens_matryoshka.runs.fields import Given
+
+
+class Layers(NamedTuple):
+    """What was given, for `saelens_matryoshka.runs.settings.resolve`."""
+
+    settings: list[Mapping[str, Given]]
+    """lowest first: the preset's, the cache's, the file's, the flags'"""
+    name: str | None
+    """of the run, if the file has one"""
+    runs: Any
+    """of the file: what each of several runs has of its own; None for one run"""
+
+
+def read_layers(
+    args: Sequence[str],
+    *,
+    preset: str | None,
+    config: Path | None,
+    own: Mapping[str, Any],
+    cache: Path | None = None,
+) -> Layers:
+    """Read the preset, the cache's settings, the file and the flags.
+
+    Args:
+        args: SAELens's flags.
+        preset: Its name; the file may give it as well.
+        config: A YAML file.
+        own: Flags that the command has taken; those that are None were not given.
+        cache: Activations on disk.
+
+    Raises:
+        ValueError: one of them cannot be read.
+    """
+    from saelens_matryoshka.runs.fields import Given, read_value
+    from saelens_matryoshka.runs.presets import load_preset
+    from saelens_matryoshka.runs.settings import read_file, read_flags
+
+    flags = read_flags(args) | {key: Given(value, "flag") for key, value in own.items() if value is not None}
+    file = {} if config is None else read_file(config)
+    texts: dict[str, str | None] = {}
+    for key in ("preset", "name"):
+        given = file.pop(key, None)
+        texts[key] = None if given is None else read_value(key, given, str)
+    runs = file.pop("runs", None)
+    preset = texts["preset"] if preset is None else preset
+    lowest = {} if preset is None else load_preset(preset).settings
+    cached = {} if cache is None else _cache_settings(cache)
+    return Layers([lowest, cached, file, flags], texts["name"], None if runs is None else runs.value)
+
+
+def _cache_settings(folder: Path) -> dict[str, Given]:
+    """The settings that a cache decides."""
+    from saelens_matryoshka.cache import open_cache
+    from saelens_matryoshka.runs.fields import Given
+
+    values = {
+        **open_cache(folder).manifest.runner_fields(),
+        "use_cached_activations": True,
+        "cached_activations_path": str(folder),
+    }
+    return {name: Given(value, "cache") for name, value in values.items()}
