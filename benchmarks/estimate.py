@@ -51,19 +51,13 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "tiny transcoder, large buffer": (
         "transcoder",
         {"d_in": 128, "d_sae": 4096, "k": 32},
-        {**_TINY, "layer": 2, "n_batches_in_buffer": 256, "train_batch_size_tokens": 4096, "steps": 12},
+        {**_TINY, "layer": 2, "n_batches_in_buffer": 1024, "train_batch_size_tokens": 4096, "steps": 12},
     ),
     "pythia-70m, prompts of 1,024 tokens": (
         "transcoder",
         {"d_in": 512, "d_sae": 4096, "k": 32},
         {**_PYTHIA, "layer": 1, "context_size": 1024, "store_batch_size_prompts": 8, "n_batches_in_buffer": 8,
          "train_batch_size_tokens": 2048, "steps": 10},
-    ),
-    "pythia-70m, dead latents": (
-        "sae",
-        {"d_in": 512, "d_sae": 16384, "k": 4},
-        {**_PYTHIA, "layer": 1, "n_batches_in_buffer": 64, "train_batch_size_tokens": 4096, "steps": 8,
-         "dead_feature_window": 4},
     ),
     "pythia-70m, prefetching": (
         "sae",

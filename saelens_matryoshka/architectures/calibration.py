@@ -17,7 +17,7 @@ from saelens_matryoshka.ops import ALONE, Group
 # Rows kept: few enough to be cheap, and from many batches, because L0 differs more between texts than between
 # the tokens of one text.
 MAX_ROWS = 16_384
-_ROWS_PER_BATCH = 128
+ROWS_PER_BATCH = 128
 # Scores computed at a time.
 CHUNK_VALUES = 1 << 25
 
@@ -35,7 +35,7 @@ class RecentRows:
             source: The batch, or one of `row_blocks` blocks of it.
             row_blocks: Among so many processes the batch, and what is kept of it, is divided.
         """
-        stride = max(1, -(-len(source) * row_blocks // _ROWS_PER_BATCH))
+        stride = max(1, -(-len(source) * row_blocks // ROWS_PER_BATCH))
         self._batches.append(source[::stride].detach().clone())
         while len(self._batches) > 1 and self.count() - len(self._batches[0]) >= MAX_ROWS // row_blocks:
             self._batches.popleft()

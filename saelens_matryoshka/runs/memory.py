@@ -18,7 +18,7 @@ from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from torch._subclasses import FakeTensorMode
 
 from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig
-from saelens_matryoshka.architectures.calibration import CHUNK_VALUES, MAX_ROWS
+from saelens_matryoshka.architectures.calibration import CHUNK_VALUES, MAX_ROWS, ROWS_PER_BATCH
 from saelens_matryoshka.ops.encoder import BLOCK_VALUES
 from saelens_matryoshka.ops.sparse import CPU_DECODE_VALUES
 from saelens_matryoshka.runs.buffer import BufferRows, buffer_rows
@@ -232,10 +232,11 @@ def _dictionary(cfg: LanguageModelSAERunnerConfig[Any]) -> list[Need]:
         Need("file in the making", "cpu", weights, (SAVING,)),
     ]
     if getattr(cfg.sae, "threshold_calibration", None) == "l0":
-        rows = min(MAX_ROWS, cfg.training_tokens)
+        rows = min(MAX_ROWS, ROWS_PER_BATCH * cfg.total_training_steps)
         needs.append(Need("recent rows", device, rows * cfg.sae.d_in * size))
         scores = min(CHUNK_VALUES, rows * cfg.sae.d_sae) * (_FLOAT32 + 1)
-        needs.append(Need("threshold calibration", device, scores, (SAVING,)))
+        # it is over before the copy is made
+        needs.append(Need("threshold calibration", device, max(0, scores - weights * 3 // 2), (SAVING,)))
     return needs
 
 

@@ -305,7 +305,7 @@ def test_prefetching_adds_the_step_to_the_refill() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["tiny SAE, 32,768 latents", "tiny transcoder, large buffer"])
+@pytest.mark.parametrize("case", ["tiny SAE, 32,768 latents", "pythia-70m, prompts of 1,024 tokens"])
 def test_the_estimate_is_within_15_percent_of_a_real_run(case: str, tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     command = [sys.executable, "-m", "benchmarks.estimate", "--only", case, "--no-time", "--json", str(out)]
