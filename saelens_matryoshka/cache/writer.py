@@ -75,7 +75,7 @@ def write_cache(
         ValueError: a hook does not exist, or the text is empty.
     """
     folder = Path(folder)
-    _require_own_folder(folder)
+    require_own_folder(folder)
     for hook in settings.hook_names:
         check_hook(model, hook, "hook_names")
         make_readable(model, hook)
@@ -320,7 +320,12 @@ def _store(model: Any, settings: CacheSettings, dataset: HfDataset | None) -> Ac
 # ---- the folder
 
 
-def _require_own_folder(folder: Path) -> None:
+def require_own_folder(folder: Path) -> None:
+    """Refuse a place that holds something else than a cache.
+
+    Raises:
+        CacheError: it is a file, or a folder with other files in it.
+    """
     if folder.exists() and not folder.is_dir():
         raise CacheError(f"{folder} is a file: name a folder.")
     if folder.is_dir() and not (folder / MANIFEST).is_file():

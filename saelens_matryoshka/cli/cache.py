@@ -64,6 +64,9 @@ def cache(
         _show(folder, console, verify=verify, as_json=as_json)
         return
     with console.status("loading"):
+        from saelens_matryoshka.cache.writer import require_own_folder
+
+        require_own_folder(folder)
         settings, first = _settings(context.args, preset, mapping, layers, hook or [])
         from saelens_matryoshka.cache import CacheSettings, write_cache
         from saelens_matryoshka.layers.lockstep import load_model_for

@@ -98,24 +98,31 @@ def load_sae(where: str, device: str) -> SAE[Any]:
         from saelens_matryoshka.formats.saelens import open_folder
 
         return open_folder(folder, device)
+    release, sae_id = _require_release(where)
+    return SAE.from_pretrained(release, sae_id, device=device)
+
+
+def _require_release(where: str) -> tuple[str, str]:
+    """The two parts of RELEASE:SAE_ID."""
     release, colon, sae_id = where.partition(":")
-    if not colon or not sae_id or folder.exists():
+    if not colon or not sae_id or Path(where).exists():
         raise ValueError(
             f"{where!r} is no folder. Give a folder saved by SAELens, or RELEASE:SAE_ID for one of its "
             "releases or a repository of the hub."
         )
-    return SAE.from_pretrained(release, sae_id, device=device)
+    return release, sae_id
 
 
 def results_folder(where: str, out: Path | None, name: str) -> Path:
-    """`out`, else the folder `name` beside the weights.
+    """`out`, else `name` beside the weights.
 
     Raises:
-        ValueError: the model is not in a folder, and there is no `out`.
+        ValueError: the model is not in a folder, and there is no `out`; or it is nowhere.
     """
     if out is not None:
         return out
     if not Path(where).is_dir():
+        _require_release(where)
         raise ValueError("--out is needed: the model is not in a folder that could take the results.")
     return Path(where) / name
 

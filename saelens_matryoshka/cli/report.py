@@ -8,7 +8,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from saelens_matryoshka.cli.inputs import load_language_model_for, load_sae, load_text, pick_device
+from saelens_matryoshka.cli.inputs import (
+    load_language_model_for,
+    load_sae,
+    load_text,
+    pick_device,
+    results_folder,
+)
 from saelens_matryoshka.cli.output import quieten
 from saelens_matryoshka.cli.samples import obtain_samples
 
@@ -54,9 +60,7 @@ def report(
     quieten()
     device = pick_device(device)
     folder = Path(path)
-    if not folder.is_dir() and out is None:
-        raise ValueError("--out is needed: the model is not in a folder that could take the page.")
-    target = out or folder / "report.html"
+    target = results_folder(path, out, "report.html")
     if target.is_dir():
         raise ValueError(f"--out {str(target)!r} is a folder: give a file.")
     with console.status("loading"):

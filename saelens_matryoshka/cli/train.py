@@ -239,6 +239,10 @@ def train(
 def _sharding(shard: str | None) -> Sharding | None:
     if shard not in (None, "dictionary"):
         raise ValueError(f"--shard {shard} is not known: 'dictionary' divides the latents among processes.")
+    if shard is not None:
+        from saelens_matryoshka.parallel import require_torchrun
+
+        require_torchrun(shard)
     return cast("Sharding | None", shard)
 
 

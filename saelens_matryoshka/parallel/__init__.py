@@ -4,6 +4,13 @@
 SAELens's trainer and the weights it trains, `processes` has the collectives.
 """
 
-from saelens_matryoshka.parallel.job import Job, LostProcessError, Sharding, is_torchrun, joined
+from saelens_matryoshka.parallel.job import (
+    Job,
+    LostProcessError,
+    Sharding,
+    is_torchrun,
+    joined,
+    require_torchrun,
+)
 
-__all__ = ["Job", "LostProcessError", "Sharding", "is_torchrun", "joined"]
+__all__ = ["Job", "LostProcessError", "Sharding", "is_torchrun", "joined", "require_torchrun"]

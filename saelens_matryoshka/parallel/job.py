@@ -128,6 +128,19 @@ def is_torchrun() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
+def require_torchrun(sharding: str) -> None:
+    """Refuse to shard among one.
+
+    Raises:
+        ValueError: this process was started alone.
+    """
+    if not is_torchrun():
+        raise ValueError(
+            f"--shard {sharding} divides the dictionary among processes, and there is one. Start several, "
+            "e.g. torchrun --nproc-per-node 8 -m saelens_matryoshka train --shard dictionary ..."
+        )
+
+
 @contextlib.contextmanager
 def joined(cfg: LanguageModelSAERunnerConfig[Any], sharding: Sharding | None = None) -> Iterator[Job]:
     """Join the other processes of torchrun's job.
@@ -140,12 +153,9 @@ def joined(cfg: LanguageModelSAERunnerConfig[Any], sharding: Sharding | None = N
         ValueError: the dictionary is to be sharded, and there is one process.
         LostProcessError: another process ended meanwhile.
     """
+    if sharding is not None:
+        require_torchrun(sharding)
     if not is_torchrun():
-        if sharding is not None:
-            raise ValueError(
-                f"--shard {sharding} divides the dictionary among processes, and there is one. Start "
-                "several, e.g. torchrun --nproc-per-node 8 -m saelens_matryoshka train --shard dictionary ..."
-            )
         yield Job()
         return
     rank = int(os.environ["RANK"])

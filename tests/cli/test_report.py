@@ -165,7 +165,7 @@ def _spoil(run: Path, what: str) -> list[Any]:
 
 
 BAD = {
-    "no folder": "--out is needed",
+    "no folder": "is no folder",
     "a log of something else": "line 1: expected a JSON object",
     "the evaluation of another model": "evaluate it again",
     "settings that are no YAML": "is no YAML",
