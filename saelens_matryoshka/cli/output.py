@@ -4,35 +4,84 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import warnings
+from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console, RenderableType
 
 from saelens_matryoshka.atomic import write_atomically
 
+OUTPUT, TEXT = "Output", "Text and tokens"
+"""panels of the help: what is printed and written, and what is measured on"""
+
+Json = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        metavar="[FILE.json]",
+        help="Print the result as JSON, and nothing else; with a file, write it there beside the table.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+
+
+def with_json_targets(arguments: Sequence[str]) -> list[str]:
+    """Arguments in which a lone `--json` is `--json -`, for an option whose value may be left out.
+
+    What follows it is its value only if it is "-" or ends in .json: `runs --json results` lists `results`.
+    """
+    given = []
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
+        given.append(argument)
+        if argument == "--json" and following != "-" and not following.endswith(".json"):
+            given.append("-")
+    return given
+
+
+def paragraphs(docstring: str) -> str:
+    """A docstring as help: each paragraph one line, as wide as the terminal; commands as they are."""
+    return "\n\n".join(
+        part if "saelens-matryoshka " in part else " ".join(part.split()) for part in docstring.split("\n\n")
+    )
+
+
+def on_stdout(json: Path | None) -> bool:
+    """Whether JSON is asked for on standard output, which then has nothing else."""
+    return json is not None and str(json) == "-"
+
+
+def write_numbers(numbers: str, json: Path | None) -> None:
+    """Print or write what `--json` asks for, if it does."""
+    if json is None:
+        return
+    if on_stdout(json):
+        print(numbers)
+        return
+    write_atomically(json, numbers + "\n")
+    Console(highlight=False).print(f"written: {json}", markup=False)
+
 
 def write_result(shown: RenderableType, numbers: str, described: str, json: Path | None) -> None:
     """Print a result, with the text it was measured on, and write its numbers if asked to."""
-    if json is not None and str(json) == "-":
-        print(numbers)
-        return
-    console = Console(highlight=False)
-    console.print(shown)
-    console.print(f"text: {described}", markup=False)
-    if json is not None:
-        write_atomically(json, numbers + "\n")
-        console.print(f"written: {json}", markup=False)
+    if not on_stdout(json):
+        console = Console(highlight=False)
+        console.print(shown)
+        console.print(f"text: {described}", markup=False)
+    write_numbers(numbers, json)
 
 
 def require_writable(json: Path | None) -> None:
-    """Check, before any work, that `write_result` will be able to write.
+    """Check, before any work, that `write_numbers` will be able to write.
 
     Raises:
         ValueError: the path is a folder, or below a file, or not writable.
     """
-    if json is None or str(json) == "-":
+    if json is None or on_stdout(json):
         return
     if json.is_dir():
         raise ValueError(f"--json {str(json)!r} is a folder: name a file.")
@@ -54,10 +103,26 @@ def quieten() -> None:
     ):
         warnings.filterwarnings("ignore", message)
     logging.getLogger("sae_lens").setLevel(logging.ERROR)
+    logging.getLogger("huggingface_hub").propagate = False  # it shows its own warnings, once
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it logs what it then raises
 
 
 def plain(error: BaseException) -> Any:
     """An error's message, safe to print in rich markup."""
-    text = str(error) or type(error).__name__
+    text = _unreachable(error) or str(error) or type(error).__name__
     return text.replace("[", r"\[")
+
+
+def _unreachable(error: BaseException) -> str | None:
+    """What to do where the hub cannot be reached; None if it is another error."""
+    if "couldn't connect to 'https://huggingface.co'" not in str(error):
+        return None
+    chain, cause = [str(error)], error
+    while cause := cause.__cause__ or cause.__context__:  # the innermost say what was asked for
+        chain.append(str(cause))
+    asked = re.search(r"huggingface\.co/(?:datasets/)?([\w.-]+(?:/[\w.-]+)?)/resolve/", " ".join(chain))
+    return (
+        f"the Hugging Face hub cannot be reached, and {asked[1] if asked else 'the model'} is not in this "
+        "machine's cache (HF_HOME, else ~/.cache/huggingface). Try again online, or copy the cache from a "
+        "machine that has it. `--preset tiny` needs no network."
+    )

@@ -189,3 +189,25 @@ def test_special_tokens_are_left_out_by_default(run: Path, call: Any) -> None:
     found = Samples.load(run / "samples")
     positions = found.top.positions[found.top.positions >= 0]
     assert not torch.isin(found.tokens.flatten()[positions], torch.tensor([0, 1, 2])).any()
+
+
+def test_report_gives_json_alone_and_says_what_is_left_out(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "metrics.jsonl").unlink()
+    monkeypatch.setattr(sys, "argv", ["saelens-matryoshka", "report", str(run), "--no-samples", "--json"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    page = run / "report.html"
+    assert json.loads(capsys.readouterr().out) == {
+        "page": str(page),
+        "bytes": page.stat().st_size,
+        "left_out": ["metrics.jsonl"],
+    }
+
+
+def test_a_misspelt_folder_is_recognised(run: Path, call: Any) -> None:
+    code, said = call("report", str(run).replace("run", "rnu"), "--no-samples")
+    assert code == 1
+    assert f"did you mean {run}?" in said.replace("\n", "")
