@@ -211,3 +211,15 @@ def test_a_misspelt_folder_is_recognised(run: Path, call: Any) -> None:
     code, said = call("report", str(run).replace("run", "rnu"), "--no-samples")
     assert code == 1
     assert f"did you mean {run}?" in said.replace("\n", "")
+
+
+def test_the_page_tells_how_the_run_was_made(run: Path, call: Any) -> None:
+    (run / "config.yaml").write_text(
+        "command: [train, --name, two words]\nlr: 0.007\nseed: 42\ntraining_tokens: 400000\nk: [odd]\n"
+    )
+    assert call("report", run, "--no-samples")[0] == 0
+    page = (run / "report.html").read_text()
+    assert "<dd>saelens-matryoshka train --name &#39;two words&#39;</dd>" in page
+    for name, value in {"learning rate, at its highest": 0.007, "seed": 42}.items():
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in page
+    assert "odd" not in page
