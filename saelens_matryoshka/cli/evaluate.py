@@ -15,7 +15,15 @@ from saelens_matryoshka.cli.inputs import (
     load_text,
     pick_device,
 )
-from saelens_matryoshka.cli.output import OUTPUT, TEXT, Json, quieten, require_writable, write_result
+from saelens_matryoshka.cli.output import (
+    OUTPUT,
+    TEXT,
+    Json,
+    quieten,
+    require_writable,
+    token_progress,
+    write_result,
+)
 
 Model = Annotated[
     str | None,
@@ -98,7 +106,7 @@ def evaluate(
         sae = load_sae(path, device)
         language_model = load_language_model_for(sae, model, device)
         text, described = load_text(sae, dataset, split, skip, model=model)
-    with console.status("evaluating every prefix"):
+    with token_progress(console) as on_progress:
         result = sm.evaluate(
             sae,
             language_model,
@@ -108,6 +116,7 @@ def evaluate(
             context_size=context_size,
             batch_size_prompts=batch_size_prompts,
             exclude_special_tokens=not special_tokens,
+            on_progress=on_progress,
         )
     write_result(result.table(), result.to_json(), described, json)
     _write({Path(path.rstrip("/")).name: result}, plot, table, console)
@@ -151,7 +160,7 @@ def compare(
         _require_one_language_model(saes, model)
         language_model = load_language_model_for(first, model, device)
         text, described = load_text(first, dataset, split, skip, model=model)
-    with console.status("evaluating every prefix of each"):
+    with token_progress(console) as on_progress:
         result = sm.compare(
             saes,
             language_model,
@@ -161,6 +170,7 @@ def compare(
             context_size=context_size,
             batch_size_prompts=batch_size_prompts,
             exclude_special_tokens=not special_tokens,
+            on_progress=on_progress,
         )
     write_result(result.tables(), result.to_json(), described, json)
     _write(result.results, plot, table, console)

@@ -6,13 +6,16 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from saelens_matryoshka.atomic import write_atomically
 
@@ -53,6 +56,26 @@ def paragraphs(docstring: str) -> str:
 def on_stdout(json: Path | None) -> bool:
     """Whether JSON is asked for on standard output, which then has nothing else."""
     return json is not None and str(json) == "-"
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:,.0f} tokens/s")
+
+
+@contextmanager
+def token_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with rate and time left, moved by what is done, and how many tokens of how many."""
+    columns = (TextColumn("{task.description}"), BarColumn(), _Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def update(what: str, done: int, total: int) -> None:
+            if bar.tasks[0].description != what:
+                bar.reset(task, total=total, description=what)
+            bar.update(task, completed=done)
+
+        yield update
 
 
 def write_numbers(numbers: str, json: Path | None) -> None:

@@ -444,7 +444,8 @@ def presets(
         console.print(table)
         console.print(f"`saelens-matryoshka train --preset {name} --dry-run` shows what it resolves to.")
         return
-    table = Table(**_PLAIN)
+    # narrow, or a model's name needs a second line
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("preset", no_wrap=True)
     table.add_column("model", overflow="fold")
     for heading in ("layer", "latents", "k", "tokens"):

@@ -120,8 +120,16 @@ def _settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no YAML: {error}.") from None
     if not isinstance(settings, dict):
         return {}
-    found = {name: settings[key] for key, name in _SHOWN.items() if isinstance(settings.get(key), _SCALAR)}
+    found = {
+        name: _said(settings[key]) for key, name in _SHOWN.items() if isinstance(settings.get(key), _SCALAR)
+    }
     command = settings.get("command")
     if isinstance(command, list) and command:
         found["command"] = shlex.join(["saelens-matryoshka", *map(str, command)])
     return found
+
+
+def _said(value: str | int | float) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:g}" if isinstance(value, float) else value

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import typer.main
+from rich.console import Console
 from sae_lens import __version__ as sae_lens_version
 from typer.testing import CliRunner
 
 import saelens_matryoshka
 from saelens_matryoshka.cli import app
-from saelens_matryoshka.cli.output import with_json_targets
+from saelens_matryoshka.cli.output import token_progress, with_json_targets
 
 COMMAND = [sys.executable, "-c", "from saelens_matryoshka.cli import main; main()"]
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
@@ -112,3 +115,16 @@ def test_a_model_that_is_not_in_the_cache_of_a_machine_without_a_network(tmp_pat
     assert "HF_HOME" in said
     assert "Traceback" not in said
     assert not (tmp_path / "results").exists()
+
+
+def test_the_bar_of_long_work_says_what_how_fast_and_how_long_still() -> None:
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=80)
+    with token_progress(console) as on_progress:
+        on_progress("reconstruction", 400, 400)
+        for done in (20, 40, 60):
+            time.sleep(0.01)
+            on_progress("cross-entropy", done, 100)
+    said = shown.getvalue()
+    assert "cross-entropy" in said
+    assert "tokens/s" in said

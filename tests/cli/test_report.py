@@ -220,6 +220,10 @@ def test_the_page_tells_how_the_run_was_made(run: Path, call: Any) -> None:
     assert call("report", run, "--no-samples")[0] == 0
     page = (run / "report.html").read_text()
     assert "<dd>saelens-matryoshka train --name &#39;two words&#39;</dd>" in page
-    for name, value in {"learning rate, at its highest": 0.007, "seed": 42}.items():
+    for name, value in {
+        "learning rate, at its highest": 0.007,
+        "seed": 42,
+        "training tokens": "400,000",
+    }.items():
         assert f"<dt>{name}</dt><dd>{value}</dd>" in page
     assert "odd" not in page

@@ -278,3 +278,23 @@ def test_missing_hook_and_empty_dataset_are_told(tiny_model: HookedTransformer, 
     empty = datasets.Dataset.from_dict({"text": []})
     with pytest.raises(ValueError, match="empty"):
         sm.evaluate(_stock_transcoder(), tiny_model, empty)
+
+
+def test_progress_counts_the_tokens_of_both_passes(
+    tiny_model: HookedTransformer, tokens: torch.Tensor
+) -> None:
+    told: list[tuple[str, int, int]] = []
+    few = {"n_tokens": tokens[:6].numel(), "n_ce_tokens": tokens[:3].numel(), "batch_size_prompts": 2}
+    sm.evaluate(
+        _stock_transcoder(),
+        tiny_model,
+        tokens,
+        **few,
+        exclude_special_tokens=False,
+        on_progress=lambda *step: told.append(step),
+    )
+    length = tokens.shape[1]
+    assert told == [
+        *(("reconstruction", prompts * length, 6 * length) for prompts in (2, 4, 6)),
+        *(("cross-entropy", prompts * length, 3 * length) for prompts in (2, 3)),
+    ]
