@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -140,12 +139,8 @@ def _unreachable(error: BaseException) -> str | None:
     """What to do where the hub cannot be reached; None if it is another error."""
     if "couldn't connect to 'https://huggingface.co'" not in str(error):
         return None
-    chain, cause = [str(error)], error
-    while cause := cause.__cause__ or cause.__context__:  # the innermost say what was asked for
-        chain.append(str(cause))
-    asked = re.search(r"huggingface\.co/(?:datasets/)?([\w.-]+(?:/[\w.-]+)?)/resolve/", " ".join(chain))
     return (
-        f"the Hugging Face hub cannot be reached, and {asked[1] if asked else 'the model'} is not in this "
-        "machine's cache (HF_HOME, else ~/.cache/huggingface). Try again online, or copy the cache from a "
-        "machine that has it. `--preset tiny` needs no network."
+        "the Hugging Face hub cannot be reached, and the model is not in this machine's cache (HF_HOME, else "
+        "~/.cache/huggingface). Try again online, or copy the cache from a machine that has it. "
+        "`--preset tiny` needs no network."
     )
