@@ -15,7 +15,7 @@ from rich.console import Console
 from saelens_matryoshka.cli.output import on_stdout, write_numbers
 
 if TYPE_CHECKING:
-    from saelens_matryoshka.runs.settings import Layer
+    from saelens_matryoshka.runs.settings import Layer, Settings
 
 
 def train_layers(
@@ -57,6 +57,8 @@ def train_layers(
         f"  in {parent}"
     )
     if dry_run:
+        if not on_stdout(json):
+            _show_plan(settings, console)
         values = {one: given.values() for one, given in settings.items()}
         write_numbers(dumps({"folder": str(parent), "runs": values}, default=str), json)
         return
@@ -71,6 +73,25 @@ def train_layers(
             settings, parent, log_every=log_every, upkeep=Upkeep(**upkeep), command=sys.argv[1:]
         )
     _show(results, list(settings), parent, console, json)
+
+
+def _show_plan(settings: dict[str, Settings], console: Console) -> None:
+    """What each reads and predicts, and the settings that are common to all."""
+    from rich.table import Table
+
+    from saelens_matryoshka.cli.train import settings_table
+
+    sites = Table("run", "reads", "predicts", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name, one in settings.items():
+        sites.add_row(name, one.cfg.hook_name, getattr(one.cfg.sae, "hook_name_out", None) or "the same")
+    console.print(sites)
+    first, *others = [one.given for one in settings.values()]
+    common = {name: given for name, given in first.items() if all(one.get(name) == given for one in others)}
+    console.print(settings_table(common))
+    console.print(
+        "`saelens-matryoshka estimate` with one --layer tells memory and time of one of them; the language "
+        "model and its time are shared."
+    )
 
 
 def resume_layers(parent: Path, upkeep: dict[str, Any], console: Console, json: Path | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from json import dumps
 from pathlib import Path
@@ -25,8 +25,11 @@ from saelens_matryoshka.cli.output import (
 from saelens_matryoshka.cli.settings import read_layers
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from saelens_matryoshka.evaluation.result import EvalResult
     from saelens_matryoshka.parallel import Sharding
+    from saelens_matryoshka.runs.fields import Given
     from saelens_matryoshka.runs.folder import RunFolder
     from saelens_matryoshka.runs.settings import Settings
 
@@ -373,36 +376,33 @@ def _show_plan(settings: Settings, folder: RunFolder, console: Console, json: Pa
     if not on_stdout(json):
         _show_settings(settings, folder, console, len(values))
     with console.status("estimating memory and time"):
-        estimate = _estimate(settings)
-    if estimate is not None and not on_stdout(json):
-        console.print(estimate.tables())
+        from saelens_matryoshka.runs.estimate import estimate
+
+        estimated = estimate(settings.cfg)
+    if not on_stdout(json):
+        console.print(estimated.tables())
     plan = {"folder": str(folder.path), "mapping": settings.mapping, "settings": values}
-    write_numbers(dumps({**plan, "estimate": estimate and estimate.to_dict()}, indent=2), json)
+    write_numbers(dumps({**plan, "estimate": estimated.to_dict()}, indent=2), json)
 
 
 def _show_settings(settings: Settings, folder: RunFolder, console: Console, n_values: int) -> None:
-    from rich.table import Table
-
     console.print(f"[bold]Would train[/] {_summary(settings)}\n  in {folder.path}\n")
-    table = Table(**_PLAIN)
-    table.add_column("setting", no_wrap=True)
-    table.add_column("value", overflow="fold")
-    table.add_column("from", overflow="fold")
-    for name, given in settings.given.items():
-        table.add_row(name, str(given.value), given.origin)
-    console.print(table)
+    console.print(settings_table(settings.given))
     n_left = n_values - len(settings.given)
     console.print(f"{n_left} other settings are SAELens's defaults; --json prints them too.")
 
 
-def _estimate(settings: Settings) -> Any:
-    """What the run will take, an `Estimate`; None in a release without `saelens_matryoshka.runs.estimate`."""
-    from importlib import import_module
-    from importlib.util import find_spec
+def settings_table(given: Mapping[str, Given]) -> Table:
+    """What was given, and by whom."""
+    from rich.table import Table
 
-    if find_spec("saelens_matryoshka.runs.estimate") is None:
-        return None
-    return import_module("saelens_matryoshka.runs.estimate").estimate(settings.cfg)
+    table = Table(**_PLAIN)
+    table.add_column("setting", no_wrap=True)
+    table.add_column("value", overflow="fold")
+    table.add_column("from", overflow="fold")
+    for name, one in given.items():
+        table.add_row(name, str(one.value), one.origin)
+    return table
 
 
 def _print_all_help(context: typer.Context) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shlex
 import unicodedata
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -79,9 +80,14 @@ class RunFolder:
             return
         if not self.config.exists():
             raise ValueError(f"{self.path} holds other files. Choose another --name or --out.")
-        done = self.is_run() and self.read().get("completed_at")
-        state = "a finished run" if done else "a run that is not finished"
-        raise ValueError(f"{self.path} holds {state}. Choose another --name, or move that folder away.")
+        if self.is_run() and self.read().get("completed_at"):
+            raise ValueError(
+                f"{self.path} holds a finished run. Choose another --name, or move that folder away."
+            )
+        raise ValueError(
+            f"{self.path} holds a run that is not finished. Go on with `train --resume "
+            f"{shlex.quote(str(self.path))}`, or choose another --name."
+        )
 
     def is_run(self) -> bool:
         """Whether its config.yaml is that of a run."""

@@ -43,6 +43,12 @@ def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(
     printed = _run("train", "--layers", "0,2", "--mapping", "mlp,attention", "--dry-run", "--json", *_SIZES)
     plan = json.loads(printed[printed.index('{"folder"') :].splitlines()[0])
     assert list(plan["runs"]) == ["mlp-0", "mlp-2", "attention-0", "attention-2"]
+    said = _run("train", "--layers", "0,2", "--mapping", "mlp", "--dry-run", *_SIZES)
+    rows = [line.split() for line in said.splitlines()]
+    assert ["mlp-2", "blocks.2.ln2.hook_normalized", "blocks.2.hook_mlp_out"] in rows
+    (origin,) = (row[2:] for row in rows if row[:1] == ["training_tokens"])
+    assert origin == ["flag"]
+    assert not any(row[:1] == ["hook_name"] for row in rows), "not common to all"
     assert list(tmp_path.iterdir()) == []
 
 
