@@ -75,9 +75,7 @@ def test_only_a_folder_without_content_is_unused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a file"):
         RunFolder(folder.path / "notes.txt").require_unused()
     folder.config.write_text("started_at: 2026-01-01\n")
-    with pytest.raises(
-        ValueError, match="not finished. Go on with `train --resume .*`, or"
-    ):
+    with pytest.raises(ValueError, match="not finished. Go on with `train --resume .*`, or"):
         folder.require_unused()
     folder.config.write_text("no: [yaml")
     with pytest.raises(ValueError, match="holds a run that is not finished"):
