@@ -104,11 +104,11 @@ def demo(
         "It loads where this package is not installed:\n"
         f"  from sae_lens import SAE\n"
         f'  transcoder = SAE.load_from_disk("{cfg.output_path}")\n\n'
-        "A page of its levels and latents:\n"
-        f"  saelens-matryoshka report {shlex.quote(cfg.output_path)}",
+        "A page of its levels and latents:",
         highlight=False,
-        soft_wrap=True,
     )
+    report = f"saelens-matryoshka report {shlex.quote(cfg.output_path)}"
+    console.print(f"  {report}", highlight=False, markup=False, soft_wrap=True)  # to be pasted
 
 
 def _runner_config(
