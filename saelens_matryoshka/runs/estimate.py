@@ -164,7 +164,8 @@ class Estimate:
         return (
             f"[bold]Time: {_duration(t.total)}[/], {t.tokens_per_second:,.0f} tokens/s: "
             f"{_duration(t.filling)} until the buffer is full,\n"
-            f"then {t.n_steps:,} steps of {_seconds(t.per_step)} ({parts};\n{how} on this machine as it is now)"
+            f"then {t.n_steps:,} steps of {_seconds(t.per_step)} ({parts};\n"
+            f"{how} on this machine as it is now)"
         )
 
 
