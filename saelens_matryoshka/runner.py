@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, SAETrainer
@@ -64,6 +64,7 @@ _BAR_REFRESH_SECONDS = 0.5
 T = TypeVar("T", bound=ResumableStore)
 Observer = Callable[[SAETrainer[Any, Any], TrainStepOutput], None]
 _observers: WeakKeyDictionary[SAETrainer[Any, Any], list[Observer]] = WeakKeyDictionary()
+_prepared: WeakSet[SAETrainer[Any, Any]] = WeakSet()
 _changes: WeakKeyDictionary[SAETrainer[Any, Any], list[Callable[[], None]]] = WeakKeyDictionary()
 
 
@@ -229,7 +230,9 @@ def before_training(trainer: SAETrainer[Any, Any], change: Callable[[], None]) -
 
 def prepare_trainer(trainer: SAETrainer[Any, Any]) -> None:
     """Give a trainer of one of our architectures what the stock one lacks, before it trains."""
-    _add_what_is_missing(trainer)
+    if trainer not in _prepared:  # a run that was interrupted may call `fit` again
+        _add_what_is_missing(trainer)
+        _prepared.add(trainer)
     for change in _changes.pop(trainer, []):
         change()
 
