@@ -10,10 +10,12 @@ import copy
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
-from sae_lens import SAE, TrainingSAE
+from sae_lens import SAE, TrainingSAE, Transcoder
 from sae_lens.registry import get_sae_class
 
+from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoder
 from saelens_matryoshka.ops import nested_decode
 from saelens_matryoshka.widths import cumulative_widths
 
@@ -87,6 +89,7 @@ def truncate(sae: SAE[Any], width: int) -> SAE[Any]:
             (TopK), so that a prefix is not a model of its own.
     """
     sae = inference_model(sae)
+    width = int(width) if isinstance(width, np.integer) else width
     if isinstance(width, bool) or not isinstance(width, int) or not 0 < width <= sae.cfg.d_sae:
         raise ValueError(f"width={width!r} must be an integer from 1 to d_sae={sae.cfg.d_sae}.")
     architecture = sae.cfg.architecture()
@@ -138,10 +141,12 @@ def decode_prefixes(sae: SAE[Any], feature_acts: torch.Tensor) -> torch.Tensor:
     if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
         feature_acts = feature_acts / sae.W_dec.norm(dim=-1)
     outputs = nested_decode(feature_acts, sae.W_dec, sae.b_dec, widths)
-    if "target_scale" in dict(sae.named_buffers()):
-        outputs = outputs / sae.get_buffer("target_scale").to(outputs.dtype)
-    outputs = sae.run_time_activation_norm_fn_out(outputs)
-    return sae.reshape_fn_out(outputs, sae.d_head)
+    # What `decode` does after the product. A stock transcoder: nothing, it has normalised another tensor.
+    if isinstance(sae, MatryoshkaTrainingTranscoder):
+        return sae.unscaled(outputs)
+    if isinstance(sae, Transcoder):
+        return outputs
+    return sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(outputs), sae.d_head)
 
 
 def predict_prefixes(sae: SAE[Any], x: torch.Tensor, feature_acts: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,8 @@ Nothing is trained or moved: a training object is converted to the inference mod
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -73,13 +74,17 @@ def evaluate(
     """
     if n_ce_tokens < 0:
         raise ValueError(f"n_ce_tokens={n_ce_tokens} must be at least 0.")
+    if isinstance(dataset, torch.Tensor) and context_size not in (None, dataset.shape[-1]):
+        raise ValueError(
+            f"context_size={context_size}, but the tokens given are prompts of {dataset.shape[-1]}: cut "
+            "them, or leave context_size out."
+        )
     sae = inference_model(sae)
     run = _Evaluation(sae, model, dict(model_kwargs or {}))
     run.excluded = special_token_ids(model, exclude_special_tokens)
     batches = list(token_batches(sae, model, dataset, n_tokens, context_size, batch_size_prompts))
-    was_training, had_reshaping = model.training, sae.hook_z_reshaping_mode
+    was_training = model.training
     model.eval()
-    sae.turn_off_forward_pass_hook_z_reshaping()  # heads are flattened here
     try:
         for tokens in batches:
             run.add_reconstruction(tokens)
@@ -92,8 +97,6 @@ def evaluate(
             n_left -= part.numel()
     finally:
         model.train(was_training)
-        if had_reshaping:
-            sae.turn_on_forward_pass_hook_z_reshaping()
     return run.result()
 
 
@@ -141,10 +144,11 @@ class _Evaluation:
     def add_pairs(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Add sources `[n, d_in]` and targets `[n, d_out]`."""
         rows = max(1, _ACTIVATION_VALUES // self.sae.cfg.d_sae)
-        for x, y in zip(source.split(rows), target.split(rows), strict=True):
-            acts = self.sae.encode(x)
-            self.firing.add(acts)
-            self.reconstruction.add(y, predict_prefixes(self.sae, x, acts))
+        with flattened_heads(self.sae):
+            for x, y in zip(source.split(rows), target.split(rows), strict=True):
+                acts = self.sae.encode(x)
+                self.firing.add(acts)
+                self.reconstruction.add(y, predict_prefixes(self.sae, x, acts))
 
     def add_next_token(self, tokens: torch.Tensor) -> None:
         d_vocab = self._logits(tokens[:1, :1]).shape[-1]
@@ -156,14 +160,15 @@ class _Evaluation:
         keep = self._evaluated(tokens)
         source, target, clean = self._activations_and_logits(tokens)
         rows = max(1, _ACTIVATION_VALUES // self.sae.cfg.d_sae)
-        predictions = torch.cat(
-            [predict_prefixes(self.sae, x, self.sae.encode(x)) for x in source.flatten(0, 1).split(rows)],
-            dim=1,
-        ).unflatten(1, tokens.shape)
+        with flattened_heads(self.sae):
+            parts = [
+                predict_prefixes(self.sae, x, self.sae.encode(x)) for x in source.flatten(0, 1).split(rows)
+            ]
+        predictions = torch.cat(parts, dim=1).unflatten(1, tokens.shape)
         mean = self.reconstruction.mean().expand_as(target)
-        # predictions of a token that counts
+        # What is predicted where the target is replaced, unless that is a special token.
         counted = torch.zeros_like(keep)
-        counted[:, :-1] = keep[:, 1:].to(counted.device)
+        counted[:, :-1] = keep[:, :-1] & ~self._is_excluded(tokens)[:, 1:].to(keep.device)
         labels = tokens.roll(-1, dims=1)[counted.to(tokens.device)]
         clean = clean[counted.to(clean.device)]
         self.clean.add(clean, clean, labels)
@@ -218,12 +223,16 @@ class _Evaluation:
         )
 
     def _evaluated(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Mask `[prompts, context_size]` of the positions that count."""
+        """Mask `[prompts, context_size]` of the positions that count, where the target is replaced."""
         keep = torch.zeros_like(tokens, dtype=torch.bool)
         keep[:, slice(*(self.sae.cfg.metadata.seqpos_slice or (None,)))] = True
-        if self.excluded is not None:
-            keep &= ~torch.isin(tokens, self.excluded.to(tokens.device))
-        return keep.to(self.sae.device)
+        return (keep & ~self._is_excluded(tokens)).to(self.sae.device)
+
+    def _is_excluded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Mask `[prompts, context_size]` of the special tokens."""
+        if self.excluded is None:
+            return torch.zeros_like(tokens, dtype=torch.bool)
+        return torch.isin(tokens, self.excluded.to(tokens.device))
 
     def _logits(self, tokens: torch.Tensor, *hooks: tuple[str, Callable[..., Any]]) -> torch.Tensor:
         return self.model.run_with_hooks(
@@ -254,6 +263,18 @@ class _Evaluation:
         require_width(self.target_hook, target, self.sae.W_dec.shape[-1], "d_out")
         place = {"device": self.sae.device, "dtype": self.sae.dtype}
         return source.flatten(2).to(**place), target.flatten(2).to(**place)
+
+
+@contextmanager
+def flattened_heads(sae: SAE[Any]) -> Iterator[None]:
+    """Within, an SAE of `hook_z` takes and gives `[..., n_heads · d_head]`."""
+    had_reshaping = sae.hook_z_reshaping_mode
+    sae.turn_off_forward_pass_hook_z_reshaping()
+    try:
+        yield
+    finally:
+        if had_reshaping:
+            sae.turn_on_forward_pass_hook_z_reshaping()
 
 
 def hooks_and_frame(sae: SAE[Any], model: Any) -> tuple[str, str, str]:

@@ -18,7 +18,7 @@ from sae_lens import SAE, ActivationsStore, LanguageModelSAERunnerConfig
 from sae_lens.llm_sae_training_runner import LLMSaeEvaluator
 from sae_lens.training.activation_scaler import ActivationScaler
 
-from saelens_matryoshka.architectures.training import MatryoshkaTraining
+from saelens_matryoshka.architectures import MatryoshkaTraining, MatryoshkaTrainingTranscoder
 from saelens_matryoshka.evaluation.evaluator import evaluate
 from saelens_matryoshka.evaluation.result import EvalResult
 from saelens_matryoshka.prefixes import inference_model
@@ -90,8 +90,7 @@ class HeldOutEvaluator:
         data_provider: Any,
         activation_scaler: ActivationScaler,
     ) -> dict[str, Any]:
-        with sae.keeping_threshold():
-            model = _unscaled(inference_model(sae), activation_scaler)
+        model = _as_saved(sae, activation_scaler)
         # The prefetcher's thread runs the same language model, whose hooks we are about to change.
         paused = getattr(data_provider, "paused", nullcontext)
         with paused():
@@ -123,8 +122,7 @@ class CachedEvaluator:
         data_provider: Any,  # noqa: ARG002  (held-out rows are read apart from the stream)
         activation_scaler: ActivationScaler,
     ) -> dict[str, Any]:
-        with sae.keeping_threshold():
-            result = self.result(_unscaled(inference_model(sae), activation_scaler))
+        result = self.result(_as_saved(sae, activation_scaler))
         return {} if result is None else logged_metrics(result)
 
 
@@ -154,11 +152,17 @@ def logged_metrics(result: EvalResult) -> dict[str, Any]:
     return metrics
 
 
-def _unscaled(model: SAE[Any], scaler: ActivationScaler) -> SAE[Any]:
-    """Fold the trainer's scaling of the activations into an inference model, as the end of training does."""
-    if scaler.scaling_factor is not None:
-        model.fold_activation_norm_scaling_factor(scaler.scaling_factor)
-    if (whitening := scaler.whitening) is not None:
+def _as_saved(sae: MatryoshkaTraining, scaler: ActivationScaler) -> SAE[Any]:
+    """The model that would be saved if training ended now: the trainer's scaling folded, then the rest."""
+    factor, whitening = scaler.scaling_factor, scaler.whitening
+    with sae.keeping_threshold():
+        if isinstance(sae, MatryoshkaTrainingTranscoder):  # which has a gain to fold after it
+            with sae.scaled_by(1.0 if factor is None else factor):
+                return inference_model(sae)
+        model = inference_model(sae)
+    if factor is not None:
+        model.fold_activation_norm_scaling_factor(factor)
+    if whitening is not None:
         model.fold_activation_whitening(
             mean=whitening.mean,
             whitening_matrix=whitening.matrix,
