@@ -290,10 +290,15 @@ def hooks_and_frame(sae: SAE[Any], model: Any) -> tuple[str, str, str]:
     check_hook(model, target_hook, "hook_name_out")
     frame = norm_frame(model, source_hook)
     if metadata.input_frame not in (None, frame):
+        was_folded = metadata.input_frame == "normalized_folded"
         raise ValueError(
-            f"input_frame: this model was trained on {source_hook!r} in the frame "
-            f"{metadata.input_frame!r}, but in this language model it is {frame!r}. Load the language "
-            "model with its norms folded (fold_ln) as in training."
+            f"input_frame: this model was trained on {source_hook!r} in the frame {metadata.input_frame!r}, "
+            f"but in this language model it is {frame!r}. Load the language model as in training: "
+            + (
+                "with its norms folded (fold_ln=True)."
+                if was_folded
+                else "with from_pretrained_no_processing."
+            )
         )
     return source_hook, target_hook, frame
 
