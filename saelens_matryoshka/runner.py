@@ -10,7 +10,6 @@ import functools
 import json
 import os
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +36,7 @@ from saelens_matryoshka.pairs import (
     paired_store,
     probe_hooks,
     require_enough_text,
+    warn_of_same_tensor,
 )
 from saelens_matryoshka.seams import defer_checkpoints, replace_progress_bar
 from saelens_matryoshka.sites import Site, check_hook, make_readable, norm_frame, norm_gain
@@ -148,12 +148,7 @@ def _check_transcoder(model: Any, cfg: LanguageModelSAERunnerConfig[Any]) -> Sit
             "transcoder predicts the target from the source. Swap them, or choose a later target."
         )
     if probe.same_tensor:
-        warnings.warn(
-            f"hook_name={cfg.hook_name!r} and hook_name_out={sae.hook_name_out!r} are the same tensor, so "
-            "this transcoder is an autoencoder with a free encoder. For what a layer computes, take its "
-            "resid_pre and its resid_post.",
-            stacklevel=2,
-        )
+        warn_of_same_tensor(cfg.hook_name, sae.hook_name_out)
     return site
 
 

@@ -17,8 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from saelens_matryoshka.cache.encoding import Rows, decode, from_arrow
-from saelens_matryoshka.cache.manifest import CacheError, Manifest, Split, damage
-from saelens_matryoshka.cache.writer import GAINS
+from saelens_matryoshka.cache.manifest import GAINS, CacheError, Manifest, Split, damage
 from saelens_matryoshka.sites import Site
 
 # Rows read in one piece. Of 2304 bfloat16 values they are 0.6 MB.
