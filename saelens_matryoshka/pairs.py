@@ -207,7 +207,7 @@ def warn_of_same_tensor(hook_name: str, hook_name_out: str) -> None:
     """Say that a transcoder would predict what it reads."""
     warnings.warn(
         f"hook_name={hook_name!r} and hook_name_out={hook_name_out!r} are the same tensor, so this "
-        "transcoder is an autoencoder with a free encoder. For what a layer computes, take its resid_pre and its "
-        "resid_post.",
+        "transcoder is an autoencoder with a free encoder. For what a layer computes, take its "
+        "resid_pre and its resid_post.",
         stacklevel=2,
     )
