@@ -78,7 +78,19 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [((2, 1), (1, 2)), ((1, 2), (1, 1)), ((1, 1), (2, 1)), ((1, 3), (1, 2))], ids=str
+    ("before", "after"),
+    [
+        ((2, 1), (1, 2)),
+        ((1, 2), (1, 1)),
+        ((1, 1), (2, 1)),
+        ((1, 3), (1, 2)),
+        *(
+            pytest.param(*meshes, marks=pytest.mark.slow)
+            for other in ((1, 1), (1, 4), (4, 1))
+            for meshes in (((2, 2), other), (other, (2, 2)))
+        ),
+    ],
+    ids=str,
 )
 def test_a_checkpoint_is_continued_by_other_processes(
     before: Mesh, after: Mesh, alone: dict[str, Any], tmp_path: Path

@@ -127,9 +127,9 @@ def test_two_processes_train_as_one(mesh: tuple[int, int], alone: dict[str, Any]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [(4, 1), (1, 4)], ids=["data", "dictionary"])
+@pytest.mark.parametrize("mesh", [(4, 1), (1, 4), (2, 2)], ids=["data", "dictionary", "hybrid"])
 def test_four_processes_train_as_one(mesh: tuple[int, int], alone: dict[str, Any], tmp_path: Path) -> None:
-    results = run_in_processes(4, tmp_path, train_all, mesh, ["sae, token", "skip transcoder, ema"])
+    results = run_in_processes(4, tmp_path, train_all, mesh, list(CASES))
     _assert_all_as_alone(results, alone)
 
 
