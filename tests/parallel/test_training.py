@@ -33,7 +33,7 @@ def sae_of(case: dict[str, Any]) -> Any:
     }
     if kind == "sae":
         return sm.MatryoshkaTrainingSAE(sm.MatryoshkaTrainingSAEConfig(**settings))
-    settings |= {"d_out": D, "hook_name_out": "target"}
+    settings = {"hook_name_out": "target", **settings}
     if kind == "skip":
         return sm.MatryoshkaTrainingSkipTranscoder(sm.MatryoshkaTrainingSkipTranscoderConfig(**settings))
     return sm.MatryoshkaTrainingTranscoder(sm.MatryoshkaTrainingTranscoderConfig(**settings))
@@ -65,12 +65,13 @@ def train(case: dict[str, Any], mesh: tuple[int, int] | None) -> dict[str, Any]:
     if mesh is not None:
         parallelize(trainer, group)
     if case.get("normalize_activations") == "expected_average_only_in":
-        trainer.activation_scaler.scaling_factor = 0.7
+        trainer.activation_scaler.estimate_scaling_factor(D, trainer.data_provider, 2)
     outputs = []
-    for _ in batches:
-        outputs.append(trainer.step(next(trainer.data_provider)))
+    for batch in trainer.data_provider:
+        outputs.append(trainer.step(batch))
         trainer.n_training_steps += 1
     result = {
+        "scaling": torch.tensor(trainer.activation_scaler.scaling_factor or 1.0),
         "losses": torch.tensor([output.loss.item() for output in outputs]),
         "mse": torch.stack([output.losses["mse_loss"] for output in outputs]),
         "aux": torch.stack([output.losses["auxiliary_reconstruction_loss"] for output in outputs]),
