@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from sae_lens.llm_sae_training_runner import LLMSaeEvaluator
+from transformer_lens import HookedTransformer
 
 from saelens_matryoshka import tiny
 from saelens_matryoshka.evaluation.activations import hook_activations
@@ -16,6 +18,7 @@ from saelens_matryoshka.parallel.dictionary import shard
 from saelens_matryoshka.parallel.trainer import parallelize
 from tests.helpers import run_steps, trainer_for
 from tests.parallel.processes import group_of, run_in_processes
+from tests.parallel.test_data import numbered, share_of
 from tests.parallel.test_training import sae_of
 
 D, D_SAE, BATCH, CONTEXT = 128, 50, 32, 16
@@ -108,10 +111,28 @@ def test_shards_are_evaluated_as_the_whole(mesh: tuple[int, int], names: list[st
             ), name
 
 
+@pytest.mark.parametrize("n_files", [None, 1, 4])
+def test_all_processes_hold_out_the_same_prompts(n_files: int | None, tiny_model: HookedTransformer) -> None:
+    dataset: Any = numbered(44)
+    if n_files is not None:
+        dataset = dataset.to_iterable_dataset(num_shards=n_files)
+    evaluators = [
+        HeldOutEvaluator.in_place_of(
+            LLMSaeEvaluator(tiny_model, share_of(tiny_model, dataset, rank, 2), 3, 1, {})
+        )
+        for rank in range(2)
+    ]
+    for evaluator in evaluators:
+        assert evaluator is not None
+        assert evaluator.tokens[:, 0].tolist() == [0, 1, 2]
+
+
 def _flat(metrics: dict[str, Any]) -> dict[str, float]:
     flat: dict[str, float] = {}
     for key, value in metrics.items():
-        flat |= {f"{key} {name}": number for name, number in value.items()} if isinstance(value, dict) else {
-            key: value
-        }
+        flat |= (
+            {f"{key} {name}": number for name, number in value.items()}
+            if isinstance(value, dict)
+            else {key: value}
+        )
     return flat
