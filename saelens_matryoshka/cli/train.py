@@ -162,7 +162,7 @@ def train(
       saelens-matryoshka train --resume results/gpt2/mlp-8/first
       torchrun --nproc-per-node 8 -m saelens_matryoshka train --preset gpt2
       torchrun --nnodes 8 --nproc-per-node 8 ... -m saelens_matryoshka train
-        --preset gemma-2-2b --d_sae 1048576 --shard dictionary --shards 8
+        --preset gemma-2-2b --d_sae 131072 --shard dictionary --shards 8
     """
     console = Console(stderr=as_json, highlight=False)
     quieten()
