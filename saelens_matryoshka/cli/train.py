@@ -64,6 +64,13 @@ def train(
             "rows only."
         ),
     ] = None,
+    shards: Annotated[
+        int | None,
+        typer.Option(
+            help="Of --shard dictionary: how many, e.g. the GPUs of a node. Every so many processes have a "
+            "copy, and their part of the rows. Default: as many as processes."
+        ),
+    ] = None,
     layers_: Annotated[
         str | None,
         typer.Option(
@@ -153,6 +160,9 @@ def train(
       saelens-matryoshka train --preset gpt2 --layers 0-11 --name all
       saelens-matryoshka train --config results/gpt2/mlp-8/first/config.yaml
       saelens-matryoshka train --resume results/gpt2/mlp-8/first
+      torchrun --nproc-per-node 8 -m saelens_matryoshka train --preset gpt2
+      torchrun --nnodes 8 --nproc-per-node 8 ... -m saelens_matryoshka train
+        --preset gemma-2-2b --d_sae 131072 --shard dictionary --shards 8
     """
     console = Console(stderr=as_json, highlight=False)
     quieten()
@@ -164,17 +174,17 @@ def train(
     given = {"keep": keep, "checkpoint_minutes": checkpoint_minutes, "skip_bad_batches": skip_bad_batches}
     upkeep = {field: value for field, value in given.items() if value is not None}
     Upkeep(**upkeep)
-    sharding = _sharding(shard)
+    sharding = _sharding(shard, shards)
     if resume is not None:
         others = [
             f"--{parameter.replace('_', '-')}"
             for parameter in context.params
-            if parameter not in {*given, "resume", "shard", "as_json"}
+            if parameter not in {*given, "resume", "shard", "shards", "as_json"}
             and getattr(context.get_parameter_source(parameter), "name", "") == "COMMANDLINE"
         ]
         if others := others + context.args:
             raise ValueError(f"--resume goes on with the run's own settings: leave out {' '.join(others)}.")
-        _resume(resume, upkeep, console, sharding=sharding, as_json=as_json)
+        _resume(resume, upkeep, console, sharding=sharding, shards=shards, as_json=as_json)
         return
     with console.status("resolving the settings"):
         from saelens_matryoshka.runs.folder import require_name
@@ -232,18 +242,21 @@ def train(
             upkeep=Upkeep(**upkeep),
             command=sys.argv[1:],
             sharding=sharding,
+            shards=shards,
         )
     _show_result(result, folder, console, as_json=as_json)
 
 
-def _sharding(shard: str | None) -> Sharding | None:
+def _sharding(shard: str | None, shards: int | None) -> Sharding | None:
+    """What is to be divided among processes, before anything is loaded that they would share."""
     if shard not in (None, "dictionary"):
         raise ValueError(f"--shard {shard} is not known: 'dictionary' divides the latents among processes.")
-    if shard is not None:
-        from saelens_matryoshka.parallel import require_torchrun
+    sharding = cast("Sharding | None", shard)
+    if sharding is not None or shards is not None:
+        from saelens_matryoshka.parallel import mesh_shape
 
-        require_torchrun(shard)
-    return cast("Sharding | None", shard)
+        mesh_shape(sharding, shards)
+    return sharding
 
 
 def _require_one_process(sharding: Sharding | None) -> None:
@@ -257,7 +270,13 @@ def _require_one_process(sharding: Sharding | None) -> None:
 
 
 def _resume(
-    path: Path, upkeep: dict[str, Any], console: Console, *, sharding: Sharding | None, as_json: bool
+    path: Path,
+    upkeep: dict[str, Any],
+    console: Console,
+    *,
+    sharding: Sharding | None,
+    shards: int | None,
+    as_json: bool,
 ) -> None:
     from saelens_matryoshka.runs.folder import RunFolder
     from saelens_matryoshka.runs.layers import runs_in
@@ -272,7 +291,7 @@ def _resume(
     folder = RunFolder(path)
     console.print(f"[bold]Going on[/] with {folder.path}")
     with told_how_to_go_on(folder.path, console):
-        result = resume_run(folder, sharding, **upkeep)
+        result = resume_run(folder, sharding, shards, **upkeep)
     _show_result(result, folder, console, as_json=as_json)
 
 

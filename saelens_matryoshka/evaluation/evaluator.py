@@ -28,6 +28,7 @@ from saelens_matryoshka.evaluation.metrics import (
 )
 from saelens_matryoshka.evaluation.result import EvalResult, PrefixMetrics
 from saelens_matryoshka.evaluation.tokens import special_token_ids, token_batches
+from saelens_matryoshka.ops import ALONE, Group
 from saelens_matryoshka.prefixes import inference_model, matryoshka_widths, predict_prefixes
 from saelens_matryoshka.sites import check_hook, norm_frame
 
@@ -48,6 +49,7 @@ def evaluate(
     batch_size_prompts: int = 8,
     exclude_special_tokens: bool | list[int] = True,
     model_kwargs: Mapping[str, Any] | None = None,
+    group: Group = ALONE,
 ) -> EvalResult:
     """Metrics of every prefix.
 
@@ -64,6 +66,8 @@ def evaluate(
         exclude_special_tokens: Leave BOS, EOS, padding and the like (or the given ids) out of all
             metrics; at their positions the target is not replaced.
         model_kwargs: Passed on when the language model is called.
+        group: The processes that have the dictionary in shards, of which `sae` is this one's. Each runs its
+            language model on the same text, and all return the same.
 
     Returns:
         The metrics, with what they were measured on.
@@ -80,7 +84,7 @@ def evaluate(
             "them, or leave context_size out."
         )
     sae = inference_model(sae)
-    run = _Evaluation(sae, model, dict(model_kwargs or {}))
+    run = _Evaluation(sae, model, dict(model_kwargs or {}), group)
     run.excluded = special_token_ids(model, exclude_special_tokens)
     batches = list(token_batches(sae, model, dataset, n_tokens, context_size, batch_size_prompts))
     was_training = model.training
@@ -120,8 +124,8 @@ def evaluate_activations(
 class _Evaluation:
     """The sums of one evaluation, and how a batch of tokens is added to them."""
 
-    def __init__(self, sae: SAE[Any], model: Any, model_kwargs: dict[str, Any]) -> None:
-        self.sae, self.model, self.model_kwargs = sae, model, model_kwargs
+    def __init__(self, sae: SAE[Any], model: Any, model_kwargs: dict[str, Any], group: Group = ALONE) -> None:
+        self.sae, self.model, self.model_kwargs, self.group = sae, model, model_kwargs, group
         self.source_hook, self.target_hook, self.frame = hooks_and_frame(sae, model)
         # By the name asked for: a TransformerBridge's names may be aliases of the hook's own.
         self.read_hooks = list(dict.fromkeys([self.source_hook, self.target_hook]))
@@ -132,7 +136,7 @@ class _Evaluation:
         device = torch.device(sae.device)
         d_out = sae.W_dec.shape[-1]
         self.reconstruction = ReconstructionSums(len(self.widths), d_out, device)
-        self.firing = FiringCounts(sae.cfg.d_sae, device)
+        self.firing = FiringCounts(len(sae.W_dec), device)
         self.clean, self.zero, self.mean = NextTokenSums(), NextTokenSums(), NextTokenSums()
         self.prefixes = [NextTokenSums() for _ in self.widths]
 
@@ -148,7 +152,10 @@ class _Evaluation:
             for x, y in zip(source.split(rows), target.split(rows), strict=True):
                 acts = self.sae.encode(x)
                 self.firing.add(acts)
-                self.reconstruction.add(y, predict_prefixes(self.sae, x, acts))
+                self.reconstruction.add(y, self._predict(x, acts))
+
+    def _predict(self, x: torch.Tensor, acts: torch.Tensor) -> torch.Tensor:
+        return predict_prefixes(self.sae, x, acts, group=self.group)
 
     def add_next_token(self, tokens: torch.Tensor) -> None:
         d_vocab = self._logits(tokens[:1, :1]).shape[-1]
@@ -161,9 +168,7 @@ class _Evaluation:
         source, target, clean = self._activations_and_logits(tokens)
         rows = max(1, _ACTIVATION_VALUES // self.sae.cfg.d_sae)
         with flattened_heads(self.sae):
-            parts = [
-                predict_prefixes(self.sae, x, self.sae.encode(x)) for x in source.flatten(0, 1).split(rows)
-            ]
+            parts = [self._predict(x, self.sae.encode(x)) for x in source.flatten(0, 1).split(rows)]
         predictions = torch.cat(parts, dim=1).unflatten(1, tokens.shape)
         mean = self.reconstruction.mean().expand_as(target)
         # What is predicted where the target is replaced, unless that is a special token.
@@ -190,7 +195,10 @@ class _Evaluation:
         fvu = self.reconstruction.fvu().tolist()
         cosine = self.reconstruction.mean_cosine().tolist()
         explained_variance = self.reconstruction.explained_variance()
-        redundancy = decoder_redundancy(self.sae.W_dec, self.widths)
+        redundancy: list[float] | list[None] = [None] * len(self.widths)
+        if self.group is ALONE:
+            redundancy = decoder_redundancy(self.sae.W_dec, self.widths)
+        firing = self.firing.gathered(self.group)
         for level, (width, sums) in enumerate(zip(self.widths, self.prefixes, strict=True)):
             ce = sums.mean_ce() if with_ce else None
             rows.append(
@@ -199,9 +207,9 @@ class _Evaluation:
                     fvu=fvu[level],
                     explained_variance=explained_variance[level],
                     cosine=cosine[level],
-                    l0=self.firing.l0(width),
-                    n_dead=self.firing.n_dead(width),
-                    density=self.firing.density_histogram(width),
+                    l0=firing.l0(width),
+                    n_dead=firing.n_dead(width),
+                    density=firing.density_histogram(width),
                     decoder_redundancy=redundancy[level],
                     ce=ce,
                     ce_recovered=_recovered(ce, clean, zero),

@@ -21,6 +21,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from saelens_matryoshka.architectures import MatryoshkaTraining, MatryoshkaTrainingTranscoder
 from saelens_matryoshka.evaluation.evaluator import evaluate
 from saelens_matryoshka.evaluation.result import EvalResult
+from saelens_matryoshka.ops import ALONE, Group
 from saelens_matryoshka.prefixes import inference_model
 from saelens_matryoshka.seams import split_off_prompts
 
@@ -94,10 +95,10 @@ class HeldOutEvaluator:
         # The prefetcher's thread runs the same language model, whose hooks we are about to change.
         paused = getattr(data_provider, "paused", nullcontext)
         with paused():
-            return logged_metrics(self.result(model))
+            return logged_metrics(self.result(model, sae.group))
 
-    def result(self, model: SAE[Any]) -> EvalResult:
-        """Every prefix of an inference model on the held-out prompts."""
+    def result(self, model: SAE[Any], group: Group = ALONE) -> EvalResult:
+        """Every prefix of an inference model, or of a group's shards of one, on the held-out prompts."""
         return evaluate(
             model,
             self.model,
@@ -107,6 +108,7 @@ class HeldOutEvaluator:
             batch_size_prompts=self.batch_size_prompts,
             exclude_special_tokens=self.exclude_special_tokens,
             model_kwargs=self.model_kwargs,
+            group=group,
         )
 
 

@@ -1,7 +1,9 @@
 """`Group` for many processes: plain collectives on a mesh of blocks of rows by blocks of latents.
 
 Of a mesh `(R, L)`, the processes of a row of the mesh hold the same rows (tokens) and other latents, those of
-a column other rows and the same latents. `(N, 1)` is data parallel, `(1, N)` a dictionary in N shards.
+a column other rows and the same latents. `(N, 1)` is data parallel, `(1, N)` a dictionary in N shards, and
+between them are R copies of a dictionary in L shards. A row of the mesh is L consecutive ranks: the shards of
+a copy, which talk throughout the step, are neighbours.
 
 Latents are dealt out like cards: shard r has r, r + L, r + 2L, ... So every shard is a nested dictionary of
 its own, with its share of every level, whatever the widths; and the first latents, which are active more
@@ -55,8 +57,8 @@ class Processes(Group):
         """The latents of a shard, this process's by default, among those of the whole dictionary."""
         return slice(self.shard if shard is None else shard, self.d_sae, self.shards)
 
+    @override
     def widths(self, widths: Sequence[int]) -> tuple[int, ...]:
-        """Of prefixes of the whole dictionary, what this shard has of each."""
         return tuple(len(range(*self.latents().indices(width))) for width in widths)
 
     # ---- collectives
@@ -78,6 +80,14 @@ class Processes(Group):
     @override
     def gather_rows(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.cat(self.gather(tensor, "rows"))
+
+    @override
+    def gather_latents(self, values: torch.Tensor) -> torch.Tensor:
+        if self.shards == 1:
+            return values
+        whole = values.new_zeros(self.d_sae)
+        whole[self.latents()] = values
+        return self.sum(whole, "latents")
 
     def gather(self, tensor: torch.Tensor, over: Over) -> list[torch.Tensor]:
         """The tensors of all blocks, which have one shape, in the order of the blocks."""

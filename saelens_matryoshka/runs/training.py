@@ -81,6 +81,7 @@ def train_run(
     upkeep: Upkeep | None = None,
     command: Sequence[str] = (),
     sharding: parallel.Sharding | None = None,
+    shards: int | None = None,
 ) -> EvalResult | None:
     """Train in a folder, from the first step to the evaluation of what was saved.
 
@@ -98,6 +99,7 @@ def train_run(
         upkeep: How its state is kept.
         command: What was called, for the record.
         sharding: "dictionary" divides the latents among torchrun's processes; None, only the rows.
+        shards: Among how many of them; None, all.
 
     Returns:
         The evaluation; None where the dataset was too small to hold prompts out, and in all processes but the
@@ -109,7 +111,7 @@ def train_run(
     """
     upkeep = upkeep or Upkeep()
     settings.cfg.logger.wandb_id = settings.cfg.logger.wandb_id or uuid.uuid4().hex[:8]
-    with parallel.joined(settings.cfg, sharding) as job, ExitStack() as held:
+    with parallel.joined(settings.cfg, sharding, shards) as job, ExitStack() as held:
         if job.is_first:
             folder.require_unused()
         runner = _runner(settings, folder, log_every, upkeep, job)
@@ -129,7 +131,10 @@ def train_run(
 
 
 def resume_run(
-    folder: RunFolder, sharding: parallel.Sharding | None = None, **upkeep: Any
+    folder: RunFolder,
+    sharding: parallel.Sharding | None = None,
+    shards: int | None = None,
+    **upkeep: Any,
 ) -> EvalResult | None:
     """Go on with a run that was stopped, from its newest whole checkpoint to its end.
 
@@ -139,6 +144,7 @@ def resume_run(
     Args:
         folder: Of the run.
         sharding: As `train_run`; it need not be what the run was started with, nor the number of processes.
+        shards: As `train_run`, likewise.
         **upkeep: What is to be other than at its start: fields of `Upkeep`.
 
     Raises:
@@ -153,7 +159,7 @@ def resume_run(
     settings = resolve([folder.settings()])
     if recorded.get("wandb"):
         settings.cfg.logger.wandb_id = recorded["wandb"]["id"]
-    with parallel.joined(settings.cfg, sharding) as job, ExitStack() as held:
+    with parallel.joined(settings.cfg, sharding, shards) as job, ExitStack() as held:
         checkpoints = Checkpoints(folder.checkpoints)
         if job.is_first:
             held.enter_context(locked(folder.path))
