@@ -17,12 +17,8 @@ from saelens_matryoshka.evaluation.activations import hook_activations
 from saelens_matryoshka.evaluation.evaluator import hooks_and_frame
 from saelens_matryoshka.evaluation.tokens import special_token_ids, token_batches
 from saelens_matryoshka.prefixes import inference_model
-from saelens_matryoshka.report.accumulate import ExamplePool, Firings, Scales
-from saelens_matryoshka.report.samples import Examples, Samples
-
-# Feature activations that are held at a time.
-_ACTIVATION_VALUES = 1 << 25
-_HISTOGRAM_BINS = 64
+from saelens_matryoshka.report.collector import HISTOGRAM_BINS, Collector
+from saelens_matryoshka.report.samples import Samples
 
 
 @torch.no_grad()
@@ -76,7 +72,15 @@ def collect_samples(
     sae = inference_model(sae)
     hook, _, _ = hooks_and_frame(sae, model)
     excluded = special_token_ids(model, exclude_special_tokens)
-    collector = _Collector(sae, n_top, n_intervals, per_interval, before, after, seed)
+    collector = Collector(
+        sae,
+        n_top=n_top,
+        n_intervals=n_intervals,
+        per_interval=per_interval,
+        before=before,
+        after=after,
+        seed=seed,
+    )
     was_training, had_reshaping = model.training, sae.hook_z_reshaping_mode
     model.eval()
     sae.turn_off_forward_pass_hook_z_reshaping()  # heads are flattened here
@@ -118,137 +122,5 @@ def _check(
             raise ValueError(f"{name}={value} must be at least 1.")
     if before < 0 or after < 0:
         raise ValueError(f"before={before} and after={after} must not be negative.")
-    if n_intervals not in (2, 4, 8, 16, 32, _HISTOGRAM_BINS):
-        raise ValueError(f"n_intervals={n_intervals} must be a power of two from 2 to {_HISTOGRAM_BINS}.")
-
-
-class _Collector:
-    """What has been kept so far, and how a batch is added to it."""
-
-    def __init__(
-        self,
-        sae: SAE[Any],
-        n_top: int,
-        n_intervals: int,
-        per_interval: int,
-        before: int,
-        after: int,
-        seed: int,
-    ) -> None:
-        self.sae, self.n_intervals, self.before, self.after = sae, n_intervals, before, after
-        device, d_sae = torch.device(sae.device), int(sae.cfg.d_sae)
-        window = before + 1 + after
-        self.tokens: list[torch.Tensor] = []
-        self.n_prompts = self.n_seen = self.n_tokens = 0
-        self.fired = torch.zeros(d_sae, dtype=torch.long, device=device)
-        self.sums = torch.zeros(d_sae, dtype=torch.float64, device=device)
-        self.largest = torch.zeros(d_sae, device=device)
-        self.smallest = torch.full((d_sae,), torch.inf, device=device)
-        self.scales = Scales(d_sae, _HISTOGRAM_BINS, device)
-        self.top = ExamplePool(d_sae, n_top, window, device)
-        self.drawn = ExamplePool(d_sae * n_intervals, per_interval, window, device)
-        self.offsets = torch.arange(-before, after + 1, device=device)
-        self.generator = torch.Generator(device).manual_seed(seed)
-
-    def add(self, tokens: torch.Tensor, source: torch.Tensor, keep: torch.Tensor) -> None:
-        """Add prompts: tokens and mask `[prompts, context_size]`, source `[prompts, context_size, d_in]`."""
-        at_a_time = max(1, _ACTIVATION_VALUES // (tokens.shape[1] * int(self.sae.cfg.d_sae)))
-        for part, mask in zip(source.split(at_a_time), keep.split(at_a_time), strict=True):
-            acts = self.sae.encode(part)
-            if acts.is_sparse:
-                acts = acts.to_dense()
-            self._add(acts.float().mul_(mask[..., None]), mask)
-        self.tokens.append(tokens.to("cpu", torch.int32))
-        self.n_seen += tokens.numel()
-
-    def _add(self, acts: torch.Tensor, keep: torch.Tensor) -> None:
-        n_prompts, context, _ = acts.shape
-        first = self.n_prompts * context
-        self.n_prompts += n_prompts
-        self.n_tokens += int(keep.sum())
-        flat = acts.flatten(0, 1)
-        rows, latents = (flat > 0).nonzero(as_tuple=True)
-        firings = Firings(latents, first + rows, (first + rows) // context, flat[rows, latents])
-        if not len(latents):
-            return
-        self.fired += torch.bincount(latents, minlength=len(self.fired))
-        self.sums.index_add_(0, latents, firings.values.double())
-        self.largest.scatter_reduce_(0, latents, firings.values, "amax")
-        self.smallest.scatter_reduce_(0, latents, firings.values, "amin")
-        doublings = self.scales.grow(self.largest)
-        for step in range(int(doublings.max())):
-            self.drawn.join_pairs((doublings > step).nonzero().squeeze(1), self.n_intervals)
-        self.scales.add(firings)
-
-        strongest = self._strongest_per_prompt(firings)
-        self._keep(self.top, strongest, strongest.latents, strongest.values, acts, first)
-        interval = self.scales.bin_of(firings, self.n_intervals)
-        keys = torch.rand(len(latents), generator=self.generator, device=acts.device)
-        self._keep(self.drawn, firings, latents * self.n_intervals + interval, keys, acts, first)
-
-    def _strongest_per_prompt(self, firings: Firings) -> Firings:
-        """Each latent's strongest firing of every prompt, of those that may be among its strongest of all."""
-        firings = firings[firings.values > self.top.rank.amin(dim=1)[firings.latents]]
-        order = firings.values.argsort(descending=True)
-        pair = firings.latents[order] * (self.n_prompts + 1) + firings.prompts[order]
-        pair, by_pair = pair.sort(stable=True)
-        is_first = torch.ones_like(pair, dtype=torch.bool)
-        is_first[1:] = pair[1:] != pair[:-1]
-        return firings[order[by_pair[is_first]]]
-
-    def _keep(
-        self,
-        pool: ExamplePool,
-        firings: Firings,
-        groups: torch.Tensor,
-        rank: torch.Tensor,
-        acts: torch.Tensor,
-        first: int,
-    ) -> None:
-        taken, groups, slots = pool.offer(groups, rank)
-        chosen, context = firings[taken], acts.shape[1]
-        column = chosen.positions[:, None] % context + self.offsets
-        inside = (column >= 0) & (column < context)
-        row = (chosen.positions - first) // context
-        windows = acts[row[:, None], column.clamp(0, context - 1), chosen.latents[:, None]] * inside
-        pool.put(
-            groups,
-            slots,
-            rank=rank[taken],
-            positions=chosen.positions,
-            values=chosen.values,
-            windows=windows,
-        )
-
-    def samples(self) -> Samples:
-        """All of it, sorted, on the CPU."""
-        d_sae = len(self.fired)
-        if not self.n_tokens:
-            raise ValueError("dataset: all its tokens are special tokens, so there is nothing to sample.")
-        return Samples(
-            tokens=torch.cat(self.tokens),
-            n_tokens=self.n_tokens,
-            fired=self.fired.cpu(),
-            sums=self.sums.cpu(),
-            largest=self.largest.cpu(),
-            smallest=torch.where(self.fired > 0, self.smallest, 0).cpu(),
-            scale=self.scales.scale.cpu(),
-            histogram=self.scales.counts.cpu(),
-            top=_sorted(self.top, d_sae),
-            intervals=_sorted(self.drawn, d_sae),
-            n_intervals=self.n_intervals,
-            before=self.before,
-            after=self.after,
-            about={},
-        )
-
-
-def _sorted(pool: ExamplePool, d_sae: int) -> Examples:
-    """A pool's examples by activation, missing ones last, the groups of a latent one after the other."""
-    order = torch.where(pool.positions < 0, -torch.inf, pool.values).argsort(dim=1, descending=True)
-    windows = pool.windows.gather(1, order[..., None].expand_as(pool.windows))
-    return Examples(
-        pool.positions.gather(1, order).view(d_sae, -1).cpu(),
-        pool.values.gather(1, order).view(d_sae, -1).cpu(),
-        windows.view(d_sae, -1, windows.shape[-1]).cpu(),
-    )
+    if n_intervals not in (2, 4, 8, 16, 32, HISTOGRAM_BINS):
+        raise ValueError(f"n_intervals={n_intervals} must be a power of two from 2 to {HISTOGRAM_BINS}.")

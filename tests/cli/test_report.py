@@ -97,7 +97,7 @@ def test_an_interrupted_call_leaves_nothing(run: Path, call: Any, monkeypatch: p
     def interrupted(_: Any) -> None:
         raise RuntimeError("interrupted")
 
-    monkeypatch.setattr(collect._Collector, "samples", interrupted)
+    monkeypatch.setattr(collect.Collector, "samples", interrupted)
     before = sorted(path.name for path in run.iterdir())
     assert call("samples", run, *FEW)[0] == 1
     assert sorted(path.name for path in run.iterdir()) == before
