@@ -6,7 +6,10 @@ that is no more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from saelens_matryoshka.evaluation.tokens import special_token_ids, token_batche
 from saelens_matryoshka.prefixes import inference_model
 from saelens_matryoshka.report.collector import HISTOGRAM_BINS, Collector
 from saelens_matryoshka.report.samples import Samples
+from saelens_matryoshka.report.unfinished import Unfinished
 
 
 @torch.no_grad()
@@ -39,6 +43,7 @@ def collect_samples(
     seed: int = 0,
     model_kwargs: Mapping[str, Any] | None = None,
     on_progress: Callable[[int], None] | None = None,
+    unfinished: Unfinished | None = None,
 ) -> Samples:
     """The strongest examples of every latent, and a uniform sample of its firings in intervals of strength.
 
@@ -63,8 +68,11 @@ def collect_samples(
         seed: Of the drawing.
         model_kwargs: Passed on when the language model is called.
         on_progress: Called with the number of tokens done after every batch.
+        unfinished: Where the state is kept until the end, and taken from if it is there: a collection that
+            was ended goes on. The caller removes it once the samples are safe. None: nowhere.
 
     Raises:
+        RunStopped: SIGINT or SIGTERM has come, and the state is kept in `unfinished`.
         ValueError: a number is out of range, the model has no such hook, its norms are folded otherwise than
             those of the model the SAE was trained on, or the dataset has no tokens.
     """
@@ -84,23 +92,55 @@ def collect_samples(
     was_training, had_reshaping = model.training, sae.hook_z_reshaping_mode
     model.eval()
     sae.turn_off_forward_pass_hook_z_reshaping()  # heads are flattened here
+    batches = functools.partial(
+        token_batches, sae, model, dataset, n_tokens, context_size, batch_size_prompts
+    )
     try:
-        for tokens in token_batches(sae, model, dataset, n_tokens, context_size, batch_size_prompts):
-            source = hook_activations(model, tokens, [hook], model_kwargs)[hook]
-            if sae.cfg.metadata.hook_head_index is not None:
-                source = source[:, :, sae.cfg.metadata.hook_head_index]
-            keep = torch.zeros_like(tokens, dtype=torch.bool)
-            keep[:, slice(*(sae.cfg.metadata.seqpos_slice or (None,)))] = True
-            if excluded is not None:
-                keep &= ~torch.isin(tokens, excluded.to(tokens.device))
-            collector.add(tokens, source.flatten(2).to(sae.device, sae.dtype), keep.to(sae.device))
-            if on_progress is not None:
-                on_progress(collector.n_seen)
+        with nullcontext() if unfinished is None else unfinished.kept() as keep_state:
+            for tokens in _still_to_do(batches, collector, unfinished):
+                source = hook_activations(model, tokens, [hook], model_kwargs)[hook]
+                if sae.cfg.metadata.hook_head_index is not None:
+                    source = source[:, :, sae.cfg.metadata.hook_head_index]
+                keep = torch.zeros_like(tokens, dtype=torch.bool)
+                keep[:, slice(*(sae.cfg.metadata.seqpos_slice or (None,)))] = True
+                if excluded is not None:
+                    keep &= ~torch.isin(tokens, excluded.to(tokens.device))
+                collector.add(tokens, source.flatten(2).to(sae.device, sae.dtype), keep.to(sae.device))
+                if on_progress is not None:
+                    on_progress(collector.n_seen)
+                if keep_state is not None:
+                    keep_state(collector)
     finally:
         model.train(was_training)
         if had_reshaping:
             sae.turn_on_forward_pass_hook_z_reshaping()
     return collector.samples()
+
+
+def _still_to_do(
+    batches: Callable[[], Iterator[torch.Tensor]], collector: Collector, unfinished: Unfinished | None
+) -> Iterator[torch.Tensor]:
+    """The batches that the collector has not had, once it is as it was left."""
+    todo = batches()
+    state = None if unfinished is None else unfinished.load()
+    if state is None:
+        return todo
+    if _goes_over(todo, state["tokens"]):
+        collector.restore(state)
+        return todo
+    warnings.warn("The text is not what it was when the collection was ended: starting anew.", stacklevel=3)
+    return batches()
+
+
+def _goes_over(batches: Iterator[torch.Tensor], tokens: torch.Tensor) -> bool:
+    """Go over as many prompts as were collected `[prompts, context_size]`, and say whether they are these."""
+    n_done = 0
+    while n_done < len(tokens):
+        batch = next(batches, None)
+        if batch is None or not torch.equal(batch.cpu().int(), tokens[n_done : n_done + len(batch)]):
+            return False
+        n_done += len(batch)
+    return True
 
 
 def _check(
