@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from saelens_matryoshka.cli.interruption import interruptible
 from saelens_matryoshka.cli.output import quieten
 from saelens_matryoshka.cli.settings import read_layers
 
@@ -35,6 +36,7 @@ def register(app: typer.Typer) -> None:
     )(estimate)
 
 
+@interruptible("Nothing is kept of an estimate: call it again.")
 def estimate(
     context: typer.Context,
     preset: Annotated[str | None, typer.Option(help="Settings that go with a model.")] = None,

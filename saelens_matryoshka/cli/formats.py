@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from saelens_matryoshka.cli.inputs import load_language_model, load_text, pick_device
+from saelens_matryoshka.cli.interruption import interruptible
 from saelens_matryoshka.cli.output import quieten
 
 FROM = "saelens, sparsify, dictionary-learning, circuit-tracer, gemma-scope, gemma-scope-2, llamascopium or "
@@ -49,6 +50,7 @@ def register(app: typer.Typer) -> None:
     app.command("export")(export)
 
 
+@interruptible("A folder is written whole or not at all: call it again if it is not there.")
 def import_(
     src: Annotated[
         str,
@@ -109,6 +111,7 @@ def import_(
     console.print(f'\nIn {out}. SAE.load_from_disk("{where}") loads it.', highlight=False, markup=False)
 
 
+@interruptible("A folder is written whole or not at all: call it again if it is not there.")
 def export(
     path: Annotated[
         Path, typer.Argument(help="Folder of a stock model, or of several (layer_0, layer_1, ...).")

@@ -93,11 +93,11 @@ def test_a_second_call_takes_what_is_there_and_mixes_nothing(
     assert not (run / "samples" / "json").exists(), "of the weights before"
 
 
-def test_an_interrupted_call_leaves_nothing(run: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(_: Any) -> None:
-        raise RuntimeError("interrupted")
+def test_a_call_that_fails_leaves_no_folder(run: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> None:
+        raise RuntimeError("no space left")
 
-    monkeypatch.setattr(collect._Collector, "samples", interrupted)
+    monkeypatch.setattr(Samples, "save", failing)
     before = sorted(path.name for path in run.iterdir())
     assert call("samples", run, *FEW)[0] == 1
     assert sorted(path.name for path in run.iterdir()) == before
