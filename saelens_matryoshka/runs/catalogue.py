@@ -10,12 +10,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-import filelock
 from rich import box
 from rich.table import Table
 
 from saelens_matryoshka.runs.folder import RunFolder
-from saelens_matryoshka.runs.lock import LOCK
+from saelens_matryoshka.runs.lock import is_locked
 from saelens_matryoshka.runs.metrics_log import read_metrics_log
 
 _PREFIX_METRICS = ("width", "fvu", "l0", "dead_fraction", "ce_recovered", "kl")
@@ -74,7 +73,8 @@ def _read(folder: RunFolder) -> Run | None:
     if config.get("completed_at"):
         status = "done"
     else:
-        status = "running" if _is_locked(folder.path) else "interrupted"
+        held = folder.path.parent if config.get("lockstep") else folder.path
+        status = "running" if is_locked(held) else "interrupted"
     try:
         log = read_metrics_log(folder.metrics_log)
         run = Run(
@@ -118,19 +118,6 @@ def _logged(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = [{**unknown, "width": int(width), "fvu": fvu} for width, fvu in last["fvu_per_prefix"].items()]
     rows[-1] |= {"l0": last["l0"], "dead_fraction": last["dead"]}
     return rows
-
-
-def _is_locked(folder: Path) -> bool:
-    """Whether a live process trains in a folder."""
-    if not (folder / LOCK).exists():
-        return False
-    lock = filelock.FileLock(folder / LOCK)
-    try:
-        lock.acquire(blocking=False)
-    except (filelock.Timeout, OSError):
-        return True
-    lock.release()
-    return False
 
 
 def runs_table(runs: list[Run], *, prefixes: bool = False) -> Table:

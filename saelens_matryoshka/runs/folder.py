@@ -107,9 +107,11 @@ class RunFolder:
         write_atomically(self.config, "\n".join(lines) + "\n")
 
     def add_record(self, name: str, value: Any) -> None:
-        """Add to what config.yaml says about the run."""
+        """Say something about the run in config.yaml, in place of what it said of that name before."""
         assert name in RECORDS
-        write_atomically(self.config, self.config.read_text(encoding="utf-8") + _line(name, value) + "\n")
+        lines = self.config.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if not line.startswith(f"{name}:")]
+        write_atomically(self.config, "\n".join([*kept, _line(name, value)]) + "\n")
 
     def read(self) -> dict[str, Any]:
         """config.yaml as a dictionary: settings by name, and the records.

@@ -52,7 +52,7 @@ _RESERVED = {"checkpoint_path": "checkpoints are kept in the run's folder. Choos
 # What another run must not repeat.
 _OF_ONE_FOLDER = {*_RESERVED, "output_path", "resume_from_checkpoint", "wandb_id", "run_name"}
 # What the file of a finished run says beside its settings.
-RECORDS = ("started_at", "completed_at", "versions", "command", "wandb", "upkeep")
+RECORDS = ("started_at", "completed_at", "versions", "command", "wandb", "upkeep", "lockstep")
 
 TINY_TEXT = "the Python standard library"
 

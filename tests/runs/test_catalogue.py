@@ -90,6 +90,19 @@ def test_a_run_can_be_named_like_markup(tmp_path: Path) -> None:
     assert "[bold]x[" in _shown(tmp_path)
 
 
+def test_a_lock_that_is_not_ours_to_open_is_not_taken_for_a_live_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _run(tmp_path, "gpt2/mlp-8/a", done=False)
+    (folder / ".lock").touch()
+
+    def denied(*_args: Any, **_kwargs: Any) -> None:
+        raise PermissionError(13, "denied")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", denied)
+    assert [run.status for run in find_runs(tmp_path)] == ["interrupted"]
+
+
 def test_no_folder_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no folder"):
         find_runs(tmp_path / "results")
