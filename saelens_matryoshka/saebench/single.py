@@ -122,7 +122,7 @@ class Bench:
         path = self._file(item, width, ".json")
         if not path.exists():
             return None
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         if record["fingerprint"] != self._fingerprint(item, width, options):
             return "other"
         return PrefixEval.from_dict(record)
@@ -144,7 +144,7 @@ class Bench:
             result = PrefixEval(item.name, width, space, None, {}, skipped=reason)
         else:
             try:
-                with log.open("w") as stream, _output_to(stream):
+                with log.open("w", encoding="utf-8") as stream, _output_to(stream):
                     l0, metrics = self._bench(item, width, options)
                 result = PrefixEval(item.name, width, space, l0, metrics)
             except patches.Unsuitable as error:
@@ -316,9 +316,8 @@ def _output_to(stream: Any) -> Iterator[None]:
 def _reason(error: Exception, log: Path) -> str:
     """The error, with what SAEBench said last."""
     marks = ("Failed to evaluate", "Cannot evaluate", "Failed to load")
-    said = [
-        line[line.index(mark) :] for line in log.read_text().splitlines() for mark in marks if mark in line
-    ]
+    lines = log.read_text(encoding="utf-8").splitlines()
+    said = [line[line.index(mark) :] for line in lines for mark in marks if mark in line]
     reason = ": ".join([str(error) or type(error).__name__, *said[-1:]])
     if "Dataset scripts are no longer supported" in reason:
         reason += (
