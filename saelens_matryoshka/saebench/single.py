@@ -110,6 +110,20 @@ class Bench:
     def _sae_fingerprint(self) -> str:
         return hash_of([self.sae.cfg.architecture(), hash_of_tensors(self.sae.state_dict())])
 
+    @cached_property
+    def _subject(self) -> str:
+        """Hash of what all evals have in common: results of the same subject make one table."""
+        metadata = self.sae.cfg.metadata
+        return hash_of(
+            {
+                "sae": self._sae_fingerprint,
+                "model": self._model_fingerprint,
+                "hooks": [metadata.hook_name, metadata.hook_name_out],
+                "seed": self.seed,
+                "sae_bench": VERSION,
+            }
+        )
+
     # ---- results on disk
 
     def _file(self, item: _evals.Eval, width: int, suffix: str) -> Path:
@@ -126,6 +140,12 @@ class Bench:
         if record["fingerprint"] != self._fingerprint(item, width, options):
             return "other"
         return PrefixEval.from_dict(record)
+
+    def kept(self) -> list[PrefixEval]:
+        """Every result that is there of this SAE, language model and seed, each with settings of its own."""
+        files = [path for name in _evals.EVALS for path in self.out.glob(f"width-*/{name}.json")]
+        records = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+        return [PrefixEval.from_dict(one) for one in records if one.get("subject") == self._subject]
 
     # ---- evaluation
 
@@ -160,6 +180,7 @@ class Bench:
             "seed": self.seed,
             "seconds": round(time.monotonic() - started, 1),
             "sae_bench": VERSION,
+            "subject": self._subject,
             "fingerprint": self._fingerprint(item, width, options),
         }
         write_atomically(self._file(item, width, ".json"), json.dumps(record, indent=2))
