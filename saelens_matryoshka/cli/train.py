@@ -14,7 +14,7 @@ import typer
 from rich import box
 from rich.console import Console
 
-from saelens_matryoshka.cli.output import plain, quieten
+from saelens_matryoshka.cli.output import quieten
 from saelens_matryoshka.cli.settings import read_layers
 
 if TYPE_CHECKING:
@@ -286,7 +286,7 @@ def told_how_to_go_on(folder: Path, console: Console) -> Iterator[None]:
     except RunStopped as stopped:
         again = f"saelens-matryoshka train --resume {shlex.quote(str(folder))}"
         console.print(
-            f"\n{plain(stopped)}\nTo go on: {again}",
+            f"\n{stopped}\nTo go on: {again}",
             soft_wrap=True,
             markup=False,
         )

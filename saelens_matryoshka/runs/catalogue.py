@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from saelens_matryoshka.runs.folder import RunFolder
 from saelens_matryoshka.runs.lock import is_locked
@@ -133,11 +134,11 @@ def runs_table(runs: list[Run], *, prefixes: bool = False) -> Table:
     for heading in ("tokens", "FVU", "L0", "dead", "CE rec."):
         table.add_column(heading, justify="right", no_wrap=True)
     for (model, mapping), group in groupby(runs, key=lambda run: (run.model, run.mapping)):
-        table.add_row(f"[bold]{_escaped(model)} · {_escaped(mapping)}[/]")
+        table.add_row(Text(f"{model} · {mapping}", "bold"))
         for run in group:
             shown = run.prefixes if prefixes else run.prefixes[-1:]
             whole = _metrics(shown[-1], run.evaluated) if shown else ["-"] * 4
-            table.add_row(_escaped(run.name), run.status, _tokens(run), *whole)
+            table.add_row(Text(run.name), run.status, _tokens(run), *whole)
             for row in shown[-2::-1]:
                 table.add_row(f"  first {row['width']:,}", "", "", *_metrics(row, run.evaluated))
         table.add_section()
@@ -164,7 +165,3 @@ def _short(n: int) -> str:
         if n >= size:
             return f"{n / size:.3g}{letter}"
     return str(n)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")

@@ -87,7 +87,9 @@ def test_prefixes_have_a_row_each_when_asked_for(tmp_path: Path) -> None:
 
 def test_a_run_can_be_named_like_markup(tmp_path: Path) -> None:
     _run(tmp_path, "gpt2/mlp-8/[bold]x[", done=False)
+    _run(tmp_path, "gpt2/mlp-8/a\\[b]", done=False)
     assert "[bold]x[" in _shown(tmp_path)
+    assert "a\\[b]" in _shown(tmp_path)
 
 
 def test_a_lock_that_is_not_ours_to_open_is_not_taken_for_a_live_process(
