@@ -105,6 +105,19 @@ def test_a_lock_that_is_not_ours_to_open_is_not_taken_for_a_live_process(
     assert [run.status for run in find_runs(tmp_path)] == ["interrupted"]
 
 
+def test_a_run_whose_metrics_are_damaged_is_listed_as_such(tmp_path: Path) -> None:
+    log = _run(tmp_path, "gpt2/mlp-8/a-log", done=False) / "metrics.jsonl"
+    log.write_text("not json\n" + log.read_text())
+    (_run(tmp_path, "gpt2/mlp-8/b-evaluation") / "metrics.json").write_text("{")
+    assert [(run.name, run.status) for run in find_runs(tmp_path)] == [
+        ("a-log", "damaged"),
+        ("b-evaluation", "damaged"),
+    ]
+    shown = "".join(_shown(tmp_path).split())
+    assert "metrics.jsonl,line1:expectedaJSONobject" in shown
+    assert "metrics.jsonisnoevaluation" in shown
+
+
 def test_no_folder_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no folder"):
         find_runs(tmp_path / "results")

@@ -24,7 +24,7 @@ from saelens_matryoshka.runs.layers import (
     resume_many,
     train_many,
 )
-from saelens_matryoshka.runs.metrics_log import read_metrics_log
+from saelens_matryoshka.runs.recorded import read_lines
 from saelens_matryoshka.runs.training import resume_run
 
 
@@ -111,7 +111,7 @@ def test_each_run_has_its_folder_with_settings_metrics_and_evaluation(tmp_path: 
         found = folder.read()
         assert found["completed_at"]
         assert found["layer"] == int(name[-1])
-        assert [line["step"] for line in read_metrics_log(folder.metrics_log)] == [1, 2, 4, 6]
+        assert [line["step"] for line in read_lines(folder.metrics_log)] == [1, 2, 4, 6]
         fvu = json.loads(folder.metrics.read_text())["prefixes"][-1]["fvu"]
         assert results[name].prefixes[-1].fvu == fvu
     assert train_many(_settings(), tmp_path / "p") == {}
@@ -137,7 +137,7 @@ def test_a_stopped_run_goes_on_with_the_same_call(tmp_path: Path, monkeypatch: p
             load_file(tmp_path / parent / name / SAE_WEIGHTS_FILENAME) for parent in ("p", "straight")
         )
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-        log = read_metrics_log(RunFolder(tmp_path / "p" / name).metrics_log)
+        log = read_lines(RunFolder(tmp_path / "p" / name).metrics_log)
         assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
 
 
@@ -179,7 +179,7 @@ def test_runs_in_lockstep_are_resumed_together_as_they_were_kept(
 
     assert list(resume_many(parent)) == ["mlp-0", "mlp-1"]
     assert {path.name for path in (parent / "checkpoints").iterdir()} > checkpoints
-    log = read_metrics_log(RunFolder(parent / "mlp-0").metrics_log)
+    log = read_lines(RunFolder(parent / "mlp-0").metrics_log)
     assert [line["step"] for line in log] == [1, 3, 6]
     assert len(wandb_ids) == 2
     assert len(set(wandb_ids)) == 1
