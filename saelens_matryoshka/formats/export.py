@@ -16,12 +16,13 @@ from huggingface_hub.utils import validate_repo_id
 
 from saelens_matryoshka.formats.card import write_card
 from saelens_matryoshka.formats.coder import SparseCoder, build, from_saelens
-from saelens_matryoshka.formats.files import FormatError, new_folder, read_json, require_new
+from saelens_matryoshka.formats.files import FormatError, new_folder, require_new
 from saelens_matryoshka.formats.layout import block_hook
 from saelens_matryoshka.formats.registry import FORMATS, Given, Writer, get_format, load
 from saelens_matryoshka.formats.sources import Folder, Source, open_source
 from saelens_matryoshka.formats.thresholds import keep_topk
 from saelens_matryoshka.prefixes import truncate
+from saelens_matryoshka.runs.recorded import read_evaluation
 
 EVALUATION = "evaluation.json"
 # Names that Windows keeps for devices.
@@ -39,7 +40,7 @@ class Model:
     name: str
     """of its folder in a set, such as "layer_3" """
     evaluation: dict[str, Any] | None = None
-    """its `evaluation.json`, if there is one"""
+    """of its prefixes, if there is one"""
 
 
 # ---- in
@@ -212,25 +213,22 @@ def export_models(
             export_one(folder)
         for writer in writers.values():
             writer.close()
-        write_card(partial, format, list(sets.items()), repo_id)
+        write_card(partial, format, list(sets.items()), repo_id, several=several)
     return [out / name for name in names.values()]
 
 
 def _evaluation(folder: Path) -> dict[str, Any] | None:
-    path = folder / EVALUATION
-    if not path.is_file():
+    try:
+        return read_evaluation(folder)
+    except ValueError:  # of no use in a card, and no reason not to export the weights
         return None
-    evaluation = read_json(path)
-    rows = evaluation.get("prefixes")
-    return evaluation if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) else None
 
 
 def _rows_up_to(evaluation: dict[str, Any] | None, width: int) -> dict[str, Any] | None:
     """The evaluation of a prefix: that of the prefixes it has."""
     if evaluation is None:
         return None
-    rows = [row for row in evaluation["prefixes"] if isinstance(row.get("width"), int)]
-    return {**evaluation, "prefixes": [row for row in rows if row["width"] <= width]}
+    return {**evaluation, "prefixes": [row for row in evaluation["prefixes"] if row["width"] <= width]}
 
 
 def upload(folder: Path, repo_id: str, *, private: bool = False) -> str:
