@@ -370,7 +370,9 @@ def new_folder(out: Path) -> Generator[Path, None, None]:
         # mkdtemp's folder is for its owner alone
         partial.chmod(0o777 & ~_umask())
         require_new(out)
-        partial.replace(out)
+        if out.is_dir():  # empty; Windows renames over no folder, not even over such a one
+            out.rmdir()
+        partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

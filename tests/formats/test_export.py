@@ -179,6 +179,26 @@ def test_nothing_is_written_over(stock: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "config.yaml").read_text() == mine
 
 
+def test_an_empty_folder_is_taken_where_nothing_is_renamed_over_it(
+    stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows, by either name of renaming."""
+
+    def renaming(rename: Any) -> Any:
+        def only_where_nothing_is(path: Path, target: Path) -> Path:
+            if target.exists():
+                raise FileExistsError(target)
+            return rename(path, target)
+
+        return only_where_nothing_is
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(Path, name, renaming(getattr(Path, name)))
+    (tmp_path / "out").mkdir()
+    export_models(stock, "circuit-tracer", tmp_path / "out")
+    assert (tmp_path / "out" / "config.yaml").is_file()
+
+
 def test_what_is_no_model_is_said_so(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(FormatError, match="holds no SAELens model"):
