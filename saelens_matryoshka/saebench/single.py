@@ -26,11 +26,11 @@ from sae_lens import SAE
 from transformer_lens import HookedTransformer
 
 from saelens_matryoshka.atomic import write_atomically
+from saelens_matryoshka.fingerprint import hash_of, hash_of_tensors
 from saelens_matryoshka.prefixes import inference_model, truncate
 from saelens_matryoshka.saebench import evals as _evals
 from saelens_matryoshka.saebench import patches
 from saelens_matryoshka.saebench.data import LabelledText
-from saelens_matryoshka.saebench.fingerprint import hash_of, hash_of_tensors
 from saelens_matryoshka.saebench.process import complete_cache
 from saelens_matryoshka.saebench.requirements import VERSION
 from saelens_matryoshka.saebench.result import PrefixEval
