@@ -343,11 +343,12 @@ def _summary(settings: Settings) -> str:
 
 
 def _show_plan(settings: Settings, folder: RunFolder, console: Console, *, as_json: bool) -> None:
+    from saelens_matryoshka.runs.estimate import estimate
+
     values = settings.values()
     if as_json:
-        estimate = _estimate(settings)
         plan = {"folder": str(folder.path), "mapping": settings.mapping, "settings": values}
-        print(json.dumps({**plan, "estimate": estimate and estimate.to_dict()}, indent=2))
+        print(json.dumps({**plan, "estimate": estimate(settings.cfg).to_dict()}, indent=2))
         return
     from rich.table import Table
 
@@ -362,19 +363,8 @@ def _show_plan(settings: Settings, folder: RunFolder, console: Console, *, as_js
     n_left = len(values) - len(settings.given)
     console.print(f"{n_left} other settings are SAELens's defaults; --json prints them too.")
     with console.status("estimating memory and time"):
-        estimate = _estimate(settings)
-    if estimate is not None:
-        console.print(estimate.tables())
-
-
-def _estimate(settings: Settings) -> Any:
-    """What the run will take, an `Estimate`; None in a release without `saelens_matryoshka.runs.estimate`."""
-    from importlib import import_module
-    from importlib.util import find_spec
-
-    if find_spec("saelens_matryoshka.runs.estimate") is None:
-        return None
-    return import_module("saelens_matryoshka.runs.estimate").estimate(settings.cfg)
+        tables = estimate(settings.cfg).tables()
+    console.print(tables)
 
 
 def _print_all_help(context: typer.Context) -> None:

@@ -251,11 +251,6 @@ def read_pickle(
     return floats | {name: t.clone() for name, t in tensors.items() if name in kept}
 
 
-def pickle_names(path: Path) -> set[str]:
-    """Names of the tensors in a `torch.save` file."""
-    return set(_unpickle(path))
-
-
 def _unpickle(path: Path) -> dict[str, torch.Tensor]:
     try:
         with zipfile.ZipFile(path) as archive:
