@@ -14,6 +14,7 @@ from typing import Any
 
 from huggingface_hub.utils import validate_repo_id
 
+from saelens_matryoshka.file_names import unreserved
 from saelens_matryoshka.formats.card import write_card
 from saelens_matryoshka.formats.coder import SparseCoder, build, from_saelens
 from saelens_matryoshka.formats.files import FormatError, new_folder, require_new
@@ -25,8 +26,6 @@ from saelens_matryoshka.prefixes import truncate
 from saelens_matryoshka.runs.recorded import read_evaluation
 
 EVALUATION = "evaluation.json"
-# Names that Windows keeps for devices.
-_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 Change = Callable[[SparseCoder], SparseCoder]
 """What to do with each model on the way, e.g. fit thresholds"""
 
@@ -118,8 +117,7 @@ def _names(coders: Sequence[SparseCoder]) -> list[str]:
 
 def _fit(hook: str) -> str:
     """A hook's name as that of a folder, on any system."""
-    name = re.sub(r"[^\w.-]", "_", hook).strip(".") or "model"
-    return f"{name}_" if _RESERVED.fullmatch(name) else name
+    return unreserved(re.sub(r"[^\w.-]", "_", hook).strip(".") or "model")
 
 
 # ---- out
