@@ -19,7 +19,7 @@ from saelens_matryoshka.formats.card import write_card
 from saelens_matryoshka.formats.coder import SparseCoder, build, from_saelens
 from saelens_matryoshka.formats.files import FormatError, new_folder, require_new
 from saelens_matryoshka.formats.layout import block_hook
-from saelens_matryoshka.formats.registry import FORMATS, Given, Writer, get_format, load
+from saelens_matryoshka.formats.registry import FORMATS, Unstated, Writer, get_format, load
 from saelens_matryoshka.formats.sources import Folder, Source, open_source
 from saelens_matryoshka.formats.thresholds import keep_topk
 from saelens_matryoshka.prefixes import truncate
@@ -51,7 +51,7 @@ def import_models(
     out: Path,
     *,
     item: str | None = None,
-    given: Given | None = None,
+    given: Unstated | None = None,
     change: Change | None = None,
 ) -> list[Model]:
     """Write what a source holds as stock SAELens folders: `out` itself for one, `out/layer_N` for several.
