@@ -15,7 +15,7 @@ from rich import box
 from rich.console import Console
 
 from saelens_matryoshka.cli.output import quieten
-from saelens_matryoshka.cli.settings import read_layers
+from saelens_matryoshka.cli.settings import read_sources
 
 if TYPE_CHECKING:
     from saelens_matryoshka.evaluation.result import EvalResult
@@ -186,7 +186,7 @@ def train(
             "layer": layer,
             "log_to_wandb": wandb or None,
         }
-        layers, name_in_file, runs = read_layers(
+        sources, name_in_file, runs = read_sources(
             context.args, preset=preset, config=config, own=own, cache=cache
         )
         name = name_in_file if name is None else name
@@ -200,7 +200,7 @@ def train(
         if layer is not None:
             raise ValueError(f"--layer {layer} is of a single run: with several, give --layers.")
         train_layers(
-            layers,
+            sources,
             each_of(layers_, mapping, runs),
             out=out,
             name=name,
@@ -213,7 +213,7 @@ def train(
         )
         return
     with console.status("resolving the settings"):
-        settings = resolve(layers, recommended=not saelens_defaults)
+        settings = resolve(sources, recommended=not saelens_defaults)
         folder = _folder(settings, out, name)
         folder.require_unused()
         if not dry_run:

@@ -130,7 +130,7 @@ class RunFolder:
         return found
 
     def settings(self) -> dict[str, Given]:
-        """The settings, as a layer for `saelens_matryoshka.runs.settings.resolve`."""
+        """The settings, as a source for `saelens_matryoshka.runs.settings.resolve`."""
         origin = str(self.config)
         return {name: Given(value, origin) for name, value in self.read().items() if name not in RECORDS}
 

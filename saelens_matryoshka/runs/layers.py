@@ -23,7 +23,7 @@ from saelens_matryoshka.runs.folder import RunFolder, now, require_name, version
 from saelens_matryoshka.runs.keeper import Keeper, Upkeep
 from saelens_matryoshka.runs.lock import locked
 from saelens_matryoshka.runs.metrics_log import MetricsLog
-from saelens_matryoshka.runs.settings import Layer, Settings, resolve
+from saelens_matryoshka.runs.settings import Settings, SettingsSource, resolve
 from saelens_matryoshka.runs.training import (
     evaluate_run,
     overrides,
@@ -86,12 +86,12 @@ def each_of(layers: str | None, mapping: str | None, runs: Any = None) -> list[d
 
 
 def resolve_many(
-    layers: Sequence[Layer], each: Sequence[Layer], *, recommended: bool = True
+    sources: Sequence[SettingsSource], each: Sequence[SettingsSource], *, recommended: bool = True
 ) -> dict[str, Settings]:
     """The settings of every run, by the name of its folder.
 
     Args:
-        layers: Common to all, lowest first.
+        sources: Common to all, lowest first.
         each: What is given of each on top; `name` is its folder's, by default its mapping.
         recommended: As in `resolve`.
 
@@ -102,7 +102,7 @@ def resolve_many(
     for one in each:
         own = dict(one)
         name = own.pop("name", None)
-        settings = resolve([*layers, own], recommended=recommended)
+        settings = resolve([*sources, own], recommended=recommended)
         label = re.sub(r"[^\w.,+-]", "_", settings.mapping) if name is None else str(name.value)
         require_name(label)
         if label in found:
