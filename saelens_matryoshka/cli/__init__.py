@@ -6,6 +6,7 @@ import sys
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from saelens_matryoshka.cli import (
     cache,
@@ -21,7 +22,6 @@ from saelens_matryoshka.cli import (
     samples,
     train,
 )
-from saelens_matryoshka.cli.output import plain
 
 app = typer.Typer(
     name="saelens-matryoshka",
@@ -58,5 +58,6 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {plain(error)}", highlight=False)
+        told = Text.assemble(("error:", "bold red"), f" {str(error) or type(error).__name__}")
+        Console(stderr=True).print(told)
         sys.exit(1)

@@ -87,10 +87,10 @@ def import_(
     quieten()
     with console.status("loading"):
         from saelens_matryoshka.formats.export import import_models
-        from saelens_matryoshka.formats.registry import Given
+        from saelens_matryoshka.formats.registry import Unstated
 
         change = _change(model, frame=frame, calibrate=calibrate, l0=l0, tokens=tokens, dataset=dataset)
-        given = Given(
+        given = Unstated(
             widths=_widths(widths),
             hook_name=hook_name,
             hook_name_out=hook_name_out,

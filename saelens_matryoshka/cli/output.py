@@ -6,7 +6,6 @@ import logging
 import os
 import warnings
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console, RenderableType
 
@@ -55,9 +54,3 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message)
     logging.getLogger("sae_lens").setLevel(logging.ERROR)
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it logs what it then raises
-
-
-def plain(error: BaseException) -> Any:
-    """An error's message, safe to print in rich markup."""
-    text = str(error) or type(error).__name__
-    return text.replace("[", r"\[")

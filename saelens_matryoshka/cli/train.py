@@ -14,8 +14,8 @@ import typer
 from rich import box
 from rich.console import Console
 
-from saelens_matryoshka.cli.output import plain, quieten
-from saelens_matryoshka.cli.settings import read_layers
+from saelens_matryoshka.cli.output import quieten
+from saelens_matryoshka.cli.settings import read_sources
 
 if TYPE_CHECKING:
     from saelens_matryoshka.evaluation.result import EvalResult
@@ -196,7 +196,7 @@ def train(
             "layer": layer,
             "log_to_wandb": wandb or None,
         }
-        layers, name_in_file, runs = read_layers(
+        sources, name_in_file, runs = read_sources(
             context.args, preset=preset, config=config, own=own, cache=cache
         )
         name = name_in_file if name is None else name
@@ -210,7 +210,7 @@ def train(
         if layer is not None:
             raise ValueError(f"--layer {layer} is of a single run: with several, give --layers.")
         train_layers(
-            layers,
+            sources,
             each_of(layers_, mapping, runs),
             out=out,
             name=name,
@@ -223,7 +223,7 @@ def train(
         )
         return
     with console.status("resolving the settings"):
-        settings = resolve(layers, recommended=not saelens_defaults)
+        settings = resolve(sources, recommended=not saelens_defaults)
         folder = _folder(settings, out, name)
         folder.require_unused()
         if not dry_run:
@@ -305,7 +305,7 @@ def told_how_to_go_on(folder: Path, console: Console) -> Iterator[None]:
     except RunStopped as stopped:
         again = f"saelens-matryoshka train --resume {shlex.quote(str(folder))}"
         console.print(
-            f"\n{plain(stopped)}\nTo go on: {again}",
+            f"\n{stopped}\nTo go on: {again}",
             soft_wrap=True,
             markup=False,
         )
@@ -362,11 +362,12 @@ def _summary(settings: Settings) -> str:
 
 
 def _show_plan(settings: Settings, folder: RunFolder, console: Console, *, as_json: bool) -> None:
+    from saelens_matryoshka.runs.estimate import estimate
+
     values = settings.values()
     if as_json:
-        estimate = _estimate(settings)
         plan = {"folder": str(folder.path), "mapping": settings.mapping, "settings": values}
-        print(json.dumps({**plan, "estimate": estimate and estimate.to_dict()}, indent=2))
+        print(json.dumps({**plan, "estimate": estimate(settings.cfg).to_dict()}, indent=2))
         return
     from rich.table import Table
 
@@ -381,19 +382,8 @@ def _show_plan(settings: Settings, folder: RunFolder, console: Console, *, as_js
     n_left = len(values) - len(settings.given)
     console.print(f"{n_left} other settings are SAELens's defaults; --json prints them too.")
     with console.status("estimating memory and time"):
-        estimate = _estimate(settings)
-    if estimate is not None:
-        console.print(estimate.tables())
-
-
-def _estimate(settings: Settings) -> Any:
-    """What the run will take, an `Estimate`; None in a release without `saelens_matryoshka.runs.estimate`."""
-    from importlib import import_module
-    from importlib.util import find_spec
-
-    if find_spec("saelens_matryoshka.runs.estimate") is None:
-        return None
-    return import_module("saelens_matryoshka.runs.estimate").estimate(settings.cfg)
+        tables = estimate(settings.cfg).tables()
+    console.print(tables)
 
 
 def _print_all_help(context: typer.Context) -> None:

@@ -18,8 +18,8 @@ from typing import Any
 
 from sae_lens import SAE
 
+from saelens_matryoshka.fingerprint import hash_of_tensors
 from saelens_matryoshka.report.samples import Samples, has_samples
-from saelens_matryoshka.saebench.fingerprint import hash_of_tensors
 
 _SHOWN = {"weights": "other weights"}
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -124,7 +125,7 @@ def train_run(
                 command=list(command),
                 versions=versions(),
                 wandb={"id": settings.cfg.logger.wandb_id} if settings.cfg.logger.log_to_wandb else None,
-                upkeep={"log_every": log_every, **dataclasses.asdict(upkeep)},
+                upkeep=upkeep_record(log_every, upkeep),
                 started_at=now(),
             )
         return _run(runner, folder, job)
@@ -148,14 +149,19 @@ def resume_run(
         **upkeep: What is to be other than at its start: fields of `Upkeep`.
 
     Raises:
-        ValueError: it is finished, in use, or not a run; or its settings no longer work.
+        ValueError: it is finished, in use, trained in lockstep with others, or not a run; or its settings no
+            longer work.
         RunStopped: as `train_run`.
     """
-    if folder.read().get("completed_at"):
-        raise ValueError(f"{folder.path} holds a finished run: there is nothing to go on with.")
     recorded = folder.read()
-    kept = dict(recorded.get("upkeep") or {}) | upkeep
-    log_every = kept.pop("log_every", 20)
+    if recorded.get("lockstep"):
+        parent = shlex.quote(str(folder.path.parent))
+        raise ValueError(
+            f"{folder.path} is trained in lockstep with others, and their checkpoints are of all together. "
+            f"To go on: saelens-matryoshka train --resume {parent}"
+        )
+    _require_unfinished(folder)
+    log_every, kept = recorded_upkeep(recorded, upkeep)
     settings = resolve([folder.settings()])
     if recorded.get("wandb"):
         settings.cfg.logger.wandb_id = recorded["wandb"]["id"]
@@ -163,6 +169,7 @@ def resume_run(
         checkpoints = Checkpoints(folder.checkpoints)
         if job.is_first:
             held.enter_context(locked(folder.path))
+            _require_unfinished(folder)  # another process may have held it until now
             checkpoints.clean()
             for name in _FINAL_FILES:  # of a run that was ended while it saved them
                 (folder.path / name).unlink(missing_ok=True)
@@ -170,7 +177,29 @@ def resume_run(
         if checkpoint is not None:
             warn_of_other_versions(checkpoint)
             settings.cfg.resume_from_checkpoint = str(checkpoint.path)
-        return _run(_runner(settings, folder, log_every, Upkeep(**kept), job), folder, job)
+        return _run(_runner(settings, folder, log_every, kept, job), folder, job)
+
+
+def _require_unfinished(folder: RunFolder) -> None:
+    if folder.read().get("completed_at"):
+        raise ValueError(f"{folder.path} holds a finished run: there is nothing to go on with.")
+
+
+def upkeep_record(log_every: int, upkeep: Upkeep) -> dict[str, Any]:
+    """How a run is kept, for its config.yaml: see `recorded_upkeep`."""
+    return {"log_every": log_every, **dataclasses.asdict(upkeep)}
+
+
+def recorded_upkeep(recorded: Mapping[str, Any], changed: Mapping[str, Any]) -> tuple[int, Upkeep]:
+    """Steps between two lines of the log, and how a run is kept, as its config.yaml says.
+
+    Args:
+        recorded: The contents of config.yaml.
+        changed: Fields of `Upkeep` that are to be other than recorded.
+    """
+    kept = {**(recorded.get("upkeep") or {}), **changed}
+    log_every = kept.pop("log_every", 20)
+    return log_every, Upkeep(**kept)
 
 
 def _runner(

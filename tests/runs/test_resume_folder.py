@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from saelens_matryoshka.cli import app
 from saelens_matryoshka.runs.folder import RunFolder
 from saelens_matryoshka.runs.lock import locked
-from saelens_matryoshka.runs.metrics_log import read_metrics_log
+from saelens_matryoshka.runs.recorded import read_lines
 from saelens_matryoshka.runs.training import RunRunner
 
 FLAGS = [
@@ -53,7 +53,7 @@ def _cli(*words: str) -> Any:
 
 
 def _result(run: RunFolder) -> dict[str, Any]:
-    lines = read_metrics_log(run.metrics_log)
+    lines = read_lines(run.metrics_log)
     for line in lines:
         line.pop("seconds")
         line.pop("tokens_per_second")
@@ -98,6 +98,19 @@ def test_stopped_run_is_gone_on_with_from_its_folder(tmp_path: Path, monkeypatch
     assert _result(stopped) == _result(whole)
     assert stopped.read()["completed_at"]
     assert _result(whole)["log"][-1]["step"] == 10
+
+
+def test_a_damaged_log_is_refused_and_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder(tmp_path / "run")
+    with monkeypatch.context() as patched:
+        patched.setattr("saelens_matryoshka.runs.training.RunRunner", _Stopping)
+        assert _cli(*FLAGS, "--output_path", str(run.path)).exit_code == 143
+    lines = run.metrics_log.read_text().splitlines(keepends=True)
+    damaged = "".join([lines[0], "\x00" * 9 + "\n", *lines[2:]])
+    run.metrics_log.write_text(damaged)
+    found = _cli("--resume", str(run.path))
+    assert "metrics.jsonl, line 2: expected a JSON object" in str(found.exception)
+    assert run.metrics_log.read_text() == damaged
 
 
 def test_what_cannot_be_gone_on_with_is_refused(tmp_path: Path) -> None:
