@@ -173,8 +173,9 @@ class MatryoshkaTrainingConfig(MatryoshkaBatchTopKTrainingSAEConfig, ABC):
 
 def _require_k(k: object, d_sae: int) -> None:
     if not (_is_number(k) and 0 < k <= d_sae):
+        said = f"{k:g}" if _is_number(k) else repr(k)
         raise ValueError(
-            f"k={k!r} must be a number larger than 0 and at most d_sae={d_sae}: it is the number of latents "
+            f"k={said} must be a number larger than 0 and at most d_sae={d_sae}: it is the number of latents "
             "kept per token."
         )
 

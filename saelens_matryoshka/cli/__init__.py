@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 import sys
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
+from typer.core import TyperGroup
 
 from saelens_matryoshka.cli import (
     cache,
@@ -22,42 +26,73 @@ from saelens_matryoshka.cli import (
     samples,
     train,
 )
+from saelens_matryoshka.cli.output import message, paragraphs, with_json_targets
+
+
+class _Commands(TyperGroup):
+    """The commands, with arguments that Typer cannot describe by itself."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, with_json_targets(args))
+
 
 app = typer.Typer(
     name="saelens-matryoshka",
-    help="Matryoshka SAEs and transcoders for SAELens.",
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (
-    demo,
-    train,
-    cache,
-    runs,
-    estimate,
-    evaluate,
-    samples,
-    report,
-    saebench,
-    describe,
-    formats,
-    hooks,
-):
-    command.register(app)
+for panel, commands in {
+    "Train": (demo, train, estimate, runs, cache),
+    "Look at what was learned": (evaluate, report, samples, saebench, describe),
+    "Exchange with other tools": (formats, hooks),
+}.items():
+    n_before = len(app.registered_commands)
+    for command in commands:
+        command.register(app)
+    for registered in app.registered_commands[n_before:]:
+        registered.rich_help_panel = panel
+        registered.help = paragraphs(inspect.getdoc(registered.callback) or "")
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from sae_lens import __version__ as sae_lens_version
+
+        from saelens_matryoshka import __version__
+
+        print(f"saelens-matryoshka {__version__}, SAELens {sae_lens_version}")
+        raise typer.Exit
 
 
 @app.callback()
-def _root() -> None:
-    """Matryoshka SAEs and transcoders for SAELens."""
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Say which version this is."),
+    ] = False,
+) -> None:
+    """Matryoshka SAEs and transcoders for SAELens.
+
+    A first result, offline, in a minute or two, and its page:
+
+      saelens-matryoshka train --preset tiny --name first
+      saelens-matryoshka report results/tiny/mlp-2/first
+    """
 
 
 def main() -> None:
     """Entry point: what the user can mend is told in a line or two, without a traceback."""
     try:
         app()
+    except BrokenPipeError:
+        # the reader, such as `head`, has what it wanted; Python would complain again when it flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        told = Text.assemble(("error:", "bold red"), f" {str(error) or type(error).__name__}")
+        told = Text.assemble(("error:", "bold red"), f" {message(error)}")
         Console(stderr=True).print(told)
         sys.exit(1)

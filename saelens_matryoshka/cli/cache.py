@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,12 +12,10 @@ from rich import box
 from rich.console import Console
 
 from saelens_matryoshka.cli.interruption import interruptible
-from saelens_matryoshka.cli.output import quieten
+from saelens_matryoshka.cli.output import Json, on_stdout, quieten, require_writable, write_numbers
 
 if TYPE_CHECKING:
     from saelens_matryoshka.cache import Manifest
-
-_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
 
 
 def register(app: typer.Typer) -> None:
@@ -46,7 +44,7 @@ def cache(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read all of a cache and compare the checksums.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what is in the cache as JSON.")] = False,
+    json: Json = None,
 ) -> None:
     """Write activations to disk once, to train on them many times.
 
@@ -59,11 +57,12 @@ def cache(
       saelens-matryoshka cache acts --verify
       saelens-matryoshka train --cache acts --layers 0-11 --d_sae 12288 -k 32
     """
-    console = Console(stderr=as_json, highlight=False)
+    require_writable(json)
+    console = Console(stderr=on_stdout(json), highlight=False)
     quieten()
     asked = [preset, mapping, layers, hook, *context.args]
     if verify or not any(asked):
-        _show(folder, console, verify=verify, as_json=as_json)
+        _show(folder, console, json, verify=verify)
         return
     with console.status("loading"):
         from saelens_matryoshka.cache.writer import require_own_folder
@@ -85,14 +84,11 @@ def cache(
         model = given.get("override_model") or load_model_for([one.cfg for one in settings])
     console.print(f"Writing {len(wanted.hook_names)} hooks of {wanted.model_name} to {folder}")
     started = time.monotonic()
-    manifest = write_cache(folder, model, wanted, given.get("override_dataset"), progress=not as_json)
-    _print(folder, manifest, console, as_json=as_json)
-    if not as_json:
-        console.print(f"Written in {time.monotonic() - started:,.0f} s.")
-        if manifest.rows("train") < 0.5 * wanted.training_tokens:
-            console.print(
-                f"The text had no more than these tokens; {wanted.training_tokens:,} were asked for."
-            )
+    manifest = write_cache(folder, model, wanted, given.get("override_dataset"), progress=not on_stdout(json))
+    _print(folder, manifest, console, json)
+    console.print(f"Written in {time.monotonic() - started:,.0f} s.")
+    if manifest.rows("train") < 0.5 * wanted.training_tokens:
+        console.print(f"The text had no more than these tokens; {wanted.training_tokens:,} were asked for.")
 
 
 def _settings(
@@ -132,39 +128,37 @@ def _without_hooks(layer: dict[str, Any]) -> dict[str, Any]:
 
 def _count(flag: str, text: str) -> int:
     """A number of tokens, like 250000, 1e8, 500k, 2M or 1B."""
-    number, unit = (text[:-1], _UNITS[text[-1].lower()]) if text[-1:].lower() in _UNITS else (text, 1)
-    try:
-        count = float(number.replace("_", "")) * unit
-    except ValueError:
-        count = -1.0
-    if count < 0 or count != int(count):
+    from saelens_matryoshka.runs.fields import whole_number
+
+    count = whole_number(text)
+    if isinstance(count, str) or count < 0:
         raise ValueError(f"{flag} {text!r} must be a number of tokens, like 250000, 500k, 2M or 1e8.")
-    return int(count)
+    return count
 
 
-def _show(folder: Path, console: Console, *, verify: bool, as_json: bool) -> None:
+def _show(folder: Path, console: Console, json: Path | None, *, verify: bool) -> None:
     from saelens_matryoshka.cache import Manifest, verify_cache
 
     manifest = verify_cache(folder) if verify else Manifest.load(folder)
-    _print(folder, manifest, console, as_json=as_json)
-    if verify and not as_json:
+    _print(folder, manifest, console, json)
+    if verify:
         n = len(manifest.train) + len(manifest.held_out)
         console.print(f"All {n} files have the checksums they were written with.")
-    if not manifest.complete and not as_json:
+    if not manifest.complete:
         console.print("It is not complete: the command that was writing it goes on.")
 
 
-def _print(folder: Path, manifest: Manifest, console: Console, *, as_json: bool) -> None:
-    if as_json:
-        shown = {
-            "folder": str(folder),
-            "complete": manifest.complete,
-            "tokens": {"train": manifest.rows("train"), "held_out": manifest.rows("held_out")},
-            "bytes": manifest.bytes,
-            "hooks": {name: vars(hook) for name, hook in manifest.hooks.items()},
-            "settings": manifest.settings,
-        }
-        print(json.dumps(shown))
+def _print(folder: Path, manifest: Manifest, console: Console, json: Path | None) -> None:
+    shown = {
+        "folder": str(folder),
+        "complete": manifest.complete,
+        "tokens": {"train": manifest.rows("train"), "held_out": manifest.rows("held_out")},
+        "bytes": manifest.bytes,
+        "hooks": {name: vars(hook) for name, hook in manifest.hooks.items()},
+        "settings": manifest.settings,
+    }
+    write_numbers(dumps(shown), json)
+    if on_stdout(json):
         return
     from rich.table import Table
 

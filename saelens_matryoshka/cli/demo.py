@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +14,7 @@ from rich.console import Console
 
 from saelens_matryoshka.atomic import write_atomically
 from saelens_matryoshka.cli.inputs import TINY, load_language_model, open_dataset, pick_device
-from saelens_matryoshka.cli.output import quieten
+from saelens_matryoshka.cli.output import Json, on_stdout, quieten, require_writable, write_numbers
 
 _TINY = "the embedded tiny model"
 _CONTEXT_SIZE = 256
@@ -47,15 +49,18 @@ def demo(
     ] = None,
     device: Annotated[str | None, typer.Option(help="Default: cuda if there is one.")] = None,
     seed: Annotated[int, typer.Option(help="Of the initialisation and the shuffling.")] = 0,
+    json: Json = None,
 ) -> None:
-    """Train a four-level Matryoshka transcoder of one MLP with SAELens's stock runner, and evaluate it.
+    """Train and evaluate a small transcoder, offline by default.
 
-    Every prefix is evaluated on held-out text, with the model as stock SAELens loads it from disk.
+    SAELens's stock runner trains a four-level Matryoshka transcoder of one MLP. Every prefix is evaluated on
+    held-out text, with the model as stock SAELens loads it from disk.
 
       saelens-matryoshka demo
       saelens-matryoshka demo --model gpt2 --layer 8
     """
-    console = Console()
+    require_writable(json)
+    console = Console(stderr=on_stdout(json))
     quieten()
     if lr is not None and not 0 < lr < math.inf:
         raise ValueError(f"--lr {lr:g} must be a number above 0.")
@@ -89,14 +94,20 @@ def demo(
         sae = SAE.load_from_disk(cfg.output_path, device=device)
         result = sm.evaluate(sae, language_model, held_out, n_tokens=50_000, n_ce_tokens=10_000)
         write_atomically(Path(cfg.output_path) / "evaluation.json", result.to_json() + "\n")
+    write_numbers(dumps({"folder": cfg.output_path, "metrics": result.to_dict()}), json)
+    if on_stdout(json):
+        return
     console.print(result.table())
     console.print(
         f"Trained in {trained - started:.0f} s, evaluated in {time.monotonic() - trained:.0f} s.\n\n"
         f"Saved in {cfg.output_path}: a stock {type(sae).__name__}, evaluation.json and the settings.\n"
         "It loads where this package is not installed:\n"
         f"  from sae_lens import SAE\n"
-        f'  transcoder = SAE.load_from_disk("{cfg.output_path}")',
+        f'  transcoder = SAE.load_from_disk("{cfg.output_path}")\n\n'
+        "A page of its levels and latents:\n"
+        f"  saelens-matryoshka report {shlex.quote(cfg.output_path)}",
         highlight=False,
+        soft_wrap=True,
     )
 
 

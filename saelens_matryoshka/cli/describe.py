@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,17 @@ from saelens_matryoshka.cli.inputs import (
     results_folder,
 )
 from saelens_matryoshka.cli.interruption import interruptible
-from saelens_matryoshka.cli.output import quieten
+from saelens_matryoshka.cli.output import (
+    OUTPUT,
+    TEXT,
+    Json,
+    on_stdout,
+    quieten,
+    require_writable,
+    write_numbers,
+)
+
+_ENDPOINT = "The chat model"
 
 
 def register(app: typer.Typer) -> None:
@@ -27,15 +38,19 @@ def register(app: typer.Typer) -> None:
 @interruptible("The latents that are done are kept; the same command asks for the others.")
 def describe(
     path: Annotated[str, typer.Argument(help="A folder saved by SAELens, or RELEASE:SAE_ID.")],
-    chat_model: Annotated[str, typer.Option(help="Name of the chat model at the endpoint.")],
+    chat_model: Annotated[
+        str, typer.Option(help="Name of the chat model at the endpoint.", rich_help_panel=_ENDPOINT)
+    ],
     base_url: Annotated[
         str | None,
         typer.Option(
-            help="An OpenAI-compatible endpoint. Default: OPENAI_BASE_URL of the environment, else OpenAI."
+            help="An OpenAI-compatible endpoint. Default: OPENAI_BASE_URL of the environment, else OpenAI.",
+            rich_help_panel=_ENDPOINT,
         ),
     ] = None,
     key_variable: Annotated[
-        str, typer.Option(help="Environment variable that holds the endpoint's key.")
+        str,
+        typer.Option(help="Environment variable that holds the endpoint's key.", rich_help_panel=_ENDPOINT),
     ] = "OPENAI_API_KEY",
     n_latents: Annotated[
         int, typer.Option(min=1, help="How many latents, evenly from the levels, at random.")
@@ -44,38 +59,62 @@ def describe(
     model: Annotated[
         str | None, typer.Option(help="Language model. Default: the one it was trained on.")
     ] = None,
-    dataset: Annotated[str | None, typer.Option(help="Text to take examples from, as for eval.")] = None,
-    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
-    skip: Annotated[int, typer.Option(min=0, help="Documents to leave out at its start.")] = 0,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to take examples from.")] = 1_000_000,
-    context_size: Annotated[int, typer.Option(min=2, help="Tokens per prompt.")] = 128,
-    min_firings: Annotated[int, typer.Option(min=1, help="Tokens a latent must fire on to be chosen.")] = 50,
+    dataset: Annotated[
+        str | None, typer.Option(help="Text to take examples from, as for eval.", rich_help_panel=TEXT)
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of the dataset.", rich_help_panel=TEXT)] = "train",
+    skip: Annotated[
+        int, typer.Option(min=0, help="Documents to leave out at its start.", rich_help_panel=TEXT)
+    ] = 0,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens to take examples from.", rich_help_panel=TEXT)
+    ] = 1_000_000,
+    context_size: Annotated[int, typer.Option(min=2, help="Tokens per prompt.", rich_help_panel=TEXT)] = 128,
+    min_firings: Annotated[
+        int, typer.Option(min=1, help="Tokens a latent must fire on to be chosen.", rich_help_panel=TEXT)
+    ] = 50,
     prices: Annotated[
         str | None,
-        typer.Option(help="USD per million tokens of prompts and of answers, e.g. 0.15,0.60: adds the cost."),
+        typer.Option(
+            help="USD per million tokens of prompts and of answers, e.g. 0.15,0.60: adds the cost.",
+            rich_help_panel=_ENDPOINT,
+        ),
     ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
+    concurrency: Annotated[
+        int, typer.Option(min=1, help="Requests at a time.", rich_help_panel=_ENDPOINT)
+    ] = 8,
     seed: Annotated[int, typer.Option(help="Of the choice of latents and examples.")] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the results. Default: PATH/descriptions.")
+        Path | None,
+        typer.Option(help="Folder of the results. Default: PATH/descriptions.", rich_help_panel=OUTPUT),
     ] = None,
     device: Annotated[str | None, typer.Option(help="Default: cuda if there is one.")] = None,
     estimate: Annotated[
-        bool, typer.Option("--estimate", help="Say what it will take, and send nothing.")
+        bool,
+        typer.Option(
+            "--estimate", help="Say what it will take, and send nothing.", rich_help_panel=_ENDPOINT
+        ),
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before sending.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Do not ask before sending.", rich_help_panel=_ENDPOINT)
+    ] = False,
+    json: Json = None,
 ) -> None:
-    """Describe latents with a chat model, and score the descriptions by detection.
+    """Describe latents with a chat model, and score the descriptions.
 
-    What it will take is said before anything is sent. What is finished is not asked for again: call it again
-    after an interruption.
+    The score is detection: whether the model, knowing the description, tells where the latent fires. What it
+    will take is said before anything is sent. What is finished is not asked for again: call it again after an
+    interruption.
 
-      saelens-matryoshka describe output/transcoder --chat-model gpt-4o-mini --prices 0.15,0.60
-      saelens-matryoshka describe output/transcoder --chat-model qwen3 --base-url http://localhost:8000/v1
+      saelens-matryoshka describe output/transcoder \\
+          --chat-model gpt-4o-mini --prices 0.15,0.60
+      saelens-matryoshka describe output/transcoder \\
+          --chat-model qwen3 --base-url http://localhost:8000/v1
     """
     from saelens_matryoshka.saebench.requirements import require_sae_bench
 
-    console = Console(highlight=False)
+    require_writable(json)
+    console = Console(stderr=on_stdout(json), highlight=False)
     require_sae_bench()
     chosen = _numbers("latents", latents, int) if latents else None
     price = _numbers("prices", prices, float) if prices else None
@@ -100,7 +139,7 @@ def describe(
             console.print(str(needed) + ".")
             if price is not None:
                 console.print(f"At these prices at most {needed.cost(Prices(*price)):.2f} USD.")
-            approved = not estimate and (yes or typer.confirm("Send them?"))
+            approved = not estimate and (yes or typer.confirm("Send them?", err=True))
             if approved:
                 status.start()
             return approved
@@ -121,7 +160,9 @@ def describe(
             approve=approve,
             on_progress=lambda done, all_: status.update(f"{done} of {all_} latents"),
         )
-    if said.by_latent:
+    latents_said = [one.to_dict() for one in said.by_latent.values()]
+    write_numbers(dumps({"folder": str(said.folder), "latents": latents_said}), json)
+    if said.by_latent and not on_stdout(json):
         console.print(said.table())
         console.print(f"Saved in {said.folder}: latents.jsonl, a line per latent.", markup=False)
 

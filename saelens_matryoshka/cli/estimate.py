@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from saelens_matryoshka.cli.interruption import interruptible
-from saelens_matryoshka.cli.output import quieten
+from saelens_matryoshka.cli.output import Json, on_stdout, quieten, require_writable, write_numbers
 from saelens_matryoshka.cli.settings import read_sources
 
 _UNITS = {
@@ -52,21 +52,20 @@ def estimate(
     ] = None,
     cpu_memory: Annotated[str | None, typer.Option(help="The same for the main memory.")] = None,
     no_time: Annotated[bool, typer.Option("--no-time", help="Leave out the calibration run.")] = False,
-    json: Annotated[
-        Path | None,
-        typer.Option("--json", help='Write the numbers to this file; "-" prints them instead of the table.'),
-    ] = None,
+    json: Json = None,
 ) -> None:
-    """What a training run will take: memory on every device, and time. Nothing is downloaded.
+    """Say what a run will take: memory and time, before any download.
 
     Takes the settings of `train`. The time comes from a few real steps on this machine, if it has the device.
     Where it does not fit, the one setting is named that helps most, and the exit code is 1.
 
       saelens-matryoshka estimate --preset gpt2
-      saelens-matryoshka estimate --preset gemma-2-2b --device cuda --gpu-memory 24GB
-      saelens-matryoshka estimate --model_name gpt2 --mapping mlp --layer 8 --d_sae 12288 -k 64
-          --dataset_path any --training_tokens 50_000_000 --cpu-memory 16GB
+      saelens-matryoshka estimate --preset gemma-2-2b --device cuda \\
+          --gpu-memory 24GB
+      saelens-matryoshka estimate --model_name gpt2 --mapping mlp --layer 8 \\
+          -k 64 --d_sae 12288 --dataset_path any --training_tokens 50M
     """
+    require_writable(json)
     quieten()
     console = Console(stderr=True)
     available = {
@@ -90,16 +89,9 @@ def estimate(
 
 def write(result: Any, json: Path | None) -> None:
     """Print an estimate, or its numbers."""
-    from saelens_matryoshka.atomic import write_atomically
-
-    if json is not None and str(json) == "-":
-        print(result.to_json())
-        return
-    console = Console(highlight=False)
-    console.print(result.tables())
-    if json is not None:
-        write_atomically(json, result.to_json() + "\n")
-        console.print(f"written: {json}", markup=False)
+    if not on_stdout(json):
+        Console(highlight=False).print(result.tables())
+    write_numbers(result.to_json(), json)
 
 
 def read_size(flag: str, text: str) -> int:

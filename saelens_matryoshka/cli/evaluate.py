@@ -16,7 +16,15 @@ from saelens_matryoshka.cli.inputs import (
     pick_device,
 )
 from saelens_matryoshka.cli.interruption import interruptible
-from saelens_matryoshka.cli.output import quieten, require_writable, write_result
+from saelens_matryoshka.cli.output import (
+    OUTPUT,
+    TEXT,
+    Json,
+    quieten,
+    require_writable,
+    token_progress,
+    write_result,
+)
 
 Model = Annotated[
     str | None,
@@ -25,29 +33,37 @@ Model = Annotated[
 Dataset = Annotated[
     str | None,
     typer.Option(
-        help="Held-out text: a dataset of the hub, a folder, or a .txt, .jsonl, .parquet or .csv file."
+        help="Held-out text: a dataset of the hub, a folder, or a .txt, .jsonl, .parquet or .csv file.",
+        rich_help_panel=TEXT,
     ),
 ]
-Split = Annotated[str, typer.Option(help="Split of the dataset.")]
-Skip = Annotated[int, typer.Option(min=0, help="Documents to leave out at its start.")]
-Tokens = Annotated[int, typer.Option(min=1, help="Tokens for all metrics but cross-entropy and KL.")]
-CeTokens = Annotated[int, typer.Option(min=0, help="Tokens for cross-entropy and KL; 0 leaves them out.")]
+Split = Annotated[str, typer.Option(help="Split of the dataset.", rich_help_panel=TEXT)]
+Skip = Annotated[int, typer.Option(min=0, help="Documents to leave out at its start.", rich_help_panel=TEXT)]
+Tokens = Annotated[
+    int, typer.Option(min=1, help="Tokens for all metrics but cross-entropy and KL.", rich_help_panel=TEXT)
+]
+CeTokens = Annotated[
+    int, typer.Option(min=0, help="Tokens for cross-entropy and KL; 0 leaves them out.", rich_help_panel=TEXT)
+]
 ContextSize = Annotated[
-    int | None, typer.Option(min=2, help="Tokens per prompt. Default: that of the training.")
+    int | None,
+    typer.Option(min=2, help="Tokens per prompt. Default: that of the training.", rich_help_panel=TEXT),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Prompts per forward pass.")]
-SpecialTokens = Annotated[bool, typer.Option("--special-tokens", help="Count BOS, EOS and padding too.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Prompts per forward pass.", rich_help_panel=TEXT)]
+SpecialTokens = Annotated[
+    bool, typer.Option("--special-tokens", help="Count BOS, EOS and padding too.", rich_help_panel=TEXT)
+]
 Device = Annotated[str | None, typer.Option(help="Default: cuda if there is one.")]
-Json = Annotated[
-    Path | None,
-    typer.Option("--json", help='Write the numbers to this file; "-" prints them instead of the table.'),
-]
 Plot = Annotated[
     Path | None,
-    typer.Option(help="Draw FVU and CE recovered against width and L0: a .png, .svg, .pdf or .html."),
+    typer.Option(
+        help="Draw FVU and CE recovered against width and L0: a .png, .svg, .pdf or .html.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 TableFile = Annotated[
-    Path | None, typer.Option("--table", help="Write the numbers as a table too: a .md or .csv.")
+    Path | None,
+    typer.Option("--table", help="Write the numbers as a table too: a .md or .csv.", rich_help_panel=OUTPUT),
 ]
 
 
@@ -74,11 +90,12 @@ def evaluate(
     plot: Plot = None,
     table: TableFile = None,
 ) -> None:
-    """Evaluate every prefix of an SAE or transcoder: FVU, L0, dead latents, CE recovered, KL.
+    """Evaluate every prefix: FVU, L0, dead latents, CE recovered, KL.
 
-    saelens-matryoshka eval output/demo-tiny-layer-2
-    saelens-matryoshka eval output/demo-tiny-layer-2 --plot prefixes.png
-    saelens-matryoshka eval gpt2-small-res-jb:blocks.8.hook_resid_pre --dataset NeelNanda/pile-10k
+      saelens-matryoshka eval results/tiny/mlp-2/first
+      saelens-matryoshka eval results/tiny/mlp-2/first --plot prefixes.png
+      saelens-matryoshka eval gpt2-small-res-jb:blocks.8.hook_resid_pre \\
+          --dataset NeelNanda/pile-10k
     """
     console = Console(stderr=True)
     require_writable(json)
@@ -91,7 +108,7 @@ def evaluate(
         sae = load_sae(path, device)
         language_model = load_language_model_for(sae, model, device)
         text, described = load_text(sae, dataset, split, skip, model=model)
-    with console.status("evaluating every prefix"):
+    with token_progress(console) as on_progress:
         result = sm.evaluate(
             sae,
             language_model,
@@ -101,6 +118,7 @@ def evaluate(
             context_size=context_size,
             batch_size_prompts=batch_size_prompts,
             exclude_special_tokens=not special_tokens,
+            on_progress=on_progress,
         )
     write_result(result.table(), result.to_json(), described, json)
     _write({Path(path.rstrip("/")).name: result}, plot, table, console)
@@ -123,13 +141,14 @@ def compare(
     plot: Plot = None,
     table: TableFile = None,
 ) -> None:
-    """Compare SAEs or transcoders of one target on the same tokens, each in its own frame.
+    """Evaluate several models of one target on the same tokens.
 
-    What they read may differ; what they predict may not.
+    Each is measured in its own frame: what they read may differ, what they predict may not.
 
-      saelens-matryoshka compare output/a output/b --plot both.png --table both.csv
-      saelens-matryoshka compare output/a
-          gemma-scope-2b-pt-transcoders:layer_8/width_16k/average_l0_61 --dataset NeelNanda/pile-10k
+      saelens-matryoshka compare output/a output/b --plot both.png
+      saelens-matryoshka compare output/a \\
+          gemma-scope-2b-pt-transcoders:layer_8/width_16k/average_l0_61 \\
+          --dataset NeelNanda/pile-10k --table both.csv
     """
     console = Console(stderr=True)
     require_writable(json)
@@ -144,7 +163,7 @@ def compare(
         _require_one_language_model(saes, model)
         language_model = load_language_model_for(first, model, device)
         text, described = load_text(first, dataset, split, skip, model=model)
-    with console.status("evaluating every prefix of each"):
+    with token_progress(console) as on_progress:
         result = sm.compare(
             saes,
             language_model,
@@ -154,6 +173,7 @@ def compare(
             context_size=context_size,
             batch_size_prompts=batch_size_prompts,
             exclude_special_tokens=not special_tokens,
+            on_progress=on_progress,
         )
     write_result(result.tables(), result.to_json(), described, json)
     _write(result.results, plot, table, console)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,11 +12,13 @@ from rich.console import Console
 
 from saelens_matryoshka.cli.inputs import load_language_model, load_text, pick_device
 from saelens_matryoshka.cli.interruption import interruptible
-from saelens_matryoshka.cli.output import quieten
+from saelens_matryoshka.cli.output import Json, on_stdout, quieten, require_writable, write_numbers
 
 FROM = "saelens, sparsify, dictionary-learning, circuit-tracer, gemma-scope, gemma-scope-2, llamascopium or "
 FROM += "matryoshka-checkpoint"
 TO = "circuit-tracer, sparsify, dictionary-learning or saelens"
+
+_THRESHOLDS, _HUB, _UNSAID = "Thresholds", "The hub", "What the files do not say"
 
 ModelOption = Annotated[
     str | None,
@@ -25,16 +28,25 @@ DatasetOption = Annotated[
     str | None,
     typer.Option(
         help="Text to fit on: a dataset of the hub, a folder, or a .txt, .jsonl, .parquet or .csv file. "
-        "Default: what it was trained on, if its files say."
+        "Default: what it was trained on, if its files say.",
+        rich_help_panel=_THRESHOLDS,
     ),
 ]
 CalibrateOption = Annotated[
-    bool, typer.Option("--calibrate-l0", help="Fit JumpReLU thresholds on text (needs --model).")
+    bool,
+    typer.Option(
+        "--calibrate-l0", help="Fit JumpReLU thresholds on text (needs --model).", rich_help_panel=_THRESHOLDS
+    ),
 ]
 L0Option = Annotated[
-    float | None, typer.Option(help="Active latents per token to fit to. Default: the model's own k.")
+    float | None,
+    typer.Option(
+        help="Active latents per token to fit to. Default: the model's own k.", rich_help_panel=_THRESHOLDS
+    ),
 ]
-TokensOption = Annotated[int, typer.Option(min=1, help="Tokens to fit thresholds on.")]
+TokensOption = Annotated[
+    int, typer.Option(min=1, help="Tokens to fit thresholds on.", rich_help_panel=_THRESHOLDS)
+]
 FrameOption = Annotated[
     str | None,
     typer.Option(
@@ -63,13 +75,20 @@ def import_(
     out: Annotated[Path, typer.Option(help="A new folder.")],
     id: Annotated[str | None, typer.Option(help="Only this one, a path in SRC. Default: all.")] = None,
     widths: Annotated[
-        str | None, typer.Option(help="Nested widths where the files do not say, e.g. 64,256,1024.")
+        str | None,
+        typer.Option(
+            help="Nested widths where the files do not say, e.g. 64,256,1024.", rich_help_panel=_UNSAID
+        ),
     ] = None,
     hook_name: Annotated[
-        str | None, typer.Option(help="Hook it reads, where the files do not say; {layer} is its layer.")
+        str | None,
+        typer.Option(
+            help="Hook it reads, where the files do not say; {layer} is its layer.", rich_help_panel=_UNSAID
+        ),
     ] = None,
     hook_name_out: Annotated[
-        str | None, typer.Option(help="Hook a transcoder predicts, where the files do not say.")
+        str | None,
+        typer.Option(help="Hook a transcoder predicts, where the files do not say.", rich_help_panel=_UNSAID),
     ] = None,
     model: ModelOption = None,
     calibrate: CalibrateOption = False,
@@ -77,13 +96,18 @@ def import_(
     tokens: TokensOption = 16_384,
     dataset: DatasetOption = None,
     frame: FrameOption = None,
+    json: Json = None,
 ) -> None:
-    """Turn SAEs and transcoders of other tools into stock SAELens folders.
+    """Turn other tools' SAEs and transcoders into stock SAELens folders.
 
-      saelens-matryoshka import EleutherAI/skip-transcoder-Llama-3.2-1B-131k --id layers.3.mlp \\
-          --from sparsify --calibrate-l0 --frame normalized --model meta-llama/Llama-3.2-1B --out llama-3
+      saelens-matryoshka import EleutherAI/sae-llama-3-8b-32x \\
+          --id layers.8 --from sparsify --out sae
+      saelens-matryoshka import EleutherAI/skip-transcoder-Llama-3.2-1B-131k \\
+          --id layers.3.mlp --from sparsify --out llama-3 \\
+          --model meta-llama/Llama-3.2-1B --calibrate-l0 --frame normalized
     """
-    console = Console()
+    require_writable(json)
+    console = Console(stderr=on_stdout(json))
     quieten()
     with console.status("loading"):
         from saelens_matryoshka.formats.export import import_models
@@ -97,6 +121,14 @@ def import_(
             model_name=model,
         )
         models = import_models(src, from_, out, item=id, given=given, change=change)
+
+    def folder_of(found: Any) -> Path:
+        return out if len(models) == 1 else out / found.name
+
+    summary = [{"folder": str(folder_of(found)), **_summary(found.coder)} for found in models]
+    write_numbers(dumps(summary, indent=2), json)
+    if on_stdout(json):
+        return
     for found in models:
         coder = found.coder
         target = coder.metadata.get("hook_name_out")
@@ -107,8 +139,9 @@ def import_(
             highlight=False,
             markup=False,
         )
-    where = str(out) if len(models) == 1 else f"{out}/{models[0].name}"
-    console.print(f'\nIn {out}. SAE.load_from_disk("{where}") loads it.', highlight=False, markup=False)
+    console.print(
+        f'\nIn {out}. SAE.load_from_disk("{folder_of(models[0])}") loads it.', highlight=False, markup=False
+    )
 
 
 @interruptible("A folder is written whole or not at all: call it again if it is not there.")
@@ -127,19 +160,33 @@ def export(
     l0: L0Option = None,
     topk: Annotated[
         int | None,
-        typer.Option(help="Drop the thresholds and keep the K largest of every token: another function."),
+        typer.Option(
+            help="Drop the thresholds and keep the K largest of every token: another function.",
+            rich_help_panel=_THRESHOLDS,
+        ),
     ] = None,
     tokens: TokensOption = 16_384,
     dataset: DatasetOption = None,
     frame: FrameOption = None,
-    upload: Annotated[str | None, typer.Option(help="Then upload to this hub repository.")] = None,
-    private: Annotated[bool, typer.Option(help="If the repository is new, make it private.")] = False,
+    upload: Annotated[
+        str | None, typer.Option(help="Then upload to this hub repository.", rich_help_panel=_HUB)
+    ] = None,
+    private: Annotated[
+        bool, typer.Option(help="If the repository is new, make it private.", rich_help_panel=_HUB)
+    ] = False,
+    json: Json = None,
 ) -> None:
-    """Write SAEs and transcoders for other tools, whole or a prefix, with a model card.
+    """Write SAEs and transcoders for other tools, whole or a prefix.
 
-    saelens-matryoshka export output/transcoders --to circuit-tracer --out graphs --upload me/graphs
+    A model card goes with them.
+
+      saelens-matryoshka export output/transcoder --to saelens \\
+          --width 256 --out small
+      saelens-matryoshka export output/transcoders --to circuit-tracer \\
+          --out graphs --upload me/graphs
     """
-    console = Console()
+    require_writable(json)
+    console = Console(stderr=on_stdout(json))
     quieten()
     with console.status("exporting"):
         from saelens_matryoshka.formats.export import export_models
@@ -151,10 +198,22 @@ def export(
         written = export_models(path, to, out, widths=width or (), change=change, topk=topk, repo_id=upload)
     for folder in written:
         console.print(f"{to}: {folder}", highlight=False, markup=False)
+    url = None
     if upload:
         with console.status(f"uploading to {upload}"):
             url = upload_folder(out, upload, private=private)
         console.print(url, highlight=False, markup=False)
+    write_numbers(dumps({"format": to, "folders": [str(folder) for folder in written], "url": url}), json)
+
+
+def _summary(coder: Any) -> dict[str, Any]:
+    return {
+        "hook_name": coder.metadata["hook_name"],
+        "hook_name_out": coder.metadata.get("hook_name_out"),
+        "d_sae": coder.d_sae,
+        "activation": coder.activation,
+        "widths": list(coder.widths),
+    }
 
 
 def _change(

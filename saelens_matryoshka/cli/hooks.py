@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 from rich.console import Console
 
 from saelens_matryoshka.cli.inputs import load_language_model, load_text, pick_device
-from saelens_matryoshka.cli.output import quieten
+from saelens_matryoshka.cli.output import Json, on_stdout, quieten, require_writable, write_numbers
 
 
 def register(app: typer.Typer) -> None:
@@ -32,14 +33,17 @@ def hooks(
             "Default: what it was trained on, if its files say."
         ),
     ] = None,
+    json: Json = None,
 ) -> None:
-    """Measure a transcoder on each tensor that is called "the MLP's input", and say which it was trained on.
+    """Find out which of the tensors called "the MLP's input" a model reads.
 
-    Exits with 2 if that is not the one it declares.
+    The transcoder is measured on each of them. Exits with 2 if the one it was trained on is not the one that
+    it declares.
 
-    saelens-matryoshka hooks gemma-2-2b --layer 19 --transcoder downloads/layer_19
+      saelens-matryoshka hooks gemma-2-2b --transcoder downloads/layer_19
     """
-    console = Console()
+    require_writable(json)
+    console = Console(stderr=on_stdout(json))
     quieten()
     with console.status("measuring"):
         from saelens_matryoshka.evaluation.frames import measure_frames
@@ -48,7 +52,9 @@ def hooks(
         sae = open_folder(transcoder.expanduser())
         text, _ = load_text(sae, dataset, model=model)
         report = measure_frames(sae, load_language_model(model, pick_device(None)), layer, text, tokens, l0)
-    console.print(report.table())
-    console.print(report.verdict, highlight=False, markup=False)
+    if not on_stdout(json):
+        console.print(report.table())
+        console.print(report.verdict, highlight=False, markup=False)
+    write_numbers(dumps(report.to_dict(), indent=2), json)
     if not report.agrees:
         raise typer.Exit(2)

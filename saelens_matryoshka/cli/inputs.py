@@ -107,10 +107,19 @@ def _require_release(where: str) -> tuple[str, str]:
     release, colon, sae_id = where.partition(":")
     if not colon or not sae_id or Path(where).exists():
         raise ValueError(
-            f"{where!r} is no folder. Give a folder saved by SAELens, or RELEASE:SAE_ID for one of its "
-            "releases or a repository of the hub."
+            f"{where!r} is no folder{_similar_folder(where)} Give a folder saved by SAELens, or "
+            "RELEASE:SAE_ID for one of its releases or a repository of the hub."
         )
     return release, sae_id
+
+
+def _similar_folder(where: str) -> str:
+    """The folder that may have been meant, as the end of a sentence."""
+    from saelens_matryoshka.runs.fields import did_you_mean
+
+    path = Path(where).expanduser()
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    return did_you_mean(where, [str(one) for one in beside if one.is_dir()])
 
 
 def results_folder(where: str, out: Path | None, name: str) -> Path:

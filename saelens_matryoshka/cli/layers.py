@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from datetime import datetime
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
+
+from saelens_matryoshka.cli.output import on_stdout, write_numbers
 
 if TYPE_CHECKING:
     from saelens_matryoshka.runs.settings import SettingsSource
@@ -26,7 +28,7 @@ def train_layers(
     dry_run: bool,
     log_every: int,
     upkeep: dict[str, Any],
-    as_json: bool,
+    json: Path | None,
     console: Console,
 ) -> None:
     """Train several runs in OUT/MODEL/MAPPINGS/NAME, or say what would be trained."""
@@ -55,9 +57,8 @@ def train_layers(
         f"  in {parent}"
     )
     if dry_run:
-        if as_json:
-            values = {one: given.values() for one, given in settings.items()}
-            print(json.dumps({"folder": str(parent), "runs": values}, default=str))
+        values = {one: given.values() for one, given in settings.items()}
+        write_numbers(dumps({"folder": str(parent), "runs": values}, default=str), json)
         return
     from saelens_matryoshka.cli.train import told_how_to_go_on
     from saelens_matryoshka.runs.keeper import Upkeep
@@ -69,10 +70,10 @@ def train_layers(
         results = train_many(
             settings, parent, log_every=log_every, upkeep=Upkeep(**upkeep), command=sys.argv[1:]
         )
-    _show(results, list(settings), parent, console, as_json=as_json)
+    _show(results, list(settings), parent, console, json)
 
 
-def resume_layers(parent: Path, upkeep: dict[str, Any], console: Console, *, as_json: bool) -> None:
+def resume_layers(parent: Path, upkeep: dict[str, Any], console: Console, json: Path | None) -> None:
     """Go on with several runs that were stopped."""
     from saelens_matryoshka.cli.train import told_how_to_go_on
     from saelens_matryoshka.runs.layers import resume_many, runs_in
@@ -81,17 +82,17 @@ def resume_layers(parent: Path, upkeep: dict[str, Any], console: Console, *, as_
     console.print(f"[bold]Going on[/] with {len(names)} runs in {parent}")
     with told_how_to_go_on(parent, console):
         results = resume_many(parent, **upkeep)
-    _show(results, names, parent, console, as_json=as_json)
+    _show(results, names, parent, console, json)
 
 
 def _show(
-    results: dict[str, Any], names: list[str], parent: Path, console: Console, *, as_json: bool
+    results: dict[str, Any], names: list[str], parent: Path, console: Console, json: Path | None
 ) -> None:
     from rich.table import Table
 
-    if as_json:
-        metrics: dict[str, Any] = {one: r.to_dict() if r else None for one, r in results.items()}
-        print(json.dumps({"folder": str(parent), "metrics": metrics}))
+    metrics: dict[str, Any] = {one: r.to_dict() if r else None for one, r in results.items()}
+    write_numbers(dumps({"folder": str(parent), "metrics": metrics}), json)
+    if on_stdout(json):
         return
     if skipped := [one for one in names if one not in results]:
         console.print(f"Finished before, and left alone: {', '.join(skipped)}.")

@@ -5,33 +5,105 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from saelens_matryoshka.atomic import write_atomically
+
+OUTPUT, TEXT = "Output", "Text and tokens"
+"""panels of the help: what is printed and written, and what is measured on"""
+
+Json = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        metavar="[FILE.json]",
+        help="Print the result as JSON, and nothing else; with a file, write it there beside the table.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+
+
+def with_json_targets(arguments: Sequence[str]) -> list[str]:
+    """Arguments in which a lone `--json` is `--json -`, for an option whose value may be left out.
+
+    What follows it is its value only if it is "-" or ends in .json: `runs --json results` lists `results`.
+    """
+    given = []
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
+        given.append(argument)
+        if argument == "--json" and following != "-" and not following.endswith(".json"):
+            given.append("-")
+    return given
+
+
+def paragraphs(docstring: str) -> str:
+    """A docstring as help: each paragraph one line, as wide as the terminal; commands as they are."""
+    return "\n\n".join(
+        part if "saelens-matryoshka " in part else " ".join(part.split()) for part in docstring.split("\n\n")
+    )
+
+
+def on_stdout(json: Path | None) -> bool:
+    """Whether JSON is asked for on standard output, which then has nothing else."""
+    return json is not None and str(json) == "-"
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:,.0f} tokens/s")
+
+
+@contextmanager
+def token_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with rate and time left, moved by what is done, and how many tokens of how many."""
+    columns = (TextColumn("{task.description}"), BarColumn(), _Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def update(what: str, done: int, total: int) -> None:
+            if bar.tasks[0].description != what:
+                bar.reset(task, total=total, description=what)
+            bar.update(task, completed=done)
+
+        yield update
+
+
+def write_numbers(numbers: str, json: Path | None) -> None:
+    """Print or write what `--json` asks for, if it does."""
+    if json is None:
+        return
+    if on_stdout(json):
+        print(numbers)
+        return
+    write_atomically(json, numbers + "\n")
+    Console(highlight=False).print(f"written: {json}", markup=False)
 
 
 def write_result(shown: RenderableType, numbers: str, described: str, json: Path | None) -> None:
     """Print a result, with the text it was measured on, and write its numbers if asked to."""
-    if json is not None and str(json) == "-":
-        print(numbers)
-        return
-    console = Console(highlight=False)
-    console.print(shown)
-    console.print(f"text: {described}", markup=False)
-    if json is not None:
-        write_atomically(json, numbers + "\n")
-        console.print(f"written: {json}", markup=False)
+    if not on_stdout(json):
+        console = Console(highlight=False)
+        console.print(shown)
+        console.print(f"text: {described}", markup=False)
+    write_numbers(numbers, json)
 
 
 def require_writable(json: Path | None) -> None:
-    """Check, before any work, that `write_result` will be able to write.
+    """Check, before any work, that `write_numbers` will be able to write.
 
     Raises:
         ValueError: the path is a folder, or below a file, or not writable.
     """
-    if json is None or str(json) == "-":
+    if json is None or on_stdout(json):
         return
     if json.is_dir():
         raise ValueError(f"--json {str(json)!r} is a folder: name a file.")
@@ -53,4 +125,16 @@ def quieten() -> None:
     ):
         warnings.filterwarnings("ignore", message)
     logging.getLogger("sae_lens").setLevel(logging.ERROR)
+    logging.getLogger("huggingface_hub").propagate = False  # it shows its own warnings, once
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it logs what it then raises
+
+
+def message(error: BaseException) -> str:
+    """What to say of an error."""
+    if "couldn't connect to 'https://huggingface.co'" in str(error):
+        return (
+            "the Hugging Face hub cannot be reached, and the model is not in this machine's cache (HF_HOME, "
+            "else ~/.cache/huggingface). Try again online, or copy the cache from a machine that has it. "
+            "`--preset tiny` needs no network."
+        )
+    return str(error) or type(error).__name__

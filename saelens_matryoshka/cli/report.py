@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,15 @@ from saelens_matryoshka.cli.inputs import (
     results_folder,
 )
 from saelens_matryoshka.cli.interruption import interruptible
-from saelens_matryoshka.cli.output import quieten
+from saelens_matryoshka.cli.output import (
+    OUTPUT,
+    TEXT,
+    Json,
+    on_stdout,
+    quieten,
+    require_writable,
+    write_numbers,
+)
 from saelens_matryoshka.cli.samples import obtain_samples
 
 
@@ -30,10 +39,15 @@ def report(
     path: Annotated[
         str, typer.Argument(help="A run's folder, a folder saved by SAELens, or RELEASE:SAE_ID.")
     ],
-    out: Annotated[Path | None, typer.Option(help="The page. Default: PATH/report.html.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The page. Default: PATH/report.html.", rich_help_panel=OUTPUT)
+    ] = None,
     title: Annotated[str | None, typer.Option(help="Default: the folder's name.")] = None,
     tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens to take samples from, if PATH/samples is not there yet.")
+        int,
+        typer.Option(
+            min=1, help="Tokens to take samples from, if PATH/samples is not there yet.", rich_help_panel=TEXT
+        ),
     ] = 1_000_000,
     no_samples: Annotated[
         bool, typer.Option("--no-samples", help="Leave the latents out; needs no language model.")
@@ -41,24 +55,32 @@ def report(
     model: Annotated[
         str | None, typer.Option(help="Language model. Default: the one it was trained on.")
     ] = None,
-    dataset: Annotated[str | None, typer.Option(help="Text, as for eval.")] = None,
-    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
-    skip: Annotated[int, typer.Option(min=0, help="Documents to leave out at its start.")] = 0,
+    dataset: Annotated[str | None, typer.Option(help="Text, as for eval.", rich_help_panel=TEXT)] = None,
+    split: Annotated[str, typer.Option(help="Split of the dataset.", rich_help_panel=TEXT)] = "train",
+    skip: Annotated[
+        int, typer.Option(min=0, help="Documents to leave out at its start.", rich_help_panel=TEXT)
+    ] = 0,
     context_size: Annotated[
-        int | None, typer.Option(min=2, help="Tokens per prompt. Default: that of the training.")
+        int | None,
+        typer.Option(min=2, help="Tokens per prompt. Default: that of the training.", rich_help_panel=TEXT),
     ] = None,
-    batch_size_prompts: Annotated[int, typer.Option(min=1, help="Prompts per forward pass.")] = 8,
+    batch_size_prompts: Annotated[
+        int, typer.Option(min=1, help="Prompts per forward pass.", rich_help_panel=TEXT)
+    ] = 8,
     device: Annotated[str | None, typer.Option(help="Default: cuda if there is one.")] = None,
+    json: Json = None,
 ) -> None:
-    """Write one self-contained HTML page about a run: quality, training curves, levels, latents.
+    """Write an HTML page about a run: quality, curves, levels, latents.
 
     It takes metrics.jsonl, metrics.json and samples from the run's folder, each if it is there, and collects
-    the samples if they are not. The page opens without a network.
+    the samples if they are not. The page is one file and opens without a network.
 
-      saelens-matryoshka report output/demo-tiny-layer-2
-      saelens-matryoshka report gpt2-small-res-jb:blocks.8.hook_resid_pre --out gpt2.html
+      saelens-matryoshka report results/tiny/mlp-2/first
+      saelens-matryoshka report gpt2-small-res-jb:blocks.8.hook_resid_pre \\
+          --out gpt2.html
     """
-    console = Console(highlight=False)
+    require_writable(json)
+    console = Console(stderr=on_stdout(json), highlight=False)
     quieten()
     device = pick_device(device)
     folder = Path(path)
@@ -102,6 +124,8 @@ def report(
         )
         size = write_page(content, target)
     console.print(f"written: {target}, {size / 1e6:.1f} MB", markup=False)
-    for missing, what in ((content.evaluation, "metrics.json"), (content.log, "metrics.jsonl")):
-        if missing is None:
-            console.print(f"left out: what {what} would show; there is none", markup=False)
+    parts = {"metrics.json": content.evaluation, "metrics.jsonl": content.log}
+    left_out = [what for what, part in parts.items() if part is None]
+    for what in left_out:
+        console.print(f"left out: what {what} would show; there is none", markup=False)
+    write_numbers(dumps({"page": str(target), "bytes": size, "left_out": left_out}), json)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from saelens_matryoshka.cli.output import Json, on_stdout, require_writable, write_numbers
 
 
 def register(app: typer.Typer) -> None:
@@ -18,9 +20,9 @@ def register(app: typer.Typer) -> None:
 def runs(
     folder: Annotated[Path, typer.Argument(help="Where runs are kept.")] = Path("results"),
     prefixes: Annotated[bool, typer.Option("--prefixes", help="A row for every prefix.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: Json = None,
 ) -> None:
-    """List the runs of `train`, and compare them: FVU, L0, dead latents, CE recovered.
+    """List runs side by side: FVU, L0, dead latents, CE recovered.
 
     The numbers are those of metrics.json, measured on held-out text after
     training; of a run that is not done, those of its last logged batch, with a ~.
@@ -30,12 +32,12 @@ def runs(
     """
     from saelens_matryoshka.runs.catalogue import find_runs, runs_table
 
+    require_writable(json)
     found = find_runs(folder)
-    if as_json:
-        print(json.dumps([run.to_dict() for run in found], indent=2))
-        return
-    console = Console(highlight=False)
-    if not found:
-        console.print(f"There are no runs in {folder}.", markup=False)
-        return
-    console.print(runs_table(found, prefixes=prefixes))
+    if not on_stdout(json):
+        console = Console(highlight=False)
+        if found:
+            console.print(runs_table(found, prefixes=prefixes))
+        else:
+            console.print(f"There are no runs in {folder}.", markup=False)
+    write_numbers(dumps([run.to_dict() for run in found], indent=2), json)

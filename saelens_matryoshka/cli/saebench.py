@@ -17,7 +17,15 @@ from saelens_matryoshka.cli.inputs import (
     results_folder,
 )
 from saelens_matryoshka.cli.interruption import interruptible
-from saelens_matryoshka.cli.output import quieten
+from saelens_matryoshka.cli.output import (
+    OUTPUT,
+    TEXT,
+    Json,
+    on_stdout,
+    quieten,
+    require_writable,
+    write_numbers,
+)
 
 _ALL = "core,absorption,sparse_probing,sae_probes,scr,tpp"
 
@@ -40,41 +48,55 @@ def saebench(
     ] = None,
     text: Annotated[
         str | None,
-        typer.Option(help="Text for core: a file, a folder, or a dataset's name on the hub."),
+        typer.Option(
+            help="Text for core: a file, a folder, or a dataset's name on the hub.", rich_help_panel=TEXT
+        ),
     ] = None,
     labelled: Annotated[
         Path | None,
         typer.Option(
             help="Folder with train and test files (.jsonl, .csv, .parquet) of text, label and, for scr, "
-            "attribute: for sparse_probing, scr and tpp."
+            "attribute: for sparse_probing, scr and tpp.",
+            rich_help_panel=TEXT,
         ),
     ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="A setting of SAEBench's, e.g. scr.n_values=[2,10]. May be repeated."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the results. Default: PATH/saebench.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the results. Default: PATH/saebench.", rich_help_panel=OUTPUT),
+    ] = None,
     cache: Annotated[
         Path | None,
-        typer.Option(help="Folder for the language model's activations and probes, kept for other runs."),
+        typer.Option(
+            help="Folder for the language model's activations and probes, kept for other runs.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="Default: cuda if there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the language model and the SAE.")] = "float32",
-    llm_batch_size: Annotated[int, typer.Option(help="Prompts per forward pass.")] = 32,
+    llm_batch_size: Annotated[int, typer.Option(help="Prompts per forward pass.", rich_help_panel=TEXT)] = 32,
     seed: Annotated[int, typer.Option(help="Of SAEBench's probes and samples.")] = 42,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Evaluate again what is there.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Evaluate again what is there.", rich_help_panel=OUTPUT)
+    ] = False,
+    json: Json = None,
 ) -> None:
-    """Evaluate every prefix with SAEBench: one table, and JSON per prefix.
+    """Run SAEBench's evals on every prefix.
 
     What is finished is not evaluated again. Without --text and --labelled, SAEBench's own datasets are
     downloaded; for the embedded model they are made of the standard library.
 
       saelens-matryoshka saebench output/demo-tiny-layer-2
-      saelens-matryoshka saebench output/sae --evals core,tpp --prefixes 64,256 --text notes/
+      saelens-matryoshka saebench output/sae --evals core,tpp \\
+          --prefixes 64,256 --text notes/
     """
     from saelens_matryoshka.saebench.requirements import require_sae_bench
 
-    console = Console()
+    require_writable(json)
+    console = Console(stderr=on_stdout(json))
     require_sae_bench()
     options = _settings(settings or [])
     widths = _widths(prefixes)
@@ -117,6 +139,9 @@ def saebench(
             if error.result.evals:
                 console.print(error.result.table())
             raise
+    write_numbers(result.to_json(), json)
+    if on_stdout(json):
+        return
     console.print(result.table())
     console.print(f"Saved in {result.folder}: results.json, and a folder for each prefix.", highlight=False)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -14,7 +14,13 @@ import typer
 from rich import box
 from rich.console import Console
 
-from saelens_matryoshka.cli.output import quieten
+from saelens_matryoshka.cli.output import (
+    Json,
+    on_stdout,
+    quieten,
+    require_writable,
+    write_numbers,
+)
 from saelens_matryoshka.cli.settings import read_sources
 
 if TYPE_CHECKING:
@@ -25,6 +31,7 @@ if TYPE_CHECKING:
 
 _PLAIN: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1), "pad_edge": False}
 _FOLDER = "The folder of the run"
+_SCALE = "Several layers, many GPUs"
 _MORE = "More"
 
 
@@ -55,13 +62,17 @@ def train(
         ),
     ] = None,
     layer: Annotated[
-        int | None, typer.Option(help="Of the mapping; alone, the layer whose output an SAE reconstructs.")
+        int | None,
+        typer.Option(
+            help="The layer of the mapping. Without --mapping: the layer whose output an SAE reconstructs."
+        ),
     ] = None,
     shard: Annotated[
         str | None,
         typer.Option(
-            help='Under torchrun, "dictionary" gives each process a part of the latents. Default: of the '
-            "rows only."
+            help='Under torchrun: "dictionary" divides the latents among the processes. Default: only the '
+            "rows of a batch are divided.",
+            rich_help_panel=_SCALE,
         ),
     ] = None,
     shards: Annotated[
@@ -76,12 +87,16 @@ def train(
         typer.Option(
             "--layers",
             help="Several, e.g. 0-11 or 0,4,8: one run each, in lockstep, from one pass of the language "
-            "model. With several mappings (mlp,attention), each. The same command again goes on.",
+            "model; with several mappings (mlp,attention), of each. Given again, the command goes on.",
+            rich_help_panel=_SCALE,
         ),
     ] = None,
     cache: Annotated[
         Path | None,
-        typer.Option(help="Activations on disk (see the command cache), in place of the language model."),
+        typer.Option(
+            help="Activations on disk (see the command cache), in place of the language model.",
+            rich_help_panel=_SCALE,
+        ),
     ] = None,
     resume: Annotated[
         Path | None,
@@ -92,12 +107,12 @@ def train(
     ] = None,
     keep: Annotated[
         int | None,
-        typer.Option(help="Checkpoints kept, 0 for all. Default: 2.", rich_help_panel=_FOLDER),
+        typer.Option(help="How many checkpoints to keep, 0 for all. Default: 2.", rich_help_panel=_FOLDER),
     ] = None,
     checkpoint_minutes: Annotated[
         float | None,
         typer.Option(
-            help="Between two checkpoints, beside SAELens's --n_checkpoints. Default: 15.",
+            help="Minutes between two checkpoints; --n_checkpoints, SAELens's, come on top. Default: 15.",
             rich_help_panel=_FOLDER,
         ),
     ] = None,
@@ -109,7 +124,7 @@ def train(
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")
+        bool, typer.Option("--dry-run", help="Show the settings, the sites and the estimate, and do nothing.")
     ] = False,
     out: Annotated[
         Path | None,
@@ -120,8 +135,8 @@ def train(
     name: Annotated[
         str | None,
         typer.Option(
-            help="Default: from its size and the time. (--output_path FOLDER is SAELens's way to say where, "
-            "in place of --out and --name.)",
+            help="Name of the run. Default: made of its size and the time. (SAELens's --output_path FOLDER "
+            "takes the place of --out and --name.)",
             rich_help_panel=_FOLDER,
         ),
     ] = None,
@@ -129,34 +144,37 @@ def train(
         int, typer.Option(min=1, help="Steps between two lines of metrics.jsonl.", rich_help_panel=_MORE)
     ] = 20,
     wandb: Annotated[
-        bool, typer.Option("--wandb", help="Log to Weights & Biases as well.", rich_help_panel=_MORE)
+        bool,
+        typer.Option(
+            "--wandb",
+            help="Log to Weights & Biases as well (WANDB_MODE=offline: to disk).",
+            rich_help_panel=_MORE,
+        ),
     ] = False,
     saelens_defaults: Annotated[
         bool,
         typer.Option(
             "--saelens-defaults",
-            help="What is not given is SAELens's default, and not the recommended setting.",
+            help="SAELens's defaults, not the recommended settings, for all that is not given.",
             rich_help_panel=_MORE,
         ),
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=_MORE)
-    ] = False,
+    json: Json = None,
     help_all: Annotated[
         bool, typer.Option("--help-all", help="List SAELens's flags too.", rich_help_panel=_MORE)
     ] = False,
 ) -> None:
     """Train a Matryoshka SAE or transcoder in a folder of its own.
 
-    SAELens's own flags are taken too, --help-all lists them: --model_name,
-    --dataset_path, --d_sae, -k, --training_tokens, --lr and so on. A flag wins
-    over the file, the file over the preset; what none of them says is the
-    recommended setting, or SAELens's default.
+    SAELens's own flags are taken too: --model_name, --dataset_path, --architecture, --d_sae, -k,
+    --matryoshka_widths, --training_tokens, --lr and so on; --help-all lists them. A flag wins over the file,
+    the file over the preset; what none of them says is the recommended setting, or SAELens's default.
 
-      saelens-matryoshka train --preset tiny
+      saelens-matryoshka train --preset tiny --name first
       saelens-matryoshka train --preset gpt2 --layer 5 --name first --dry-run
-      saelens-matryoshka train --model_name gpt2 --mapping mlp --layer 8 -k 64
-        --d_sae 12288 --dataset_path Skylion007/openwebtext --training_tokens 5e7
+      saelens-matryoshka train --model_name gpt2 --mapping mlp --layer 8 \\
+          --d_sae 12288 -k 64 --dataset_path Skylion007/openwebtext \\
+          --training_tokens 50M
       saelens-matryoshka train --preset gpt2 --layers 0-11 --name all
       saelens-matryoshka train --config results/gpt2/mlp-8/first/config.yaml
       saelens-matryoshka train --resume results/gpt2/mlp-8/first
@@ -164,7 +182,8 @@ def train(
       torchrun --nnodes 8 --nproc-per-node 8 ... -m saelens_matryoshka train
         --preset gemma-2-2b --d_sae 131072 --shard dictionary --shards 8
     """
-    console = Console(stderr=as_json, highlight=False)
+    require_writable(json)
+    console = Console(stderr=on_stdout(json), highlight=False)
     quieten()
     if help_all:
         _print_all_help(context)
@@ -179,12 +198,12 @@ def train(
         others = [
             f"--{parameter.replace('_', '-')}"
             for parameter in context.params
-            if parameter not in {*given, "resume", "shard", "shards", "as_json"}
+            if parameter not in {*given, "resume", "shard", "shards", "json"}
             and getattr(context.get_parameter_source(parameter), "name", "") == "COMMANDLINE"
         ]
         if others := others + context.args:
             raise ValueError(f"--resume goes on with the run's own settings: leave out {' '.join(others)}.")
-        _resume(resume, upkeep, console, sharding=sharding, shards=shards, as_json=as_json)
+        _resume(resume, upkeep, console, json, sharding=sharding, shards=shards)
         return
     with console.status("resolving the settings"):
         from saelens_matryoshka.runs.folder import require_name
@@ -218,7 +237,7 @@ def train(
             dry_run=dry_run,
             log_every=log_every,
             upkeep=upkeep,
-            as_json=as_json,
+            json=json,
             console=console,
         )
         return
@@ -229,7 +248,7 @@ def train(
         if not dry_run:
             require_devices(settings.cfg)
     if dry_run:
-        _show_plan(settings, folder, console, as_json=as_json)
+        _show_plan(settings, folder, console, json)
         return
     from saelens_matryoshka.runs.training import train_run
 
@@ -244,7 +263,7 @@ def train(
             sharding=sharding,
             shards=shards,
         )
-    _show_result(result, folder, console, as_json=as_json)
+    _show_result(result, folder, console, json)
 
 
 def _sharding(shard: str | None, shards: int | None) -> Sharding | None:
@@ -273,10 +292,10 @@ def _resume(
     path: Path,
     upkeep: dict[str, Any],
     console: Console,
+    json: Path | None,
     *,
     sharding: Sharding | None,
     shards: int | None,
-    as_json: bool,
 ) -> None:
     from saelens_matryoshka.runs.folder import RunFolder
     from saelens_matryoshka.runs.layers import runs_in
@@ -286,13 +305,13 @@ def _resume(
         _require_one_process(sharding)
         from saelens_matryoshka.cli.layers import resume_layers
 
-        resume_layers(path, upkeep, console, as_json=as_json)
+        resume_layers(path, upkeep, console, json)
         return
     folder = RunFolder(path)
     console.print(f"[bold]Going on[/] with {folder.path}")
     with told_how_to_go_on(folder.path, console):
         result = resume_run(folder, sharding, shards, **upkeep)
-    _show_result(result, folder, console, as_json=as_json)
+    _show_result(result, folder, console, json)
 
 
 @contextmanager
@@ -331,9 +350,9 @@ def _folder(settings: Settings, out: Path | None, name: str | None) -> RunFolder
     return RunFolder(Path(given.value))
 
 
-def _show_result(result: EvalResult | None, folder: RunFolder, console: Console, *, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({"folder": str(folder.path), "metrics": result.to_dict() if result else None}))
+def _show_result(result: EvalResult | None, folder: RunFolder, console: Console, json: Path | None) -> None:
+    write_numbers(dumps({"folder": str(folder.path), "metrics": result.to_dict() if result else None}), json)
+    if on_stdout(json):
         return
     if result is None:
         console.print("The dataset is too small to hold text out: nothing was evaluated.")
@@ -342,7 +361,8 @@ def _show_result(result: EvalResult | None, folder: RunFolder, console: Console,
     console.print(
         f"Saved in {folder.path}, as SAELens saves it:\n"
         f"  sae = SAE.load_from_disk({str(folder.path)!r})\n"
-        "`saelens-matryoshka runs` lists all runs.",
+        "Its page of curves, levels and latents:\n"
+        f"  saelens-matryoshka report {shlex.quote(str(folder.path))}",
         soft_wrap=True,
         markup=False,
     )
@@ -361,14 +381,21 @@ def _summary(settings: Settings) -> str:
     )
 
 
-def _show_plan(settings: Settings, folder: RunFolder, console: Console, *, as_json: bool) -> None:
+def _show_plan(settings: Settings, folder: RunFolder, console: Console, json: Path | None) -> None:
     from saelens_matryoshka.runs.estimate import estimate
 
     values = settings.values()
-    if as_json:
-        plan = {"folder": str(folder.path), "mapping": settings.mapping, "settings": values}
-        print(json.dumps({**plan, "estimate": estimate(settings.cfg).to_dict()}, indent=2))
-        return
+    if not on_stdout(json):
+        _show_settings(settings, folder, console, len(values))
+    with console.status("estimating memory and time"):
+        found = estimate(settings.cfg)
+    if not on_stdout(json):
+        console.print(found.tables())
+    plan = {"folder": str(folder.path), "mapping": settings.mapping, "settings": values}
+    write_numbers(dumps({**plan, "estimate": found.to_dict()}, indent=2), json)
+
+
+def _show_settings(settings: Settings, folder: RunFolder, console: Console, n_values: int) -> None:
     from rich.table import Table
 
     console.print(f"[bold]Would train[/] {_summary(settings)}\n  in {folder.path}\n")
@@ -379,11 +406,8 @@ def _show_plan(settings: Settings, folder: RunFolder, console: Console, *, as_js
     for name, given in settings.given.items():
         table.add_row(name, str(given.value), given.origin)
     console.print(table)
-    n_left = len(values) - len(settings.given)
+    n_left = n_values - len(settings.given)
     console.print(f"{n_left} other settings are SAELens's defaults; --json prints them too.")
-    with console.status("estimating memory and time"):
-        tables = estimate(settings.cfg).tables()
-    console.print(tables)
 
 
 def _print_all_help(context: typer.Context) -> None:
@@ -399,7 +423,7 @@ def _print_all_help(context: typer.Context) -> None:
 
 def presets(
     name: Annotated[str | None, typer.Argument(help="Show one of them.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: Json = None,
 ) -> None:
     """List the presets of `train`, or show one.
 
@@ -411,10 +435,11 @@ def presets(
     quieten()
     from saelens_matryoshka.runs.presets import load_preset, preset_names
 
+    require_writable(json)
     console = Console(highlight=False)
     found = [load_preset(one) for one in ([name] if name else preset_names())]
-    if as_json:
-        print(json.dumps([preset.to_dict() for preset in found], indent=2))
+    write_numbers(dumps([preset.to_dict() for preset in found], indent=2), json)
+    if on_stdout(json):
         return
     if name:
         console.print(f"[bold]{name}[/]: {found[0].description}")
@@ -424,7 +449,8 @@ def presets(
         console.print(table)
         console.print(f"`saelens-matryoshka train --preset {name} --dry-run` shows what it resolves to.")
         return
-    table = Table(**_PLAIN)
+    # narrow, or a model's name needs a second line
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("preset", no_wrap=True)
     table.add_column("model", overflow="fold")
     for heading in ("layer", "latents", "k", "tokens"):

@@ -11,7 +11,7 @@ Nothing is trained or moved: a training object is converted to the inference mod
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,6 +50,7 @@ def evaluate(
     exclude_special_tokens: bool | list[int] = True,
     model_kwargs: Mapping[str, Any] | None = None,
     group: Group = ALONE,
+    on_progress: Callable[[str, int, int], None] | None = None,
 ) -> EvalResult:
     """Metrics of every prefix.
 
@@ -68,6 +69,7 @@ def evaluate(
         model_kwargs: Passed on when the language model is called.
         group: The processes that have the dictionary in shards, of which `sae` is this one's. Each runs its
             language model on the same text, and all return the same.
+        on_progress: Called with what is measured, and the numbers of tokens done and to do.
 
     Returns:
         The metrics, with what they were measured on.
@@ -90,18 +92,35 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        for tokens in batches:
-            run.add_reconstruction(tokens)
-        n_left = n_ce_tokens
-        for tokens in batches:
-            if n_left <= 0:
-                break
-            part = tokens[: -(-n_left // tokens.shape[1])]
-            run.add_next_token(part)
-            n_left -= part.numel()
+        _each(run.add_reconstruction, batches, "reconstruction", on_progress)
+        _each(run.add_next_token, list(_first(batches, n_ce_tokens)), "cross-entropy", on_progress)
     finally:
         model.train(was_training)
     return run.result()
+
+
+def _first(batches: Iterable[torch.Tensor], n_tokens: int) -> Iterator[torch.Tensor]:
+    """Batches of the prompts with the first `n_tokens` tokens."""
+    for tokens in batches:
+        if n_tokens <= 0:
+            return
+        part = tokens[: -(-n_tokens // tokens.shape[1])]
+        n_tokens -= part.numel()
+        yield part
+
+
+def _each(
+    add: Callable[[torch.Tensor], None],
+    batches: Sequence[torch.Tensor],
+    what: str,
+    on_progress: Callable[[str, int, int], None] | None,
+) -> None:
+    done, total = 0, sum(tokens.numel() for tokens in batches)
+    for tokens in batches:
+        add(tokens)
+        done += tokens.numel()
+        if on_progress is not None:
+            on_progress(what, done, total)
 
 
 @torch.no_grad()

@@ -95,6 +95,18 @@ class FrameReport:
             )
         return f"{trained}, but it DECLARES {self.declared}: set hook_name to where it was trained."
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "target": self.target,
+            "declared": self.declared,
+            "trained_on": [candidate.name for candidate in self.trained_on],
+            "agrees": self.agrees,
+            "candidates": [{"name": c.name, "fvu": c.fvu, "l0": c.l0} for c in self.candidates],
+            "n_tokens": self.n_tokens,
+            "trained_l0": self.trained_l0,
+        }
+
     def table(self) -> Table:
         """One row per candidate, for rich; fits 80 columns."""
         table = Table(title=f"Predicting {self.target}", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,21 @@ _KINDS = {
     "matryoshka_transcoder": "Matryoshka transcoder",
     "matryoshka_skip_transcoder": "Matryoshka skip transcoder",
 }
+
+_SCALAR = (str, int, float)
+_SHOWN = {
+    "k": "k in training",
+    "training_tokens": "training tokens",
+    "train_batch_size_tokens": "tokens per batch",
+    "lr": "learning rate, at its highest",
+    "lr_warm_up_steps": "warm-up steps",
+    "lr_decay_steps": "decay steps",
+    "dead_feature_window": "dead after steps without firing",
+    "seed": "seed",
+    "started_at": "started at",
+    "completed_at": "completed at",
+}
+"""settings on the page, and what they are called there"""
 
 
 def page_content(
@@ -96,7 +112,7 @@ def _facts(
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """When it was started and completed, and what else of its settings a reader asks for first."""
+    """What a reader asks for first of its settings, the command that began it, and when it ran."""
     if not path.is_file():
         return {}
     try:
@@ -105,5 +121,16 @@ def _settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no YAML: {error}.") from None
     if not isinstance(settings, dict):
         return {}
-    found = {name.replace("_", " "): settings.get(name) for name in ("preset", "started_at", "completed_at")}
-    return {name: value for name, value in found.items() if isinstance(value, str | int | float) or value}
+    found = {
+        name: _said(settings[key]) for key, name in _SHOWN.items() if isinstance(settings.get(key), _SCALAR)
+    }
+    command = settings.get("command")
+    if isinstance(command, list) and command:
+        found["command"] = shlex.join(["saelens-matryoshka", *map(str, command)])
+    return found
+
+
+def _said(value: str | int | float) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:g}" if isinstance(value, float) else value

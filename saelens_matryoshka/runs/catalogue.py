@@ -175,7 +175,7 @@ def _tokens(run: Run) -> str:
 
 
 def _short(n: int) -> str:
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if n >= size:
             return f"{n / size:.3g}{letter}"
     return str(n)

@@ -25,6 +25,7 @@ OUR_CONFIGS: dict[str, Any] = {config.architecture(): config for _, config in AR
 
 # Written by SAELens, deprecated, or parts of their own.
 _NOT_SETTINGS = {"sae", "logger", "metadata", "hook_eval", "sae_lens_version", "sae_lens_training_version"}
+_SIZES = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
 
 
@@ -147,7 +148,7 @@ def read_value(name: str, given: Given, hint: Any) -> Any:
     elif isinstance(value, str) and lists and (bool not in accepted or "," in value):
         value = value.split(",")
     elif isinstance(value, str) and int in accepted and bool not in accepted:
-        value = _without_exponent(value)
+        value = whole_number(value)
     try:
         if isinstance(value, bool) and bool not in accepted:
             raise ValueError
@@ -186,10 +187,12 @@ def _from_json(text: str) -> Any:
         return text
 
 
-def _without_exponent(text: str) -> Any:
-    """1e6 as 1000000, which a whole number may be written as."""
+def whole_number(text: str) -> int | str:
+    """250_000, 1e8, 500k, 2M or 1B as a whole number; what is none of them as it is."""
+    size = _SIZES.get(text[-1:].lower())
     try:
-        number = float(text)
+        number = float(text if size is None else text[:-1]) * (size or 1)
     except ValueError:
         return text
-    return int(number) if "e" in text.lower() and number.is_integer() else text
+    # what has a point and no unit, 16.0, is meant as another kind of number
+    return int(number) if number.is_integer() and (size or "." not in text) else text

@@ -5,15 +5,17 @@ A preset holds what differs from the recommended settings. `extends` names a pre
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saelens_matryoshka.file_names import natural
 from saelens_matryoshka.runs.fields import Given, did_you_mean
 from saelens_matryoshka.runs.settings import merge, parse_yaml
 
 FOLDER = Path(__file__).parent / "presets"
+_UNITS = {"": 1, "m": 1e6, "b": 1e9}
+_SIZES = ("medium", "large", "xl")
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,19 @@ class Preset:
 def preset_names() -> list[str]:
     """Every preset, the small ones first, then by model."""
     small = ("tiny", "quick")
-    names = sorted((path.stem for path in FOLDER.glob("*.yaml")), key=natural)
+    names = sorted((path.stem for path in FOLDER.glob("*.yaml")), key=_by_size)
     return [name for name in small if name in names] + [name for name in names if name not in small]
+
+
+def _by_size(name: str) -> list[tuple[int, float, str]]:
+    """Orders 270m before 1b, and medium before large."""
+    key: list[tuple[int, float, str]] = []
+    for number, unit, word in re.findall(r"(\d+(?:\.\d+)?)([mb]?)|([a-z]+)", name):
+        if number:
+            key.append((0, float(number) * _UNITS[unit], ""))
+        else:
+            key.append((0, _SIZES.index(word), "") if word in _SIZES else (1, 0, word))
+    return key
 
 
 def load_preset(name: str) -> Preset:

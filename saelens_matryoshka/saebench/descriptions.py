@@ -46,6 +46,11 @@ class Description:
                 shares.append(sum(b is value for b in said) / len(said))
         return sum(shares) / len(shares)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, with the scores."""
+        scores = {"accuracy": self.accuracy, "balanced_accuracy": self.balanced_accuracy}
+        return {**dataclasses.asdict(self), **scores}
+
 
 @dataclass
 class Descriptions:
@@ -104,10 +109,8 @@ class Descriptions:
     def add(self, description: Description) -> None:
         """Write one down."""
         self._prepare()
-        row = dataclasses.asdict(description)
-        row |= {"accuracy": description.accuracy, "balanced_accuracy": description.balanced_accuracy}
         with (self.folder / _LATENTS).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(description.to_dict()) + "\n")
         self.by_latent[description.latent] = description
 
     def table(self) -> Table:

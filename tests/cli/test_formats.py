@@ -171,3 +171,23 @@ def test_hooks_says_which_tensor_it_was_trained_on(topk: Path) -> None:
     assert "declared" in said
     assert "L0 in training 8" in said
     assert "another layer, model or target" in said
+
+
+def test_import_export_and_hooks_give_json_alone(topk: Path, tmp_path: Path) -> None:
+    result = _run("export", topk, "--to", "saelens", "--out", tmp_path / "out", "--json")
+    assert json.loads(result.stdout) == {
+        "format": "saelens",
+        "folders": [str(tmp_path / "out")],
+        "url": None,
+    }
+    result = _run("import", tmp_path / "out", "--from", "saelens", "--out", tmp_path / "in", "--json", "-")
+    first, second = json.loads(result.stdout)
+    assert Path(second["folder"]) == tmp_path / "in" / "layer_1"
+    assert (first["hook_name"], first["d_sae"]) == ("blocks.0.ln2.hook_normalized", 64)
+    assert SAE.load_from_disk(second["folder"]).cfg.d_sae == 64
+
+    result = _run("hooks", "tiny", "--transcoder", topk / "layer_1", "--tokens", 500, "--json")
+    report = json.loads(result.stdout)
+    assert result.exit_code == (0 if report["agrees"] else 2)
+    assert report["agrees"] == (report["declared"] in report["trained_on"])
+    assert {"name", "fvu", "l0"} == set(report["candidates"][0])

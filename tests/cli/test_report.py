@@ -199,3 +199,41 @@ def test_special_tokens_are_left_out_by_default(run: Path, call: Any) -> None:
     found = Samples.load(run / "samples")
     positions = found.top.positions[found.top.positions >= 0]
     assert not torch.isin(found.tokens.flatten()[positions], torch.tensor([0, 1, 2])).any()
+
+
+def test_report_gives_json_alone_and_says_what_is_left_out(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "metrics.jsonl").unlink()
+    monkeypatch.setattr(sys, "argv", ["saelens-matryoshka", "report", str(run), "--no-samples", "--json"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    page = run / "report.html"
+    assert json.loads(capsys.readouterr().out) == {
+        "page": str(page),
+        "bytes": page.stat().st_size,
+        "left_out": ["metrics.jsonl"],
+    }
+
+
+def test_a_misspelt_folder_is_recognised(run: Path, call: Any) -> None:
+    code, said = call("report", str(run).replace("run", "rnu"), "--no-samples")
+    assert code == 1
+    assert f"did you mean {run}?" in said.replace("\n", "")
+
+
+def test_the_page_tells_how_the_run_was_made(run: Path, call: Any) -> None:
+    (run / "config.yaml").write_text(
+        "command: [train, --name, two words]\nlr: 0.007\nseed: 42\ntraining_tokens: 400000\nk: [odd]\n"
+    )
+    assert call("report", run, "--no-samples")[0] == 0
+    page = (run / "report.html").read_text()
+    assert "<dd>saelens-matryoshka train --name &#39;two words&#39;</dd>" in page
+    for name, value in {
+        "learning rate, at its highest": 0.007,
+        "seed": 42,
+        "training tokens": "400,000",
+    }.items():
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in page
+    assert "odd" not in page

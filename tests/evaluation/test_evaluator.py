@@ -309,3 +309,23 @@ def test_prompts_of_another_length_than_asked_for_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match="context_size=8, but the tokens given are prompts of 32"):
         sm.evaluate(_stock_transcoder(), tiny_model, tokens, context_size=8)
+
+
+def test_progress_counts_the_tokens_of_both_passes(
+    tiny_model: HookedTransformer, tokens: torch.Tensor
+) -> None:
+    told: list[tuple[str, int, int]] = []
+    few = {"n_tokens": tokens[:6].numel(), "n_ce_tokens": tokens[:3].numel(), "batch_size_prompts": 2}
+    sm.evaluate(
+        _stock_transcoder(),
+        tiny_model,
+        tokens,
+        **few,
+        exclude_special_tokens=False,
+        on_progress=lambda *step: told.append(step),
+    )
+    length = tokens.shape[1]
+    assert told == [
+        *(("reconstruction", prompts * length, 6 * length) for prompts in (2, 4, 6)),
+        *(("cross-entropy", prompts * length, 3 * length) for prompts in (2, 3)),
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -312,3 +313,20 @@ def test_a_page_of_18432_latents_is_ready_and_answers_within_seconds(opened: Ope
     )
     assert waited < 5_000
     assert 0 < _count(page) < 18432
+
+
+def _luminance(colour: str) -> float:
+    """WCAG's relative luminance of "rgb(...)"."""
+    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_level_stands_out_from_the_ground(opened: Open, file: Path, scheme: str) -> None:
+    page = opened(file, scheme=scheme)
+    style = "getComputedStyle(document.querySelector('figure.chart')).backgroundColor"
+    ground = _luminance(page.evaluate(style))
+    levels = page.evaluate("[0, 1, 2, 3, 4].map(level => levelColour(level, 5))")
+    for lighter, darker in (sorted((_luminance(level), ground), reverse=True) for level in levels):
+        assert (lighter + 0.05) / (darker + 0.05) >= 3  # what WCAG asks of graphics

@@ -143,3 +143,15 @@ def test_a_preset_holds_only_what_differs() -> None:
             "log_to_wandb",
         }
     assert load_preset("quick").to_dict()["model_name"] == "gpt2"
+
+
+def test_presets_are_listed_by_size() -> None:
+    names = preset_names()
+    assert names[:2] == ["tiny", "quick"]
+    for listed in (
+        ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"],
+        ["gemma-2-2b", "gemma-2-2b-layer-8", "gemma-2-2b-layer-8-wide", "gemma-2-2b-layer-12", "gemma-2-9b"],
+        ["gemma-3-270m", "gemma-3-1b", "gemma-3-4b", "gemma-3-12b"],
+        ["pythia-70m", "pythia-160m", "pythia-1.4b"],
+    ):
+        assert sorted(listed, key=names.index) == listed

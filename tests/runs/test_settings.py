@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from saelens_matryoshka.runs.fields import Given
+from saelens_matryoshka.runs.fields import Given, whole_number
 from saelens_matryoshka.runs.settings import merge, parse_yaml, read_file, read_flags, resolve
 
 FILE = "model_name: tiny\nmapping: mlp\nlayer: 2\nd_sae: 256\nk: 8\n"
@@ -228,3 +228,17 @@ def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path: Path) -> None:
 def test_a_stray_word_is_refused() -> None:
     with pytest.raises(ValueError, match="'stray' belongs to no flag"):
         read_flags(["stray", "--seed", "1"])
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("250000", 250_000), ("250_000", 250_000), ("5e7", 50_000_000), ("500k", 500_000), ("1.5M", 1_500_000),
+     ("1B", 10**9), ("-3", -3), ("16.0", "16.0"), ("1.5", "1.5"), ("many", "many"), ("", ""), ("M", "M"),
+     ("inf", "inf"), ("nan", "nan"), ("1e400M", "1e400M")],
+)  # fmt: skip
+def test_whole_numbers_have_units(text: str, number: object) -> None:
+    assert whole_number(text) == number
+
+
+def test_tokens_are_given_with_a_unit() -> None:
+    assert _resolve("--training_tokens 2M").cfg.training_tokens == 2_000_000

@@ -39,6 +39,10 @@ def test_command_evaluates_the_embedded_model_offline(tmp_path: Path) -> None:
     assert saved["space"] == "output"
     again = _call(*arguments, cwd=tmp_path)
     assert again.stdout == done.stdout
+    numbers = json.loads(_call(*arguments, "--json", cwd=tmp_path).stdout)
+    assert {(row["eval"], row["width"]) for row in numbers["evals"]} == {
+        (name, width) for name in ("core", "tpp") for width in (16, 64)
+    }
     other = _call(*arguments, "--seed", "1", cwd=tmp_path)
     assert other.returncode == 1
     assert "overwrite" in other.stderr

@@ -24,8 +24,10 @@ function svg(tag, attributes = {}, text) {
   return node;
 }
 
-// Ordered colours for the levels, coarse to fine; they hold on light and dark ground.
-const STOPS = [[91, 63, 212], [190, 58, 160], [236, 104, 70], [226, 166, 34]];
+// Ordered colours for the levels, coarse to fine, of enough contrast with the ground they are on.
+const STOPS = matchMedia("(prefers-color-scheme: dark)").matches
+  ? [[142, 122, 255], [214, 96, 190], [240, 116, 82], [232, 176, 60]]
+  : [[91, 63, 212], [190, 58, 160], [230, 92, 56], [190, 128, 8]];
 function levelColour(level, nLevels) {
   const at = nLevels > 1 ? (level / (nLevels - 1)) * (STOPS.length - 1) : 0;
   const low = Math.min(Math.floor(at), STOPS.length - 2), part = at - low;
