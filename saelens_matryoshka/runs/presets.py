@@ -5,11 +5,11 @@ A preset holds what differs from the recommended settings. `extends` names a pre
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saelens_matryoshka.file_names import natural
 from saelens_matryoshka.runs.fields import Given, did_you_mean
 from saelens_matryoshka.runs.settings import merge, parse_yaml
 
@@ -33,8 +33,12 @@ class Preset:
 def preset_names() -> list[str]:
     """Every preset, the small ones first, then by model."""
     small = ("tiny", "quick")
-    names = sorted((path.stem for path in FOLDER.glob("*.yaml")), key=natural)
+    names = sorted((path.stem for path in FOLDER.glob("*.yaml")), key=_numbers_by_size)
     return [name for name in small if name in names] + [name for name in names if name not in small]
+
+
+def _numbers_by_size(name: str) -> list[tuple[int, str]]:
+    return [(int(part) if part.isdigit() else -1, part) for part in re.split(r"(\d+)", name)]
 
 
 def load_preset(name: str) -> Preset:
