@@ -10,7 +10,7 @@ often than the others, are not all on one device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,9 @@ from saelens_matryoshka.ops.group import Group, Over
 
 _DIGIT_BITS = 11
 _SIGN_64 = -(1 << 63)
+# Bytes that are sent at a time.
+_PIECE = 64 << 20
+_NOBODY = -1
 
 
 class Processes(Group):
@@ -38,6 +41,8 @@ class Processes(Group):
         self.d_sae = d_sae
         self.is_writing = False
         """this process is doing something for all, which the others do not take part in"""
+        self.give: Callable[[], bytes] = bytes
+        """what this process answers when the first one asks"""
         self.device = torch.device(mesh.device_type)
         self._groups: dict[Over, dist.ProcessGroup | None] = {
             "rows": mesh["rows"].get_group() if self.row_blocks > 1 else None,
@@ -95,6 +100,39 @@ class Processes(Group):
         tensor = tensor.contiguous()
         dist.all_reduce(tensor, op, group=group)
         return tensor
+
+    # ---- what the first process asks the others for, while it does something for all
+
+    def ask(self, rank: int) -> Iterator[memoryview]:
+        """In the first process: what another one gives, in pieces. The others are in `answer`."""
+        self._next_to_give(rank)
+        length = torch.zeros((), dtype=torch.int64, device=self.device)
+        dist.recv(length, rank)
+        for start in range(0, int(length), _PIECE):
+            piece = torch.empty(min(_PIECE, int(length) - start), dtype=torch.uint8, device=self.device)
+            dist.recv(piece, rank)
+            yield piece.cpu().numpy().data
+
+    def ask_no_more(self) -> None:
+        """In the first process: let the others go on."""
+        self._next_to_give(_NOBODY)
+
+    def answer(self) -> None:
+        """In the others: give what the first one asks for, until it asks no more."""
+        given: torch.Tensor | None = None
+        while (rank := self._next_to_give()) != _NOBODY:
+            if given is None:  # all make it ready while one after the other sends
+                given = torch.frombuffer(bytearray(self.give()), dtype=torch.uint8)
+            if rank == self.rank:
+                dist.send(torch.tensor(len(given), device=self.device), 0)
+                for piece in given.split(_PIECE):
+                    dist.send(piece.to(self.device), 0)
+
+    def _next_to_give(self, rank: int = _NOBODY) -> int:
+        """The rank that the first process says, in all."""
+        said = torch.tensor(rank, device=self.device)
+        dist.broadcast(said, 0)
+        return int(said)
 
     # ---- the largest
 

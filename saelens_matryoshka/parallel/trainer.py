@@ -190,7 +190,8 @@ def writing(
     """`write` to be called by all processes, and done by the first.
 
     Meanwhile, that one has what all of them have together: the whole dictionary, its optimizer state (if
-    wanted) and the rows its threshold is calibrated by. The others return `otherwise`.
+    wanted) and the rows its threshold is calibrated by. The others answer what it asks for, and return
+    `otherwise`.
     """
 
     @functools.wraps(write)
@@ -203,12 +204,14 @@ def writing(
             sae.calibrate_threshold()  # here, where all take part
             with whole(trainer, group, optimizer=optimizer), _recent_rows_of_all(sae, group):
                 if group.rank != 0:
+                    group.answer()
                     return otherwise
                 group.is_writing = True
                 try:
                     return write(*args, **kwargs)
                 finally:
                     group.is_writing = False
+                    group.ask_no_more()
 
     return write_once
 
@@ -227,5 +230,8 @@ def _recent_rows_of_all(sae: MatryoshkaTraining, group: Processes) -> Iterator[N
 
 
 def _divide_recent_rows(sae: MatryoshkaTraining, group: Processes) -> None:
-    """Of the rows that a checkpoint has of whole batches, keep this process's share."""
-    sae.recent = RecentRows(batch[group.row_block :: group.row_blocks] for batch in sae.recent.batches())
+    """Of the rows that a checkpoint has of whole batches, keep this process's block; all are of one length."""
+    n = group.row_blocks
+    sae.recent = RecentRows(
+        batch[: len(batch) // n * n].tensor_split(n)[group.row_block] for batch in sae.recent.batches()
+    )
