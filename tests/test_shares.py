@@ -1,7 +1,8 @@
-"""Every process reads its share; what some have left, others take over, and no token is lost or read twice."""
+"""Every process reads its share; what some leave, others take over, and no token is lost or read twice."""
 
 from __future__ import annotations
 
+import itertools
 import random
 import warnings
 from collections import Counter
@@ -39,7 +40,7 @@ def dataset_of(kind: str) -> Any:
         dataset = datasets.Dataset.from_dict({"input_ids": rows})
     else:
         ends = [0, *sorted(random.Random(0).sample(range(1, N_TOKENS), 59)), N_TOKENS]
-        parts = [numbers[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+        parts = [numbers[a:b] for a, b in itertools.pairwise(ends)]
         dataset = datasets.Dataset.from_dict({"text": [" ".join(map(str, part)) for part in parts]})
     if form == "map":
         return dataset

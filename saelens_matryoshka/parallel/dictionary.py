@@ -86,7 +86,7 @@ def shard(sae: MatryoshkaTraining, group: Processes, device: torch.device | str)
         setattr(sae, name, nn.Parameter(own.to(device)))
     for name, buffer in list(sae.named_buffers()):
         setattr(sae, name, _deal(name, buffer, group).to(device))
-    sae.cfg.device = str(device)
+    sae.to(device)  # nothing is left to move, but SAELens notes where it is
 
 
 def _deal(name: str, whole: torch.Tensor, group: Processes) -> torch.Tensor:

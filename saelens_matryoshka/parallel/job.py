@@ -78,6 +78,8 @@ class Job:
             if resumed is not None and group.rank == 0:
                 sae.load_weights_from_checkpoint(resumed)
         shard(sae, group, cfg.device)
+        if resumed is not None:
+            sae.load_training_state(resumed)  # small, and the same in all shards
         if resumed is not None or cfg.from_pretrained_path is not None:
             sae._prepared = True
             sae.load_weights_from_checkpoint = lambda checkpoint_path: None  # noqa: ARG005

@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from sae_lens import SAETrainer
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.training.activation_scaler import ActivationScaler
@@ -92,10 +93,32 @@ def _average_gradients(sae: MatryoshkaTraining, group: Processes) -> None:
             gradient_as_bucket_view=True,
         )
 
+    forward.register_comm_hook(  # a lambda, because torch refuses annotations that are text
+        group.process_group("rows"),
+        lambda rows, bucket: _average_each(bucket.buffer(), bucket.gradients(), rows),
+    )
+
     def training_forward_pass(step_input: TrainStepInput) -> TrainStepOutput:
         return forward(step_input)
 
     sae.training_forward_pass = training_forward_pass  # type: ignore[method-assign]
+
+
+def _average_each(
+    bucket: torch.Tensor, gradients: list[torch.Tensor], rows: dist.ProcessGroup
+) -> torch.futures.Future[torch.Tensor]:
+    """Average the gradients in one of DDP's buckets, parameter by parameter.
+
+    DDP packs its buckets anew after the first step. From three processes on, the order in which the values of
+    a parameter are added depends on where it lies, so that a resumed run would differ in the last bits.
+    """
+    for gradient in gradients:
+        dist.all_reduce(gradient.div_(rows.size()), group=rows)
+    done: torch.futures.Future[torch.Tensor] = torch.futures.Future(
+        devices=[bucket.device] if bucket.is_cuda else None
+    )
+    done.set_result(bucket)
+    return done
 
 
 # ---- data
@@ -230,7 +253,7 @@ def _recent_rows_of_all(sae: MatryoshkaTraining, group: Processes) -> Iterator[N
 
 
 def _divide_recent_rows(sae: MatryoshkaTraining, group: Processes) -> None:
-    """Of the rows that a checkpoint has of whole batches, keep this process's block; all are of one length."""
+    """Of the rows a checkpoint has of whole batches, keep this process's block; all are of one length."""
     n = group.row_blocks
     sae.recent = RecentRows(
         batch[: len(batch) // n * n].tensor_split(n)[group.row_block] for batch in sae.recent.batches()
