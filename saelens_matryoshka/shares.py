@@ -104,7 +104,7 @@ class Shares:
         if len(share) < n:
             raise another_dataset(n)
         is_left(share[n - 1], 0)
-        return share.skip(n)
+        return share.skip(n) if n < len(share) else share.take(0)
 
 
 def _one_by_one(dataset: Any, rank: int, size: int) -> Any:

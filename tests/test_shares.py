@@ -83,9 +83,10 @@ def _quiet() -> Iterator[None]:
 class Job:
     """The stores of some processes, and the tokens that they have served."""
 
-    def __init__(self, kind: str, size: int, **overrides: Any) -> None:
+    def __init__(self, kind: Any, size: int, **overrides: Any) -> None:
         self.kind, self.overrides, self.served = kind, overrides, Counter[int]()
-        self.stores = [store_of(dataset_of(kind), rank, size, **overrides) for rank in range(size)]
+        read = [dataset_of(kind) if isinstance(kind, str) else kind for _ in range(size)]
+        self.stores = [store_of(dataset, rank, size, **overrides) for rank, dataset in enumerate(read)]
 
     def serve(self, n_batches: int) -> torch.Tensor:
         batches = torch.stack([torch.stack([next(s) for _ in range(n_batches)]) for s in self.stores])
@@ -139,6 +140,22 @@ def test_any_number_of_processes_takes_over_what_others_have_left(
     job.serve(2)
     job.save(tmp_path)
     assert job.served + job.resumed(tmp_path, sizes[-1]).waiting() == ALL_ONCE
+
+
+@pytest.mark.parametrize("form", ["map", "stream"])
+def test_when_all_documents_are_begun_their_rests_are_left(form: str, tmp_path: Path) -> None:
+    parts = torch.arange(N_TOKENS).view(4, -1).tolist()
+    dataset: Any = datasets.Dataset.from_dict({"text": [" ".join(map(str, part)) for part in parts]})
+    dataset = dataset if form == "map" else dataset.to_iterable_dataset()
+    job = Job(dataset, 2)
+    while any(store.state().position.n_documents < 2 for store in job.stores):
+        job.serve(1)
+    job.save(tmp_path)
+    resumed = job.resumed(tmp_path, 3)
+    assert job.served + resumed.waiting() == ALL_ONCE
+    for store in resumed.stores:  # and then the next epoch begins
+        while store.state().position.epoch == 0:
+            next(store)
 
 
 def take(store: ResumableStore, n: int) -> torch.Tensor:

@@ -6,8 +6,8 @@ the same batches, whose place is one number for all.
 
 What waits to be trained on is a process's own, and may be gigabytes. A checkpoint is sealed by the first
 process, the only one that writes, perhaps to a disk that the others do not see. So it asks one after the
-other for its state and passes it on to the disk in pieces: nowhere is more in memory than a process's own
-state, once more. The price is time, because N buffers go through one process. Who has many processes can
+other for its state and passes it on to the disk in pieces: nowhere is more in memory than copies of a
+process's own state. The price is time, because N buffers go through one process. Who has many processes can
 lower `n_batches_in_buffer`: N buffers mix N times as many rows.
 """
 
@@ -72,7 +72,6 @@ def save_all_states(store: ResumableStore, group: Processes) -> None:
         save_own(checkpoint_path)
         for rank in range(1, group.size):
             with state_file(Path(checkpoint_path), rank).open("wb") as file:
-                for piece in group.ask(rank):
-                    file.write(piece)
+                group.ask(rank, file.write)
 
     store.save_to_checkpoint = save_to_checkpoint  # type: ignore[method-assign]

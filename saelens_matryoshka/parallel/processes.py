@@ -10,7 +10,8 @@ often than the others, are not all on one device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -103,15 +104,20 @@ class Processes(Group):
 
     # ---- what the first process asks the others for, while it does something for all
 
-    def ask(self, rank: int) -> Iterator[memoryview]:
-        """In the first process: what another one gives, in pieces. The others are in `answer`."""
+    def ask(self, rank: int, take: Callable[[memoryview], Any]) -> None:
+        """In the first process: `take` what another one gives, piece by piece. The others are in `answer`."""
         self._next_to_give(rank)
         length = torch.zeros((), dtype=torch.int64, device=self.device)
         dist.recv(length, rank)
-        for start in range(0, int(length), _PIECE):
-            piece = torch.empty(min(_PIECE, int(length) - start), dtype=torch.uint8, device=self.device)
-            dist.recv(piece, rank)
-            yield piece.cpu().numpy().data
+        pieces = iter([min(_PIECE, int(length) - start) for start in range(0, int(length), _PIECE)])
+        buffer = torch.empty(min(_PIECE, int(length)), dtype=torch.uint8, device=self.device)
+        try:
+            for n_bytes in pieces:
+                dist.recv(buffer[:n_bytes], rank)
+                take(buffer[:n_bytes].cpu().numpy().data)
+        finally:
+            for n_bytes in pieces:  # of what could not be taken, for the other one to go on
+                dist.recv(buffer[:n_bytes], rank)
 
     def ask_no_more(self) -> None:
         """In the first process: let the others go on."""
@@ -119,14 +125,15 @@ class Processes(Group):
 
     def answer(self) -> None:
         """In the others: give what the first one asks for, until it asks no more."""
-        given: torch.Tensor | None = None
+        given: bytes | None = None
         while (rank := self._next_to_give()) != _NOBODY:
             if given is None:  # all make it ready while one after the other sends
-                given = torch.frombuffer(bytearray(self.give()), dtype=torch.uint8)
+                given = self.give()
             if rank == self.rank:
                 dist.send(torch.tensor(len(given), device=self.device), 0)
-                for piece in given.split(_PIECE):
-                    dist.send(piece.to(self.device), 0)
+                for start in range(0, len(given), _PIECE):
+                    piece = bytearray(given[start : start + _PIECE])
+                    dist.send(torch.frombuffer(piece, dtype=torch.uint8).to(self.device), 0)
 
     def _next_to_give(self, rank: int = _NOBODY) -> int:
         """The rank that the first process says, in all."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+from sae_lens import SAE
 from typer.testing import CliRunner
 
 from saelens_matryoshka import tiny
@@ -18,11 +20,11 @@ from saelens_matryoshka.runs import training
 from saelens_matryoshka.runs.keeper import Keeper
 from tests.parallel.processes import run_job
 
-STEPS, STOP = 12, 7
+STEPS, STOP, BATCH = 8, 5, 192
 TRAIN = (
-    f"train --preset tiny --mapping mlp --layer 2 --d_sae 128 -k 8 --train_batch_size_tokens 192 "
-    f"--training_tokens {192 * STEPS} --n_batches_in_buffer 8 --n_eval_batches 1 --eval_batch_size_prompts 4 "
-    "--name run --log-every 1"
+    f"train --preset tiny --mapping mlp --layer 2 --d_sae 128 -k 8 --train_batch_size_tokens {BATCH} "
+    f"--training_tokens {BATCH * STEPS} --context_size 32 --store_batch_size_prompts 4 "
+    "--n_batches_in_buffer 16 --n_eval_batches 1 --eval_batch_size_prompts 4 --name run --log-every 1"
 ).split()
 SHARDED = ["--shard", "dictionary"]
 
@@ -30,7 +32,7 @@ SHARDED = ["--shard", "dictionary"]
 def command(arguments: list[str], stop_after: int | None = None) -> tuple[int, list[int], str]:
     """Exit code, steps and errors of a command in this process; the last one is told to stop after a step."""
     steps: list[int] = []
-    is_last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+    is_last = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
     keep = Keeper.__call__
 
     def after_step(keeper: Keeper, trainer: Any, output: Any) -> None:
@@ -102,7 +104,10 @@ def form_of(text: datasets.Dataset, form: str) -> Any:
     return text if form == "map" else text.to_iterable_dataset(num_shards=4 if form == "files" else 1)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[] if case == "data parallel" else [pytest.mark.slow]) for case in CASES],
+)
 def test_a_stopped_job_ends_as_an_uninterrupted_one(
     case: str, text: datasets.Dataset, read: Any, tmp_path: Path
 ) -> None:
@@ -117,3 +122,73 @@ def test_a_stopped_job_ends_as_an_uninterrupted_one(
     for name in ("sae_weights.safetensors", "sparsity.safetensors"):
         assert (run_folder(left_alone) / name).read_bytes() == (run_folder(stopped) / name).read_bytes()
     assert metrics(left_alone) == metrics(stopped)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, []), (3, SHARDED)), ((3, SHARDED), (1, [])), ((1, []), (2, SHARDED))], ids=str
+)
+def test_any_number_of_processes_goes_on_in_any_mode(
+    before: tuple[int, list[str]],
+    after: tuple[int, list[str]],
+    text: datasets.Dataset,
+    read: Any,
+    tmp_path: Path,
+) -> None:
+    read(text)
+    train(before[0], tmp_path, *before[1], stop_after=STOP)
+    steps = resume(after[0], tmp_path, *after[1])
+    assert steps == after[0] * [list(range(STOP + 1, STEPS + 1))]
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert lines[-1]["tokens"] == BATCH * STEPS
+    assert abs(lines[-1]["l0"] - 8) < 0.1
+    assert lines[-1]["fvu"] < lines[0]["fvu"]
+    assert SAE.load_from_disk(run_folder(tmp_path)).W_dec.shape == (128, 128)
+
+
+@pytest.mark.slow
+def test_a_job_on_a_cache_has_the_batches_of_one_process(cache_folder: Path, tmp_path: Path) -> None:
+    arguments = ["--cache", str(cache_folder)]
+    alone, two = tmp_path / "alone", tmp_path / "two"
+    train(1, alone, *arguments)
+    train(2, two, *arguments, stop_after=STOP)
+    assert resume(3, two, *SHARDED) == 3 * [list(range(STOP + 1, STEPS + 1))]
+    for one, other in zip(metrics(alone), metrics(two), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+# ---- shares that are not equal
+
+
+def one_short_share(text: datasets.Dataset) -> Any:
+    """Two documents for the first of two processes, and one short one for the second."""
+    rows = [" ".join(text["text"][:10]), text["text"][10] * 3, text["text"][11], text["text"][12] * 40]
+    return datasets.Dataset.from_dict({"text": rows})
+
+
+def uneven_files(n_files: int) -> Any:
+    def rows(files: list[int]) -> Any:
+        documents = tiny.text.dataset("train")
+        for file in files:
+            for index in range(1 + 5 * file):
+                yield {"text": documents[10 * file + index]["text"][:600]}
+
+    return datasets.IterableDataset.from_generator(rows, gen_kwargs={"files": list(range(n_files))})
+
+
+@pytest.mark.parametrize(
+    ("n", "make"),
+    [
+        pytest.param(2, one_short_share, id="one document"),
+        pytest.param(3, lambda text: text.select(range(14)), id="three", marks=pytest.mark.slow),
+        pytest.param(2, lambda _: uneven_files(4), id="files", marks=pytest.mark.slow),
+        pytest.param(3, lambda _: uneven_files(4), id="files, one by one", marks=pytest.mark.slow),
+    ],
+)
+def test_shares_of_other_sizes_take_the_same_steps(
+    n: int, make: Callable[[datasets.Dataset], Any], text: datasets.Dataset, read: Any, tmp_path: Path
+) -> None:
+    read(make(text))
+    assert train(n, tmp_path) == n * [list(range(1, STEPS + 1))]
+    assert metrics(tmp_path)[-1]["tokens"] == BATCH * STEPS
