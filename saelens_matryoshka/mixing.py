@@ -67,6 +67,16 @@ class MixingBuffer(Iterator[torch.Tensor], Generic[P]):
     def rows(self, rows: torch.Tensor | None) -> None:
         self._parts = [] if rows is None else [rows]
 
+    def take_over(self, rows: torch.Tensor) -> None:
+        """Begin with rows `[n, d]` that other buffers had; those that are more than is kept are served first.
+
+        They may be on another device, where those to be served stay.
+        """
+        if self._mix_fraction > 0:
+            rows = rows[torch.randperm(len(rows))]
+        to_serve = max(len(rows) - int(self._buffer_size * self._mix_fraction), 0)
+        self._serve(rows, to_serve // self._batch_size)
+
     @torch.no_grad()
     def __next__(self) -> torch.Tensor:
         """`[batch_size, d]`."""

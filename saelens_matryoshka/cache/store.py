@@ -81,6 +81,12 @@ class CachedActivationsStore(ResumableStore):
         return None  # the columns are not those of SAELens's caches
 
     @override
+    def read_share(self, rank: int, size: int) -> None:
+        """Read one of `size` parts of every batch."""
+        self.rank, self.size = rank, size
+        self.batches.read_share(rank, size)
+
+    @override
     def __next__(self) -> torch.Tensor:
         with self._lock:
             batch = self.reading(next(self.batches))

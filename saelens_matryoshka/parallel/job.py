@@ -26,7 +26,7 @@ from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunne
 from torch.distributed.device_mesh import init_device_mesh
 from tqdm.auto import tqdm
 
-from saelens_matryoshka.parallel.data import share_data
+from saelens_matryoshka.parallel.data import save_all_states, share_data
 from saelens_matryoshka.parallel.dictionary import load_trainer_state, shard
 from saelens_matryoshka.parallel.processes import Processes
 from saelens_matryoshka.parallel.trainer import parallelize, writing
@@ -99,7 +99,9 @@ class Job:
         group = self._group
         if group is None:
             return
-        share_data(runner.activations_store, group.rank, group.size)
+        store: Any = runner.activations_store  # one of ours
+        share_data(store, group.rank, group.size)
+        save_all_states(store, group)
         train, save, run = runner.run_trainer_with_interruption_handling, runner.save_final_sae, runner.run
 
         def run_trainer(trainer: SAETrainer[Any, Any]) -> Any:

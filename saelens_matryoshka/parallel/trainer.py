@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from sae_lens import SAETrainer
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.training.activation_scaler import ActivationScaler
@@ -94,10 +95,32 @@ def _average_gradients(sae: MatryoshkaTraining, group: Processes) -> None:
             gradient_as_bucket_view=True,
         )
 
+    forward.register_comm_hook(  # a lambda, because torch refuses annotations that are text
+        group.process_group("rows"),
+        lambda rows, bucket: _average_each(bucket.buffer(), bucket.gradients(), rows),
+    )
+
     def training_forward_pass(step_input: TrainStepInput) -> TrainStepOutput:
         return forward(step_input)
 
     sae.training_forward_pass = training_forward_pass  # type: ignore[method-assign]
+
+
+def _average_each(
+    bucket: torch.Tensor, gradients: list[torch.Tensor], rows: dist.ProcessGroup
+) -> torch.futures.Future[torch.Tensor]:
+    """Average the gradients in one of DDP's buckets, parameter by parameter.
+
+    DDP packs its buckets anew after the first step. From three processes on, the order in which the values of
+    a parameter are added depends on where it lies, so that a resumed run would differ in the last bits.
+    """
+    for gradient in gradients:
+        dist.all_reduce(gradient.div_(rows.size()), group=rows)
+    done: torch.futures.Future[torch.Tensor] = torch.futures.Future(
+        devices=[bucket.device] if bucket.is_cuda else None
+    )
+    done.set_result(bucket)
+    return done
 
 
 # ---- data
@@ -179,7 +202,7 @@ def writing(
     """`write` to be called by all processes, and done by the first.
 
     Meanwhile, that one has what all of them have together: the whole dictionary, its optimizer state (if
-    wanted) and the rows its threshold is calibrated by. The others return None.
+    wanted) and the rows its threshold is calibrated by. The others answer what it asks for, and return None.
     """
 
     @functools.wraps(write)
@@ -192,12 +215,14 @@ def writing(
             sae.calibrate_threshold()  # here, where all take part
             with whole(trainer, group, optimizer=optimizer), _recent_rows_of_all(sae, group):
                 if group.rank != 0:
+                    group.answer()
                     return None
                 group.is_writing = True
                 try:
                     return write(*args, **kwargs)
                 finally:
                     group.is_writing = False
+                    group.ask_no_more()
 
     return write_once
 
@@ -216,5 +241,8 @@ def _recent_rows_of_all(sae: MatryoshkaTraining, group: Processes) -> Iterator[N
 
 
 def _divide_recent_rows(sae: MatryoshkaTraining, group: Processes) -> None:
-    """Of the rows that a checkpoint has of whole batches, keep this process's share."""
-    sae.recent = RecentRows(batch[group.row_block :: group.row_blocks] for batch in sae.recent.batches())
+    """Of the rows a checkpoint has of whole batches, keep this process's block; all are of one length."""
+    n = group.row_blocks
+    sae.recent = RecentRows(
+        batch[: len(batch) // n * n].tensor_split(n)[group.row_block] for batch in sae.recent.batches()
+    )

@@ -68,8 +68,9 @@ def test_a_job_trains_and_the_first_process_writes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_job_which_any_number_of_processes_resumes(tmp_path: Path) -> None:
-    job = start(2, tmp_path, *TRAIN, "--training_tokens", "25600", "--checkpoint-minutes", "0.0001")
+def test_a_killed_shard_ends_the_job_which_any_number_of_processes_resumes(tmp_path: Path) -> None:
+    often = ["--checkpoint-minutes", "0.0001", "--shard", "dictionary"]
+    job = start(2, tmp_path, *TRAIN, "--training_tokens", "25600", *often)
     run = tmp_path / "results" / "tiny" / "mlp-2" / "run"
     try:
         until = time.monotonic() + 200
