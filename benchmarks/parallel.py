@@ -1,4 +1,4 @@
-"""Step time and bytes moved of one process, of data parallel and of a dictionary in shards.
+"""Step time and bytes moved of one process, of data parallel, of a dictionary in shards, of copies of shards.
 
     python -m benchmarks.parallel --processes 2 4                   # gloo, on this machine's cores
     torchrun --nproc-per-node 8 -m benchmarks.parallel --device cuda    # nccl, one GPU each
@@ -35,21 +35,28 @@ from saelens_matryoshka.parallel.trainer import parallelize
 WARM_UP = 3
 
 
-def train(mode: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds and bytes of a step, of this process."""
+def meshes(size: int, shards: int) -> dict[str, tuple[int, int]]:
+    """Blocks of rows by shards, of each mode that so many processes can work in."""
+    found = {"data": (size, 1), "dictionary": (1, size)}
+    if 1 < shards < size and size % shards == 0:
+        found["hybrid"] = size // shards, shards
+    return found
+
+
+def train(args: argparse.Namespace, shape: tuple[int, int] | None = None) -> dict[str, Any]:
+    """Seconds and bytes of a step, of this process: alone, or in a mesh of this shape."""
+    size, shards = (shape[0] * shape[1], shape[1]) if shape is not None else (1, 1)
     torch.manual_seed(0)
     device = torch.device(args.device, torch.cuda.current_device()) if args.device == "cuda" else "cpu"
     cfg = sm.MatryoshkaTrainingSAEConfig.recommended(
-        d_in=args.d, d_sae=args.d_sae, k=args.k, device="cpu" if mode == "dictionary" else str(device)
+        d_in=args.d, d_sae=args.d_sae, k=args.k, device="cpu" if shards > 1 else str(device)
     )
     sae = sm.MatryoshkaTrainingSAE(cfg)
-    size = dist.get_world_size() if mode != "alone" else 1
     group = None
-    if mode != "alone":
-        shape = (size, 1) if mode == "data" else (1, size)
+    if shape is not None:
         mesh = init_device_mesh(args.device, shape, mesh_dim_names=("rows", "latents"))
         group = Processes(mesh, args.d_sae)
-        if mode == "dictionary":
+        if shards > 1:
             shard(sae, group, device)
     rank = group.rank if group else 0
     own = args.batch // size
@@ -73,7 +80,9 @@ def train(mode: str, args: argparse.Namespace) -> dict[str, Any]:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     moved += _bytes_moved()
-    return {"seconds": statistics.median(seconds[WARM_UP:]), "moved": moved + _gradient_bytes(mode, sae)}
+    if size > 1 and shards == 1:
+        moved += sum(p.numel() * p.element_size() for p in sae.parameters())  # by DDP, in C++
+    return {"seconds": statistics.median(seconds[WARM_UP:]), "moved": moved}
 
 
 _moved = 0
@@ -84,7 +93,7 @@ def _bytes_moved() -> int:
 
 
 def _count_bytes() -> None:
-    """Count what the collectives are given; DDP's gradients, which it reduces in C++, are added after."""
+    """Count what the collectives are given, but for DDP's."""
 
     def counted(collective: Any, tensor_at: int) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -97,10 +106,6 @@ def _count_bytes() -> None:
 
     dist.all_reduce = counted(dist.all_reduce, 0)
     dist.all_gather = counted(dist.all_gather, 1)
-
-
-def _gradient_bytes(mode: str, sae: Any) -> int:
-    return sum(p.numel() * p.element_size() for p in sae.parameters()) if mode == "data" else 0
 
 
 def _trainer_config(args: argparse.Namespace, device: str, n_steps: int) -> SAETrainerConfig:
@@ -131,7 +136,7 @@ def _process(rank: int, size: int, folder: str, args: argparse.Namespace) -> Non
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
     _count_bytes()
-    results = {mode: train(mode, args) for mode in ("data", "dictionary")}
+    results = {mode: train(args, shape) for mode, shape in meshes(size, args.shards).items()}
     if rank == 0:
         (Path(folder) / "results.json").write_text(json.dumps(results))
     dist.destroy_process_group()
@@ -147,8 +152,9 @@ def _on_gpus(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl")
     _count_bytes()
-    results = {mode: train(mode, args) for mode in ("alone", "data", "dictionary")}
     size = dist.get_world_size()
+    results = {"alone": train(args)}
+    results |= {mode: train(args, shape) for mode, shape in meshes(size, args.shards).items()}
     dist.barrier()
     return size, results
 
@@ -158,6 +164,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--processes", type=int, nargs="*", default=[2])
+    parser.add_argument("--shards", type=int, default=2, help="of every copy, in the mode hybrid")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--d", type=int, default=256)
     parser.add_argument("--d_sae", type=int, default=8192)
@@ -169,15 +176,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.device == "cuda":
         size, results = _on_gpus(args)
-        rows = [("alone", 1, results["alone"])]
-        rows += [(mode, size, results[mode]) for mode in ("data", "dictionary")]
+        rows = [(mode, 1 if mode == "alone" else size, result) for mode, result in results.items()]
         first = dist.get_rank() == 0
         dist.destroy_process_group()
         if not first:
             return
     else:
         torch.set_num_threads(1)
-        rows = [("alone", 1, train("alone", args))]
+        rows = [("alone", 1, train(args))]
         for size in args.processes:
             rows += [(mode, size, result) for mode, result in _on_cores(size, args).items()]
     alone = rows[0][2]["seconds"]

@@ -26,6 +26,10 @@ def fuse_adam(optimizer: torch.optim.Optimizer) -> None:
     for parameter, state in optimizer.state.items():
         # an optimizer that was resumed counted its steps on the CPU
         state["step"] = state["step"].to(parameter.device, torch.float32)
+        # The kernel pairs values by their place in memory, which in another class's checkpoint is another.
+        for name, moment in state.items():
+            if moment.shape == parameter.shape and moment.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
     _step_on_contiguous_views(optimizer)
 
 

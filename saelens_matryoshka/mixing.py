@@ -14,13 +14,12 @@ class MixingBuffer(Iterator[torch.Tensor], Generic[P]):
     """Batches of rows in random order; the same stream, bit for bit, as SAELens's `mixing_buffer`.
 
     Rows are collected until there are `buffer_size`. Then they are shuffled, a part is kept to be mixed with
-    the next ones, and the rest is served.
+    the next ones, and the rest is served. SAELens's grows one tensor by each batch of the language model,
+    which copies it every time; this one keeps them apart and moves each row once, to its shuffled place.
 
     An error in the source leaves the buffer as it was: rows and position still belong together.
     """
 
-    rows: torch.Tensor | None
-    """`[n, d]`, kept to be mixed with the next"""
     serving: torch.Tensor | None
     """`[n, d]`, shuffled and still to be served: whole batches"""
     position: P
@@ -53,8 +52,30 @@ class MixingBuffer(Iterator[torch.Tensor], Generic[P]):
             raise ValueError(f"activations_mixing_fraction={mix_fraction} must be from 0 to 1.")
         self._source = source
         self._buffer_size, self._batch_size, self._mix_fraction = buffer_size, batch_size, mix_fraction
-        self.rows = self.serving = None
+        self._parts: list[torch.Tensor] = []
+        self.serving = None
         self.position = start
+
+    @property
+    def rows(self) -> torch.Tensor | None:
+        """`[n, d]`, what waits to be shuffled."""
+        if len(self._parts) == 1:
+            return self._parts[0]
+        return torch.cat(self._parts) if self._parts else None
+
+    @rows.setter
+    def rows(self, rows: torch.Tensor | None) -> None:
+        self._parts = [] if rows is None else [rows]
+
+    def take_over(self, rows: torch.Tensor) -> None:
+        """Begin with rows `[n, d]` that other buffers had; those that are more than is kept are served first.
+
+        They may be on another device, where those to be served stay.
+        """
+        if self._mix_fraction > 0:
+            rows = rows[torch.randperm(len(rows))]
+        to_serve = max(len(rows) - int(self._buffer_size * self._mix_fraction), 0)
+        self._serve(rows, to_serve // self._batch_size)
 
     @torch.no_grad()
     def __next__(self) -> torch.Tensor:
@@ -65,6 +86,8 @@ class MixingBuffer(Iterator[torch.Tensor], Generic[P]):
         return batch.clone()  # who still refers to a slice keeps the whole buffer in memory
 
     def _refill(self) -> None:
+        if self.serving is not None:  # what was kept is a slice of it: let the memory of the rest go
+            self.serving, self._parts = None, [part.clone() for part in self._parts if len(part)]
         try:
             new, position = next(self._source)
         except StopIteration:
@@ -72,16 +95,27 @@ class MixingBuffer(Iterator[torch.Tensor], Generic[P]):
                 raise
             self._serve(self.rows, len(self.rows) // self._batch_size)
             return
-        self.serving = None  # its memory is free once the rows are a tensor of their own
-        self.rows = new if self.rows is None else torch.cat([self.rows, new])
+        self._parts.append(new)
         self.position = position
-        if len(self.rows) < self._buffer_size:
+        n_rows = sum(map(len, self._parts))
+        if n_rows < self._buffer_size:
             return
-        rows = self.rows
-        if self._mix_fraction > 0:
-            rows = rows[torch.randperm(len(rows))]
-        to_serve = len(rows) - int(self._buffer_size * self._mix_fraction)
+        rows = self._shuffled() if self._mix_fraction > 0 else self.rows
+        assert rows is not None
+        to_serve = n_rows - int(self._buffer_size * self._mix_fraction)
         self._serve(rows, max(1, to_serve // self._batch_size))
+
+    def _shuffled(self) -> torch.Tensor:
+        """`torch.cat(parts)[torch.randperm(n)]`, without the concatenation."""
+        lengths = list(map(len, self._parts))
+        order = torch.randperm(sum(lengths))
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order))
+        first = self._parts[0]
+        shuffled = first.new_empty(len(order), *first.shape[1:])
+        for part, to in zip(self._parts, place.to(first.device).split(lengths), strict=True):
+            shuffled.index_copy_(0, to, part)
+        return shuffled
 
     def _serve(self, rows: torch.Tensor, n_batches: int) -> None:
         n = n_batches * self._batch_size

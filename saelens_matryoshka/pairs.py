@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -199,4 +200,14 @@ def probe_hooks(
         d_out=target.shape[-1],
         target_is_first=order.index(hook_name_out) < order.index(hook_name),
         same_tensor=torch.equal(source, target),
+    )
+
+
+def warn_of_same_tensor(hook_name: str, hook_name_out: str) -> None:
+    """Say that a transcoder would predict what it reads."""
+    warnings.warn(
+        f"hook_name={hook_name!r} and hook_name_out={hook_name_out!r} are the same tensor, so this "
+        "transcoder is an autoencoder with a free encoder. For what a layer computes, take its "
+        "resid_pre and its resid_post.",
+        stacklevel=2,
     )

@@ -1,4 +1,4 @@
-"""Registration in SAELens, and the only two places where SAELens itself is redirected.
+"""Registration in SAELens, and the two places where SAELens itself is redirected for good.
 
 - `ActivationsStore.from_config`: the runner builds its store here; configs of ours get a store that can be
   continued, a transcoder's a paired one, and every one is checked against the model and the data first.

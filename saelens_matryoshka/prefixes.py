@@ -10,11 +10,13 @@ import copy
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
-from sae_lens import SAE, TrainingSAE
+from sae_lens import SAE, TrainingSAE, Transcoder
 from sae_lens.registry import get_sae_class
 
-from saelens_matryoshka.ops import nested_decode
+from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoder
+from saelens_matryoshka.ops import ALONE, Group, nested_decode
 from saelens_matryoshka.widths import cumulative_widths
 
 # The dimension of each tensor that runs over the latents.
@@ -69,7 +71,10 @@ def inference_model(sae: SAE[Any]) -> SAE[Any]:
         return sae
     state = {name: tensor.detach().clone() for name, tensor in sae.state_dict().items()}
     sae.process_state_dict_for_saving_inference(state)
-    return _build(copy.deepcopy(sae.cfg.get_inference_sae_cfg_dict()), state, str(sae.device))
+    cfg = copy.deepcopy(sae.cfg.get_inference_sae_cfg_dict())
+    model = _build(cfg | {"d_sae": len(state["W_dec"])}, state, str(sae.device))
+    model.cfg.d_sae = sae.cfg.d_sae  # of a shard, as in training, the whole dictionary's
+    return model
 
 
 def truncate(sae: SAE[Any], width: int) -> SAE[Any]:
@@ -87,6 +92,7 @@ def truncate(sae: SAE[Any], width: int) -> SAE[Any]:
             (TopK), so that a prefix is not a model of its own.
     """
     sae = inference_model(sae)
+    width = int(width) if isinstance(width, np.integer) else width
     if isinstance(width, bool) or not isinstance(width, int) or not 0 < width <= sae.cfg.d_sae:
         raise ValueError(f"width={width!r} must be an integer from 1 to d_sae={sae.cfg.d_sae}.")
     architecture = sae.cfg.architecture()
@@ -112,12 +118,13 @@ def truncate(sae: SAE[Any], width: int) -> SAE[Any]:
     return _build(cfg, {name: tensor.clone() for name, tensor in state.items()}, str(sae.device))
 
 
-def decode_prefixes(sae: SAE[Any], feature_acts: torch.Tensor) -> torch.Tensor:
+def decode_prefixes(sae: SAE[Any], feature_acts: torch.Tensor, *, group: Group = ALONE) -> torch.Tensor:
     """The decoder's output for every prefix at once, each latent decoded once.
 
     Args:
         sae: A nested SAE or transcoder.
         feature_acts: `[*batch, d_sae]`, as `sae.encode` gives them.
+        group: The processes that have the dictionary in shards, of which `sae` is this one's.
 
     Returns:
         `[n_levels, *batch, d_out]`, narrowest prefix first; the last equals `sae.decode(feature_acts)`.
@@ -126,27 +133,33 @@ def decode_prefixes(sae: SAE[Any], feature_acts: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: `feature_acts` is not of all the latents.
     """
-    if feature_acts.shape[-1] != sae.cfg.d_sae:
+    d_sae = len(sae.W_dec)
+    if feature_acts.shape[-1] != d_sae:
         raise ValueError(
-            f"feature_acts has shape {list(feature_acts.shape)}, expected [*batch, d_sae={sae.cfg.d_sae}]."
+            f"feature_acts has shape {list(feature_acts.shape)}, expected [*batch, d_sae={d_sae}]."
         )
     if feature_acts.is_sparse:
         feature_acts = feature_acts.to_dense()
     widths = matryoshka_widths(sae)
-    if len(widths) == 1:
+    if len(widths) == 1 and group is ALONE:
         return sae.decode(feature_acts)[None]
     if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
         feature_acts = feature_acts / sae.W_dec.norm(dim=-1)
-    outputs = nested_decode(feature_acts, sae.W_dec, sae.b_dec, widths)
-    if "target_scale" in dict(sae.named_buffers()):
-        outputs = outputs / sae.get_buffer("target_scale").to(outputs.dtype)
-    outputs = sae.run_time_activation_norm_fn_out(outputs)
-    return sae.reshape_fn_out(outputs, sae.d_head)
+    parts = nested_decode(feature_acts, sae.W_dec, torch.zeros_like(sae.b_dec), group.widths(widths))
+    outputs = group.sum(parts, "latents") + sae.b_dec
+    # What `decode` does after the product. A stock transcoder: nothing, it has normalised another tensor.
+    if isinstance(sae, MatryoshkaTrainingTranscoder):
+        return sae.unscaled(outputs)
+    if isinstance(sae, Transcoder):
+        return outputs
+    return sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(outputs), sae.d_head)
 
 
-def predict_prefixes(sae: SAE[Any], x: torch.Tensor, feature_acts: torch.Tensor) -> torch.Tensor:
+def predict_prefixes(
+    sae: SAE[Any], x: torch.Tensor, feature_acts: torch.Tensor, *, group: Group = ALONE
+) -> torch.Tensor:
     """What every prefix predicts for `x`, skip included: `[n_levels, *batch, d_out]`."""
-    outputs = decode_prefixes(sae, feature_acts)
+    outputs = decode_prefixes(sae, feature_acts, group=group)
     W_skip = getattr(sae, "W_skip", None)
     return outputs if W_skip is None else outputs + x.to(outputs.dtype) @ W_skip.T
 

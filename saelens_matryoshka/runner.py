@@ -10,11 +10,10 @@ import functools
 import json
 import os
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, SAETrainer
@@ -37,6 +36,7 @@ from saelens_matryoshka.pairs import (
     paired_store,
     probe_hooks,
     require_enough_text,
+    warn_of_same_tensor,
 )
 from saelens_matryoshka.seams import defer_checkpoints, replace_progress_bar
 from saelens_matryoshka.sites import Site, check_hook, make_readable, norm_frame, norm_gain
@@ -64,6 +64,7 @@ _BAR_REFRESH_SECONDS = 0.5
 T = TypeVar("T", bound=ResumableStore)
 Observer = Callable[[SAETrainer[Any, Any], TrainStepOutput], None]
 _observers: WeakKeyDictionary[SAETrainer[Any, Any], list[Observer]] = WeakKeyDictionary()
+_prepared: WeakSet[SAETrainer[Any, Any]] = WeakSet()
 _changes: WeakKeyDictionary[SAETrainer[Any, Any], list[Callable[[], None]]] = WeakKeyDictionary()
 
 
@@ -147,12 +148,7 @@ def _check_transcoder(model: Any, cfg: LanguageModelSAERunnerConfig[Any]) -> Sit
             "transcoder predicts the target from the source. Swap them, or choose a later target."
         )
     if probe.same_tensor:
-        warnings.warn(
-            f"hook_name={cfg.hook_name!r} and hook_name_out={sae.hook_name_out!r} are the same tensor, so "
-            "this transcoder is an autoencoder with a free encoder. For what a layer computes, take its "
-            "resid_pre and its resid_post.",
-            stacklevel=2,
-        )
+        warn_of_same_tensor(cfg.hook_name, sae.hook_name_out)
     return site
 
 
@@ -229,7 +225,9 @@ def before_training(trainer: SAETrainer[Any, Any], change: Callable[[], None]) -
 
 def prepare_trainer(trainer: SAETrainer[Any, Any]) -> None:
     """Give a trainer of one of our architectures what the stock one lacks, before it trains."""
-    _add_what_is_missing(trainer)
+    if trainer not in _prepared:  # a run that was interrupted may call `fit` again
+        _add_what_is_missing(trainer)
+        _prepared.add(trainer)
     for change in _changes.pop(trainer, []):
         change()
 

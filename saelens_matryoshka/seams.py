@@ -19,10 +19,17 @@ from weakref import WeakKeyDictionary
 
 import torch
 from sae_lens import (
+    SAE,
     ActivationsStore,
+    JumpReLUSAE,
+    JumpReLUSkipTranscoder,
+    JumpReLUTranscoder,
     LanguageModelSAERunnerConfig,
     LanguageModelSAETrainingRunner,
     SAETrainer,
+    SkipTranscoder,
+    StandardSAE,
+    Transcoder,
     llm_sae_training_runner,
 )
 from sae_lens import __version__ as sae_lens_version
@@ -30,6 +37,14 @@ from sae_lens.training import activations_store
 from typing_extensions import override
 
 _REDIRECTED = "_redirected_by_saelens_matryoshka"
+_ENCODED_BY_THRESHOLD = (
+    StandardSAE,
+    Transcoder,
+    SkipTranscoder,
+    JumpReLUSAE,
+    JumpReLUTranscoder,
+    JumpReLUSkipTranscoder,
+)
 _split_off: WeakKeyDictionary[ActivationsStore, tuple[Any, int]] = WeakKeyDictionary()
 
 
@@ -185,6 +200,20 @@ def _reading(store: OpenStore, rows: Iterable[Any]) -> OpenStore:
     reader = copy.copy(store)
     reader.dataset = rows  # type: ignore[assignment]
     return reader
+
+
+def firing_thresholds(sae: SAE[Any]) -> torch.Tensor | None:
+    """`[d_sae]` the thresholds of a stock ReLU or JumpReLU model, never below 0; None of any other.
+
+    Above its threshold a latent's activation is its entry of `process_sae_in(x) @ W_enc + b_enc`, and not
+    above it 0.
+    """
+    if type(sae) not in _ENCODED_BY_THRESHOLD or not isinstance(sae.activation_fn, torch.nn.ReLU):
+        return None
+    threshold: Any = getattr(sae, "threshold", None)
+    if threshold is None:
+        return torch.zeros(int(sae.cfg.d_sae), dtype=sae.dtype, device=sae.device)
+    return threshold.detach().clamp(min=0)
 
 
 def token_device(model: Any) -> torch.device:

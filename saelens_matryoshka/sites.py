@@ -56,7 +56,7 @@ _GATED_HOOKS = {
 _MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Site:
     """A tensor of a language model: the activation at a hook, times `gain`, plus `offset`.
 
@@ -69,6 +69,17 @@ class Site:
     hook_name: str
     gain: torch.Tensor | None = None
     offset: torch.Tensor | None = None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Site):
+            return NotImplemented
+        pairs = ((self.gain, other.gain), (self.offset, other.offset))
+        return self.hook_name == other.hook_name and all(
+            a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.hook_name)
 
     def __call__(self, activation: torch.Tensor) -> torch.Tensor:
         """The site's tensor [..., d] from the activation [..., d] at `hook_name`.

@@ -6,32 +6,36 @@ random state that will shuffle the next ones, and, with prefetching, on the batc
 `ResumableStore` saves all of it, in SAELens's own file, so that SAELens's own `resume_from_checkpoint`
 continues exactly as well. The price is the size of the buffer:
 `n_batches_in_buffer × context_size × (d_in [+ d_out]) × bytes per value`.
+
+Of many processes each has a store that reads its share of the documents, and a state of its own.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import threading
 import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
 from sae_lens.training.prefetch import PrefetchingIterator
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typing_extensions import override
 
 from saelens_matryoshka.mixing import MixingBuffer
 from saelens_matryoshka.random_state import random_state, set_random_state
-from saelens_matryoshka.seams import OpenStore
+from saelens_matryoshka.seams import OpenStore, before_split_off, read_from
+from saelens_matryoshka.shares import Shares
+from saelens_matryoshka.store_state import StoreState, load_state, n_states, take_over
 from saelens_matryoshka.token_stream import Position, TokenStream
 
-_METADATA_KEY = "saelens_matryoshka"
+_COUNT = "n_dataset_processed"
 
 
 class ResumableStore(OpenStore):
@@ -47,13 +51,32 @@ class ResumableStore(OpenStore):
         self._lock = threading.RLock()
         self._buffer: MixingBuffer[Position] | None = None
         self._ahead: deque[torch.Tensor] = deque(maxlen=0)
+        self.rank, self.size = 0, 1
+        self._shares: Shares | None = None
         super().__init__(*args, **kwargs)
+
+    # ---- sharing
+
+    def read_share(self, rank: int, size: int) -> None:
+        """Read one of `size` shares of the data. The store has not been read from."""
+        self.rank, self.size = rank, size
+        if self.cached_activation_dataset is not None:
+            self.cached_activation_dataset = self.cached_activation_dataset.shard(
+                size, rank, contiguous=False
+            )
+            return
+        self._shares = self._whole()
+        read_from(self, self._shares.share(rank, size))
+
+    def _whole(self) -> Shares:
+        return self._shares or Shares(self.dataset, self.tokens_column, *before_split_off(self))
 
     # ---- streaming
 
     @override
     def sequences(self) -> TokenStream:
-        return TokenStream(self)
+        current: TokenStream | None = getattr(self, "iterable_sequences", None)
+        return TokenStream(self, Position(epoch=0 if current is None else current.next_epoch))
 
     @override
     def get_data_loader(self) -> MixingBuffer[Position]:
@@ -70,7 +93,7 @@ class ResumableStore(OpenStore):
         with self._lock:
             if self._buffer is None:
                 self._buffer = self.get_data_loader()
-            batch = next(self._buffer)
+            batch = next(self._buffer).to(self.device)  # what was saved waits in main memory
             self._ahead.append(batch)
             return batch
 
@@ -99,59 +122,94 @@ class ResumableStore(OpenStore):
 
     # ---- saving and loading
 
-    @override
-    def save_to_checkpoint(self, checkpoint_path: str | Path) -> None:
-        """Write the place in the data, the rows in the buffer and the random states into a folder."""
+    def state(self) -> StoreState:
+        """The place in the data, the rows that wait, and the random states."""
         with self._lock:
             buffer = self._buffer or self.get_data_loader()
             waiting = [*self._ahead, *([] if buffer.serving is None else [buffer.serving])]
-            tensors, random_values = random_state()
-            tensors |= self.state_dict()
-            tensors["rest"] = buffer.position.rest
-            if buffer.rows is not None:
-                tensors["rows"] = buffer.rows
-            if waiting:
-                tensors["serving"] = torch.cat(waiting)
-            state = {"position": buffer.position.as_json(), "random": random_values}
-            save_file(
-                {name: tensor.contiguous() for name, tensor in tensors.items()},
-                Path(checkpoint_path) / ACTIVATIONS_STORE_STATE_FILENAME,
-                metadata={_METADATA_KEY: json.dumps(state)},
+            return StoreState(
+                position=buffer.position,
+                rows=buffer.rows,
+                serving=torch.cat([rows.cpu() for rows in waiting]) if waiting else None,
+                random=random_state(),
+                size=self.size,
             )
+
+    @override
+    def save_to_checkpoint(self, checkpoint_path: str | Path) -> None:
+        """Write the state into a folder."""
+        self.state().save(Path(checkpoint_path))
 
     @override
     def load_from_checkpoint(self, checkpoint_path: str | Path) -> None:
         """Go back to what `save_to_checkpoint` wrote; or about there, if SAELens's own store wrote it.
 
+        If other processes have written it, in another number, take over a part of what they have left.
+
         Raises:
             ValueError: the dataset is another one.
         """
-        path = Path(checkpoint_path) / ACTIVATIONS_STORE_STATE_FILENAME
-        with safe_open(path, framework="pt", device="cpu") as file:
-            saved = (file.metadata() or {}).get(_METADATA_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if saved is None:
-            warnings.warn(
-                f"{path} was written by SAELens's own store: training goes on at about the same place in the "
-                "data, with other batches.",
-                stacklevel=2,
-            )
-            super().load_from_checkpoint(checkpoint_path)
-            return
-        state = json.loads(saved)
+        folder = Path(checkpoint_path)
+        n = n_states(folder)
+        if n == 0:
+            self._pass_over(folder)
+        elif n == self.size:
+            self._restore(load_state(folder, self.rank))
+        else:
+            self._take_over(take_over((load_state(folder, rank) for rank in range(n)), self.rank, self.size))
+
+    def _restore(self, state: StoreState) -> None:
         with self._lock:
-            self._ahead.clear()
-            position = Position(rest=tensors["rest"].to(self.device), **state["position"])
-            self.n_dataset_processed = position.n_dataset_processed
-            if self.cached_activation_dataset is not None:
-                self.current_row_idx = position.cached_row
-            else:
-                self.iterable_sequences = TokenStream(self, position)
-            self._buffer = self.get_data_loader()
-            for name in ("rows", "serving"):
-                if name in tensors:
-                    setattr(self._buffer, name, tensors[name].to(self.device))
-            set_random_state(tensors, state["random"])
+            buffer = self._go_to(state)
+            buffer.rows = None if state.rows is None else state.rows.to(self.device)
+            buffer.serving = state.serving
+
+    def _take_over(self, state: StoreState) -> None:
+        if self.cached_activation_dataset is not None:
+            warnings.warn(
+                "Another number of processes goes on with activations that SAELens has cached, at about the "
+                "same place in them.",
+                stacklevel=3,
+            )
+        with self._lock:
+            buffer = self._go_to(state)
+            if state.rows is not None:
+                buffer.take_over(state.rows)
+            if buffer.rows is not None:
+                buffer.rows = buffer.rows.to(self.device)
+
+    def _go_to(self, state: StoreState) -> MixingBuffer[Position]:
+        self._ahead.clear()
+        rests = tuple(rest.to(self.device) for rest in state.position.rests)
+        position = dataclasses.replace(state.position, rests=rests)
+        self.n_dataset_processed = position.n_dataset_processed
+        if self.cached_activation_dataset is not None:
+            self.current_row_idx = position.cached_row
+        else:
+            left = self._whole().share(self.rank, self.size, position.before) if position.before else None
+            self.iterable_sequences = TokenStream(self, position, left)
+        self._buffer = self.get_data_loader()
+        set_random_state(*state.random)
+        return self._buffer
+
+    def _pass_over(self, folder: Path) -> None:
+        """Go to about the place of a checkpoint that has no more than a count of documents.
+
+        They are those of all processes together. SAELens counts a document when the next one is asked for:
+        one more than it has counted has been begun.
+        """
+        path = folder / ACTIVATIONS_STORE_STATE_FILENAME
+        warnings.warn(
+            f"{path} was written by SAELens's own store, or by an older version in many processes: training "
+            "goes on at about the same place in the data, with other batches.",
+            stacklevel=3,
+        )
+        n_begun = int(load_file(path)[_COUNT]) + 1
+        own = torch.tensor(max(len(range(self.rank, n_begun, self.size)) - 1, 0))
+        with TemporaryDirectory() as temporary:
+            own_path = Path(temporary) / ACTIVATIONS_STORE_STATE_FILENAME
+            save_file({_COUNT: own}, own_path)
+            self.load(str(own_path))
 
 
 class PrefetchedBatches(Iterator[torch.Tensor]):

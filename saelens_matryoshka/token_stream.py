@@ -10,11 +10,11 @@ start.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ from datasets import IterableDataset
 from sae_lens.pretokenize_runner import get_special_token_from_cfg
 
 from saelens_matryoshka.seams import OpenStore
+from saelens_matryoshka.shares import Division, another_dataset, fingerprint
+
+_IN_JSON = ("n_documents", "n_dataset_processed", "dataset_state", "dataset_state_at", "cached_row", "epoch")
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,12 @@ class Position:
     """documents begun in this epoch"""
     last_document: Any = None
     """the last of them, or its fingerprint"""
-    rest: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    """tokens of the last of them that are not used yet"""
+    rests: tuple[torch.Tensor, ...] = ()
+    """tokens not used yet of documents begun: of the last one, and of those other processes have left"""
+    epoch: int = 0
+    """how often all documents have been read"""
+    before: tuple[Division, ...] = ()
+    """how far the processes came that were other ones in this epoch; they have had their documents already"""
     n_dataset_processed: int = 0
     """SAELens's count of documents, over all epochs"""
     dataset_state: dict[str, Any] | None = None
@@ -43,41 +50,60 @@ class Position:
     cached_row: int = 0
     """row of activations cached on disk, which are read in place of documents"""
 
-    def as_json(self) -> dict[str, Any]:
-        """Everything but `rest`."""
-        return {
-            "n_documents": self.n_documents,
-            "last_document": None if self.n_documents == 0 else fingerprint(self.last_document),
-            "n_dataset_processed": self.n_dataset_processed,
-            "dataset_state": self.dataset_state,
-            "dataset_state_at": self.dataset_state_at,
-            "cached_row": self.cached_row,
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the last document; None if none was begun."""
+        return None if self.n_documents == 0 else fingerprint(self.last_document)
+
+    def saved(self) -> tuple[torch.Tensor, dict[str, Any]]:
+        """All rests in one tensor, and everything else as JSON."""
+        values = {name: getattr(self, name) for name in _IN_JSON}
+        values |= {
+            "last_document": self.fingerprint,
+            "rests": [len(rest) for rest in self.rests],
+            "before": [division.as_json() for division in self.before],
         }
+        return torch.cat([torch.zeros(0, dtype=torch.long), *(rest.cpu() for rest in self.rests)]), values
 
-
-def fingerprint(document: Any) -> str:
-    """SHA-256 of a document's text, messages or tokens."""
-    if isinstance(document, str) and document.startswith("sha256:"):
-        return document
-    if isinstance(document, torch.Tensor):
-        document = document.tolist()
-    return "sha256:" + hashlib.sha256(json.dumps(document, default=str).encode()).hexdigest()
+    @classmethod
+    def of_saved(cls, rests: torch.Tensor, values: dict[str, Any]) -> Position:
+        """What `saved` gave."""
+        lengths = values.get("rests", [len(rests)])
+        before = tuple(Division.of_json(division) for division in values.get("before", []))
+        return cls(**{**values, "rests": rests.split(lengths), "before": before})
 
 
 class TokenStream(Iterator[torch.Tensor]):
     """Sequences of `context_size` tokens, from a position to the end of the dataset."""
 
-    def __init__(self, store: OpenStore, start: Position | None = None) -> None:
-        self._store = store
-        self._documents = _Documents(store, start or Position())
-        self._rest = start.rest if start else Position().rest
+    def __init__(self, store: OpenStore, start: Position | None = None, dataset: Any = None) -> None:
+        """The sequences of one epoch, or what is left of it.
+
+        Args:
+            store: Says how they are cut.
+            start: Where to begin; None, at the beginning of the first epoch.
+            dataset: To be read in place of the store's.
+        """
+        self._store, self._start = store, start or Position()
+        self._documents = _Documents(store, self._start, store.dataset if dataset is None else dataset)
+        self._rests = deque(self._start.rests)
+        self._ended = False
         if store.is_dataset_tokenized or store.disable_concat_sequences:
             self._sequences = store.sequences_of(self._documents)
         else:
             self._sequences = self._concatenated()
 
     def __next__(self) -> torch.Tensor:
-        return next(self._sequences)
+        try:
+            return next(self._sequences)
+        except StopIteration:
+            self._ended = True
+            raise
+
+    @property
+    def next_epoch(self) -> int:
+        """The epoch of a stream that starts now: the one after, if this one has been read to its end."""
+        return self._start.epoch + self._ended
 
     def position(self) -> Position:
         """Where the last sequence ended. What is read from now on does not change it."""
@@ -86,7 +112,9 @@ class TokenStream(Iterator[torch.Tensor]):
         return Position(
             n_documents=documents.n_begun,
             last_document=documents.last,
-            rest=self._rest,
+            rests=tuple(self._rests),
+            epoch=self._start.epoch,
+            before=self._start.before,
             n_dataset_processed=self._store.n_dataset_processed,
             dataset_state=documents.state,
             dataset_state_at=documents.state_at,
@@ -100,28 +128,38 @@ class TokenStream(Iterator[torch.Tensor]):
         separator = None
         if tokenizer is not None:
             separator = get_special_token_from_cfg(store.sequence_separator_token, tokenizer)
-        sequence = self._rest.new_empty(0)
-        for tokens in itertools.chain([self._rest], store.tokens_of(self._documents)):
-            self._rest = tokens
-            while len(self._rest):
+        sequence = torch.empty(0, dtype=torch.long)
+        for rest in self._unused(store.tokens_of(self._documents)):
+            while len(rest):
                 leading = separator if len(sequence) else bos
-                prefix = self._rest.new_empty(0)
-                if leading is not None and self._rest[0] != leading:
-                    prefix = self._rest.new_tensor([leading])
+                prefix = rest.new_empty(0)
+                if leading is not None and rest[0] != leading:
+                    prefix = rest.new_tensor([leading])
                 room = size - len(sequence)
                 n_used = max(room - len(prefix), 0)
-                parts = (sequence.to(self._rest.device), prefix[:room], self._rest[:n_used])
-                sequence, self._rest = torch.cat(parts), self._rest[n_used:]
+                sequence = torch.cat((sequence.to(rest.device), prefix[:room], rest[:n_used]))
+                rest = self._rests[0] = rest[n_used:]
                 if len(sequence) == size:
                     yield sequence
-                    sequence = self._rest.new_empty(0)
+                    sequence = rest.new_empty(0)
+
+    def _unused(self, documents: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """The rests, each until it is used up, and then the tokens of one document after the other."""
+        while True:
+            while self._rests:
+                yield self._rests[0]
+                self._rests.popleft()
+            try:
+                self._rests.append(next(documents))
+            except StopIteration:
+                return
 
 
 class _Documents:
     """The rows of a dataset from a position on, counted."""
 
-    def __init__(self, store: OpenStore, start: Position) -> None:
-        self._store, self._start = store, start
+    def __init__(self, store: OpenStore, start: Position, dataset: Any) -> None:
+        self._store, self._start, self._dataset = store, start, dataset
         self.n_begun, self.last = start.n_documents, start.last_document
         self.state, self.state_at = start.dataset_state, start.dataset_state_at
         self.remember_state = True
@@ -145,7 +183,7 @@ class _Documents:
 
     def _open(self) -> tuple[Any, Iterator[Any]]:
         """The dataset to read from, and its rows after those that were begun."""
-        dataset: Any = self._store.dataset
+        dataset = self._dataset
         if isinstance(dataset, IterableDataset):
             dataset = dataset.skip(0)  # one of our own: a state that is loaded holds for all later epochs
         n = self._start.n_documents
@@ -160,10 +198,7 @@ class _Documents:
             again = list(itertools.islice(rows, n_again))
             if len(again) == n_again and self._is_last(again[-1]):
                 return way, rows
-        raise ValueError(
-            f"The dataset is not the one this run was started with: its document {n} is another than the one "
-            "read before the checkpoint. Give the same dataset, in the same version and order."
-        )
+        raise another_dataset(n)
 
     def _is_last(self, row: Any) -> bool:
         return fingerprint(row[self._store.tokens_column]) == fingerprint(self._start.last_document)
@@ -181,9 +216,11 @@ def _json_state(dataset: IterableDataset) -> dict[str, Any] | None:
 
 def _has_shuffle_buffer(dataset: IterableDataset) -> bool:
     # The contents of a shuffle buffer are not in the state, and nothing public tells of it.
-    step: Any = dataset._ex_iterable
-    while step is not None:
+    steps: list[Any] = [dataset._ex_iterable]
+    while steps:
+        step = steps.pop()
         if "BufferShuffled" in type(step).__name__:
             return True
-        step = getattr(step, "ex_iterable", None)
+        steps += getattr(step, "ex_iterables", [])
+        steps += [step.ex_iterable] if hasattr(step, "ex_iterable") else []
     return False

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 
+import numpy as np
 import torch
 
 
@@ -38,7 +39,7 @@ def cumulative_widths(sizes: Sequence[int], d_sae: int) -> list[int]:
             f"matryoshka_widths={sizes!r} must be a list of integers, the last one d_sae={d_sae}, e.g. "
             f"{_example(d_sae)}."
         )
-    sizes = list(sizes)
+    sizes = [int(size) if isinstance(size, np.integer) else size for size in sizes]
     if not sizes:
         raise ValueError(
             "matryoshka_widths is empty: give the cumulative widths of the levels, the last one "

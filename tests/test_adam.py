@@ -43,6 +43,22 @@ def test_fused_adam_makes_the_same_updates(already_stepped: bool) -> None:
         assert actual.stride() == expected.stride()
 
 
+def test_moments_laid_out_otherwise_in_memory_belong_to_the_same_weights() -> None:
+    """As in a checkpoint of SAELens's own class, whose encoder is stored by row."""
+    one, other = _parameters(), _parameters()
+    plain, fused = torch.optim.Adam(one, lr=0.01), torch.optim.Adam(other, lr=0.01)
+    _steps(plain, one, seed=1)
+    _steps(fused, other, seed=1)
+    for state in fused.state.values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = state[name].contiguous()
+    fuse_adam(fused)
+    _steps(plain, one, seed=2)
+    _steps(fused, other, seed=2)
+    for expected, actual in zip(one, other, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_state_of_a_fused_adam_loads_into_a_plain_one_and_back() -> None:
     parameters = _parameters()
     fused = torch.optim.Adam(parameters, lr=0.01)

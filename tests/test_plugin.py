@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
 from sae_lens import ActivationsStore, SAETrainer
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 import saelens_matryoshka as sm
 from saelens_matryoshka import plugin
+from tests.helpers import sparse_batches, trainer_for
 
 
 def test_the_architectures_are_registered() -> None:
@@ -30,3 +36,23 @@ def test_installing_twice_changes_nothing() -> None:
     before = (ActivationsStore.from_config.__func__, SAETrainer.fit)
     plugin.install()
     assert (ActivationsStore.from_config.__func__, SAETrainer.fit) == before
+
+
+def test_a_training_that_was_interrupted_goes_on_when_fit_is_called_again(tmp_path: Path) -> None:
+    batches = sparse_batches(20, 64, 16)
+    sae = sm.MatryoshkaTrainingSAE(
+        sm.MatryoshkaTrainingSAEConfig(d_in=16, d_sae=64, k=4, matryoshka_widths=[64])
+    )
+    trainer = trainer_for(sae, batches, n_checkpoints=4, checkpoint_path=str(tmp_path))
+
+    def interrupted() -> Iterator[torch.Tensor]:
+        yield from batches[:6]
+        raise KeyboardInterrupt
+
+    trainer.data_provider = interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert len(list(tmp_path.iterdir())) == 1
+    trainer.data_provider = iter(batches[6:])
+    trainer.fit()
+    assert len(list(tmp_path.iterdir())) == 4

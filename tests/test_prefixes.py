@@ -8,11 +8,14 @@ import torch
 from sae_lens import (
     SAE,
     JumpReLUSAE,
+    JumpReLUTranscoder,
+    JumpReLUTranscoderConfig,
     MatryoshkaBatchTopKTrainingSAE,
     MatryoshkaBatchTopKTrainingSAEConfig,
     TopKSAE,
     TopKSAEConfig,
 )
+from sae_lens.saes.sae import SAEMetadata
 
 import saelens_matryoshka as sm
 from saelens_matryoshka.prefixes import predict_prefixes
@@ -68,6 +71,17 @@ def test_last_prefix_is_what_the_model_decodes(trained: Any) -> None:
         torch.testing.assert_close(
             sm.decode_prefixes(model, acts)[-1], model.decode(acts), rtol=1e-5, atol=1e-5
         )
+
+
+def test_last_prefix_of_a_stock_transcoder_that_normalises_its_input() -> None:
+    settings: dict[str, Any] = {"d_in": 16, "d_out": 10, "d_sae": 64, "apply_b_dec_to_input": False}
+    metadata = SAEMetadata(matryoshka_widths=list(WIDTHS))
+    model = JumpReLUTranscoder(
+        JumpReLUTranscoderConfig(**settings, normalize_activations="layer_norm", metadata=metadata)
+    )
+    model.b_dec.data.normal_()
+    acts = model.encode(torch.randn(32, 16))
+    torch.testing.assert_close(sm.decode_prefixes(model, acts)[-1], model.decode(acts))
 
 
 def test_decode_prefixes_keeps_batch_dimensions_and_takes_sparse_activations() -> None:

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import pytest
+import torch
 from sae_lens import (
     SAE,
     ActivationsStore,
@@ -157,3 +158,43 @@ def test_the_multi_sae_trainer_asks_for_batches_by_name_and_has_the_seams_of_a_t
         "self._estimate_scaling_factors()",
     ):
         assert expected in source, f"MultiSAETrainer.fit has changed: {expected} is not in it"
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "standard",
+        "transcoder",
+        "skip_transcoder",
+        "jumprelu",
+        "jumprelu_transcoder",
+        "jumprelu_skip_transcoder",
+    ],
+)
+@pytest.mark.parametrize("normalize", ["none", "layer_norm"])
+def test_a_latent_s_activation_is_its_pre_activation_above_the_threshold(
+    architecture: str, normalize: str
+) -> None:
+    """If this fails, `encode` of one of SAELens's ReLU or JumpReLU models does something else beside."""
+    config = {"architecture": architecture, "d_in": 16, "d_sae": 64, "dtype": "float32", "device": "cpu"}
+    is_transcoder = "transcoder" in architecture
+    config |= {"d_out": 16} if is_transcoder else {}
+    sae = SAE.from_dict(
+        {**config, "normalize_activations": normalize, "apply_b_dec_to_input": not is_transcoder}
+    )
+    for parameter in sae.parameters():
+        torch.nn.init.normal_(parameter)  # thresholds below 0 too
+    x = torch.randn(200, 16)
+    thresholds = seams.firing_thresholds(sae)
+    assert thresholds is not None
+    pre = sae.process_sae_in(x) @ sae.W_enc + sae.b_enc
+    assert torch.equal(torch.where(pre > thresholds, pre, 0), sae.encode(x))
+
+
+def test_what_is_no_matter_of_thresholds_has_none() -> None:
+    config = {"d_in": 16, "d_sae": 64, "dtype": "float32", "device": "cpu"}
+    for architecture in ("topk", "gated"):
+        extra = {"k": 4} if architecture == "topk" else {}
+        assert (
+            seams.firing_thresholds(SAE.from_dict({"architecture": architecture, **config, **extra})) is None
+        )

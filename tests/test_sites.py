@@ -449,3 +449,11 @@ def test_site_computes_in_float32() -> None:
     assert torch.equal(site(activation), (activation.float() * gain + offset).bfloat16())
     assert torch.equal(site(activation.double()), activation.double() * gain + offset)
     assert Site("hook")(activation) is activation
+
+
+def test_sites_with_equal_gains_are_equal() -> None:
+    gain = torch.rand(4)
+    assert Site("hook", gain) == Site("hook", gain.clone())
+    assert Site("hook", gain) != Site("hook", gain + 1)
+    assert Site("hook", gain) != Site("hook")
+    assert len({Site("hook", gain), Site("hook", gain.clone())}) == 1

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -57,3 +58,9 @@ def test_bad_widths_are_told_in_both_readings(sizes: list[int], says: str) -> No
 def test_level_of_each_latent() -> None:
     assert latent_levels([2, 3, 6]).tolist() == [0, 0, 1, 2, 2, 2]
     assert latent_levels([4]).dtype == torch.int64
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    widths = sm.cumulative_widths(2 ** np.arange(3, 6), 32)  # type: ignore[arg-type]
+    assert widths == [8, 16, 32]
+    assert all(type(width) is int for width in widths)

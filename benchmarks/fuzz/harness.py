@@ -18,7 +18,7 @@ from benchmarks.fuzz.corruptions import corrupt
 from benchmarks.fuzz.seeds import ITEM, SEEDS
 from saelens_matryoshka.formats import FormatError
 from saelens_matryoshka.formats.export import export_models, import_models
-from saelens_matryoshka.formats.registry import Given
+from saelens_matryoshka.formats.registry import Unstated
 
 MAX_SECONDS = 5
 MAX_BYTES = 256 << 20
@@ -107,7 +107,7 @@ def _import(choices: Choices, format: str, place: Path, out: Path) -> None:
         widths = choices.pick(((), (2,), (2, 8), (8,), (0,), (99,)))
         export_models(place, to, out, widths=widths, topk=choices.pick((None, 3)))
         return
-    given = Given(hook_name="blocks.{layer}.x") if choices.chance(2) else None
+    given = Unstated(hook_name="blocks.{layer}.x") if choices.chance(2) else None
     try:
         import_models(str(place), format, out, given=given)
     except ValueError as error:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from abc import ABC
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeGuard
 
+import numpy as np
 from sae_lens import MatryoshkaBatchTopKTrainingSAEConfig
 from sae_lens.constants import DTYPE_MAP
 from typing_extensions import Self, override
@@ -62,6 +63,10 @@ class MatryoshkaTrainingConfig(MatryoshkaBatchTopKTrainingSAEConfig, ABC):
 
     @override
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.generic):  # a number like any other, but JSON knows none
+                setattr(self, field.name, value.item())
         require_positive_int("d_in", self.d_in)
         require_positive_int("d_sae", self.d_sae)
         self.matryoshka_widths = cumulative_widths(self.matryoshka_widths, self.d_sae)

@@ -32,6 +32,7 @@ class FiniteGuard:
 
     def __init__(self) -> None:
         self._bad_gradient: torch.Tensor | None = None
+        self._no_loss: torch.Tensor | bool = False
         self._step = 0
 
     def is_finite(self, loss: torch.Tensor, source: torch.Tensor, n_steps: int, group: Group = ALONE) -> bool:
@@ -41,6 +42,7 @@ class FiniteGuard:
             NonFiniteActivationsError: the gradient of the step before was not, and no more may be skipped.
         """
         # A source row of NaN selects nothing, so it would not show in the loss.
+        self._no_loss = loss.detach() == 0
         finite = torch.isfinite(loss.detach()) & torch.isfinite(source.sum(dtype=torch.float32))
         finite = group.min(finite.float(), "all").bool()
         pending = self._bad_gradient
@@ -83,7 +85,8 @@ class FiniteGuard:
 
         Args:
             optimizer: Its gradients have been clipped by their global norm, which puts a NaN anywhere into
-                all of them, and turns all of them to 0 where the norm is infinite.
+                all of them, and turns all of them to 0 where the norm is infinite. (Where the loss is 0, a
+                gradient of 0 is what it should be.)
             probes: Small parameters whose gradients are therefore enough to look at.
         """
 
@@ -92,7 +95,7 @@ class FiniteGuard:
             if not gradients:  # a batch that was left out
                 return
             total = torch.stack(gradients).sum()
-            bad = ~(torch.isfinite(total) & (total > 0))
+            bad = ~(torch.isfinite(total) & ((total > 0) | self._no_loss))
             if total.is_cuda and optimizer.param_groups[0].get("fused"):
                 optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             elif bool(bad):

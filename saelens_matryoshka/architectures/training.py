@@ -298,6 +298,10 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
     def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
         """Load the weights that `save_model` saved, and what training needs to go on from there."""
         super().load_weights_from_checkpoint(checkpoint_path)
+        self.load_training_state(checkpoint_path)
+
+    def load_training_state(self, checkpoint_path: Path | str) -> None:
+        """Load what `save_model` saved beside the weights."""
         path = Path(checkpoint_path) / TRAINING_STATE_FILENAME
         if not path.exists():  # a checkpoint of an earlier version
             return
@@ -349,7 +353,7 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
         state_dict["W_enc"] = (state_dict["W_enc"].to(wide) * norms).to(dtype).contiguous()
         state_dict["b_enc"] = (state_dict["b_enc"].to(wide) * norms).to(dtype)
         state_dict["W_dec"] = (state_dict["W_dec"].to(wide) / norms[:, None]).to(dtype).contiguous()
-        state_dict["threshold"] = threshold.expand(self.cfg.d_sae).to(dtype).contiguous()
+        state_dict["threshold"] = threshold.expand(len(norms)).to(dtype).contiguous()
 
 
 def _variance(target: torch.Tensor, group: Group) -> Callable[[], torch.Tensor]:

@@ -12,7 +12,8 @@ multiplies them by the norm's weight, so the *source* a transcoder trains on is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -234,8 +235,11 @@ class MatryoshkaTrainingTranscoder(MatryoshkaTraining):
     def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
         """Prediction of the target `[*batch, d_out]`, without the skip."""
         decoded = act_times_W_dec(feature_acts, self.W_dec, self.cfg.rescale_acts_by_decoder_norm)
-        output = (decoded + self.b_dec) / self.target_scale.to(decoded.dtype)
-        return self.hook_sae_recons(output)
+        return self.hook_sae_recons(self.unscaled(decoded + self.b_dec))
+
+    def unscaled(self, prediction: torch.Tensor) -> torch.Tensor:
+        """A prediction `[*batch, d_out]` in the units of the target, from those of the training step."""
+        return prediction / self.target_scale.to(prediction.dtype)
 
     @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -243,6 +247,19 @@ class MatryoshkaTrainingTranscoder(MatryoshkaTraining):
         return self.decode(self.encode(x))
 
     # ---- saving
+
+    @contextmanager
+    def scaled_by(self, factor: float) -> Iterator[None]:
+        """Within, what is saved has the trainer's factor folded into it, as at the end of training."""
+        scales = (self.source_scale, self.target_scale)
+        before = [scale.clone() for scale in scales]
+        for scale in scales:
+            scale.mul_(factor)
+        try:
+            yield
+        finally:
+            for scale, value in zip(scales, before, strict=True):
+                scale.copy_(value)
 
     @override
     @torch.no_grad()

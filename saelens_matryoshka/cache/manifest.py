@@ -17,6 +17,7 @@ from typing_extensions import Self
 from saelens_matryoshka.atomic import write_atomically
 from saelens_matryoshka.cache.encoding import DTYPES
 
+GAINS = "gains.safetensors"
 MANIFEST = "manifest.json"
 FORMAT = "saelens-matryoshka activation cache, version 1"
 Split = Literal["train", "held_out"]

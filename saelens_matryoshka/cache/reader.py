@@ -17,8 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from saelens_matryoshka.cache.encoding import Rows, decode, from_arrow
-from saelens_matryoshka.cache.manifest import CacheError, Manifest, Split, damage
-from saelens_matryoshka.cache.writer import GAINS
+from saelens_matryoshka.cache.manifest import GAINS, CacheError, Manifest, Split, damage
 from saelens_matryoshka.sites import Site
 
 # Rows read in one piece. Of 2304 bfloat16 values they are 0.6 MB.
@@ -91,6 +90,7 @@ class CachedBatches(Iterator[dict[str, torch.Tensor]]):
         self.hooks, self.seed, self.device, self.dtype = list(hooks), seed, device, dtype
         self.position = 0
         """batches read"""
+        self._batch_size, self._own = batch_size, slice(0, batch_size)
         self._rows = {hook: cache.rows("train", hook) for hook in self.hooks}
         self._block = next(n for n in range(min(_BLOCK_ROWS, batch_size), 0, -1) if batch_size % n == 0)
         self._per_batch = batch_size // self._block
@@ -107,6 +107,11 @@ class CachedBatches(Iterator[dict[str, torch.Tensor]]):
             )
         self._epoch, self._order = -1, torch.empty(0)
 
+    def read_share(self, rank: int, size: int) -> None:
+        """From now on read one of `size` equal parts of every batch, which together are the batch."""
+        n = self._batch_size // size
+        self._own = slice(rank * n, (rank + 1) * n)
+
     def __next__(self) -> dict[str, torch.Tensor]:
         epoch, index = divmod(self.position, self.batches_per_epoch)
         if epoch != self._epoch:
@@ -118,13 +123,15 @@ class CachedBatches(Iterator[dict[str, torch.Tensor]]):
         return {hook: self._gather(rows, blocks) for hook, rows in self._rows.items()}
 
     def _gather(self, shards: list[Rows], blocks: list[list[int]]) -> torch.Tensor:
-        parts = [_part(shards[s], slice(i * self._block, (i + 1) * self._block)) for s, i in blocks]
         # interleaved: the first rows of a batch, too, are from all over the cache
-        values = torch.stack([part.values for part in parts], dim=1).flatten(0, 1)
+        n, own = self._per_batch, self._own
+        first, last = own.start // n, -(-own.stop // n)  # rows of every block
+        own = slice(own.start - first * n, own.stop - first * n)
+        parts = [_part(shards[s], slice(i * self._block + first, i * self._block + last)) for s, i in blocks]
+        values = torch.stack([part.values for part in parts], dim=1).flatten(0, 1)[own]
         scales = [part.scale for part in parts if part.scale is not None]
-        return _decoded(
-            Rows(values, torch.stack(scales, dim=1).flatten() if scales else None), self.device, self.dtype
-        )
+        scale = torch.stack(scales, dim=1).flatten()[own] if scales else None
+        return _decoded(Rows(values, scale), self.device, self.dtype)
 
 
 def open_cache(folder: Path | str) -> ActivationCache:

@@ -24,6 +24,7 @@ from saelens_matryoshka.cache.manifest import MANIFEST
 from saelens_matryoshka.cache.reader import ActivationCache, CachedBatches, open_cache
 from saelens_matryoshka.evaluation.evaluator import evaluate_activations
 from saelens_matryoshka.evaluation.result import EvalResult
+from saelens_matryoshka.pairs import warn_of_same_tensor
 from saelens_matryoshka.reading import Reading
 from saelens_matryoshka.sites import Site
 from saelens_matryoshka.store import ResumableStore
@@ -80,6 +81,12 @@ class CachedActivationsStore(ResumableStore):
         return None  # the columns are not those of SAELens's caches
 
     @override
+    def read_share(self, rank: int, size: int) -> None:
+        """Read one of `size` parts of every batch."""
+        self.rank, self.size = rank, size
+        self.batches.read_share(rank, size)
+
+    @override
     def __next__(self) -> torch.Tensor:
         with self._lock:
             batch = self.reading(next(self.batches))
@@ -128,6 +135,9 @@ def cached_store(cfg: LanguageModelSAERunnerConfig[Any], model: Any) -> CachedAc
     cache.manifest.require_fit(cfg, cache.folder)
     device = torch.device(cfg.act_store_device or cfg.device)
     reading = reading_of(cfg, cache)
+    target = reading.target_hook
+    if target and {cfg.hook_name, target} in map(set, cache.manifest.same_tensors):
+        warn_of_same_tensor(cfg.hook_name, target)
     store = CachedActivationsStore(
         model=model,
         dataset=None,

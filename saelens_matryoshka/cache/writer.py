@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from saelens_matryoshka.atomic import write_atomically
 from saelens_matryoshka.cache.encoding import Rows, encode, row_bytes, to_arrow
 from saelens_matryoshka.cache.manifest import (
+    GAINS,
     MANIFEST,
     CacheError,
     CacheSettings,
@@ -45,7 +46,6 @@ from saelens_matryoshka.evaluation.tokens import special_token_ids
 from saelens_matryoshka.seams import split_off_prompts, token_device, token_sequences
 from saelens_matryoshka.sites import check_hook, make_readable, norm_frame, norm_gain
 
-GAINS = "gains.safetensors"
 _LOCK = ".writing"
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 from typer.core import TyperGroup
 
 from saelens_matryoshka.cli import (
@@ -25,7 +26,7 @@ from saelens_matryoshka.cli import (
     samples,
     train,
 )
-from saelens_matryoshka.cli.output import paragraphs, plain, with_json_targets
+from saelens_matryoshka.cli.output import message, paragraphs, with_json_targets
 
 
 class _Commands(TyperGroup):
@@ -92,5 +93,6 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {plain(error)}", highlight=False)
+        told = Text.assemble(("error:", "bold red"), f" {message(error)}")
+        Console(stderr=True).print(told)
         sys.exit(1)

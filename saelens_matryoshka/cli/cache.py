@@ -11,6 +11,7 @@ import typer
 from rich import box
 from rich.console import Console
 
+from saelens_matryoshka.cli.interruption import interruptible
 from saelens_matryoshka.cli.output import Json, on_stdout, quieten, require_writable, write_numbers
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def register(app: typer.Typer) -> None:
     app.command("cache", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(cache)
 
 
+@interruptible("The files that are complete are kept; the same command makes the others.")
 def cache(
     context: typer.Context,
     folder: Annotated[Path, typer.Argument(help="The cache. With no other option: say what is in it.")],

@@ -16,6 +16,7 @@ from saelens_matryoshka.cli.inputs import (
     pick_device,
     results_folder,
 )
+from saelens_matryoshka.cli.interruption import interruptible
 from saelens_matryoshka.cli.output import (
     OUTPUT,
     TEXT,
@@ -34,6 +35,7 @@ def register(app: typer.Typer) -> None:
     app.command("describe")(describe)
 
 
+@interruptible("The latents that are done are kept; the same command asks for the others.")
 def describe(
     path: Annotated[str, typer.Argument(help="A folder saved by SAELens, or RELEASE:SAE_ID.")],
     chat_model: Annotated[

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from saelens_matryoshka.cli.interruption import interruptible
 from saelens_matryoshka.cli.output import Json, on_stdout, quieten, require_writable, write_numbers
-from saelens_matryoshka.cli.settings import read_layers
+from saelens_matryoshka.cli.settings import read_sources
 
 _UNITS = {
     "": 1,
@@ -35,6 +36,7 @@ def register(app: typer.Typer) -> None:
     )(estimate)
 
 
+@interruptible("Nothing is kept of an estimate: call it again.")
 def estimate(
     context: typer.Context,
     preset: Annotated[str | None, typer.Option(help="Settings that go with a model.")] = None,
@@ -76,8 +78,8 @@ def estimate(
         from saelens_matryoshka.runs.settings import resolve
 
         own = {"mapping": mapping, "layer": layer}
-        layers = read_layers(context.args, preset=preset, config=config, own=own).settings
-        cfg = resolve(layers, recommended=not saelens_defaults).cfg
+        sources = read_sources(context.args, preset=preset, config=config, own=own).settings
+        cfg = resolve(sources, recommended=not saelens_defaults).cfg
     with console.status("a few steps to calibrate the time" if not no_time else "counting"):
         result = estimate_run(cfg, available=available, with_time=not no_time)
     write(result, json)

@@ -15,6 +15,7 @@ from saelens_matryoshka.cli.inputs import (
     load_text,
     pick_device,
 )
+from saelens_matryoshka.cli.interruption import interruptible
 from saelens_matryoshka.cli.output import (
     OUTPUT,
     TEXT,
@@ -72,6 +73,7 @@ def register(app: typer.Typer) -> None:
     app.command("compare")(compare)
 
 
+@interruptible("Nothing is kept of an evaluation that is not finished: call it again.")
 def evaluate(
     path: Annotated[str, typer.Argument(help="A folder saved by SAELens, or RELEASE:SAE_ID.")],
     model: Model = None,
@@ -122,6 +124,7 @@ def evaluate(
     _write({Path(path.rstrip("/")).name: result}, plot, table, console)
 
 
+@interruptible("Nothing is kept of an evaluation that is not finished: call it again.")
 def compare(
     paths: Annotated[list[str], typer.Argument(help="Folders saved by SAELens, or RELEASE:SAE_ID.")],
     model: Model = None,

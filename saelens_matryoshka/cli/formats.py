@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from saelens_matryoshka.cli.inputs import load_language_model, load_text, pick_device
+from saelens_matryoshka.cli.interruption import interruptible
 from saelens_matryoshka.cli.output import Json, on_stdout, quieten, require_writable, write_numbers
 
 FROM = "saelens, sparsify, dictionary-learning, circuit-tracer, gemma-scope, gemma-scope-2, llamascopium or "
@@ -61,6 +62,7 @@ def register(app: typer.Typer) -> None:
     app.command("export")(export)
 
 
+@interruptible("A folder is written whole or not at all: call it again if it is not there.")
 def import_(
     src: Annotated[
         str,
@@ -109,10 +111,10 @@ def import_(
     quieten()
     with console.status("loading"):
         from saelens_matryoshka.formats.export import import_models
-        from saelens_matryoshka.formats.registry import Given
+        from saelens_matryoshka.formats.registry import Unstated
 
         change = _change(model, frame=frame, calibrate=calibrate, l0=l0, tokens=tokens, dataset=dataset)
-        given = Given(
+        given = Unstated(
             widths=_widths(widths),
             hook_name=hook_name,
             hook_name_out=hook_name_out,
@@ -142,6 +144,7 @@ def import_(
     )
 
 
+@interruptible("A folder is written whole or not at all: call it again if it is not there.")
 def export(
     path: Annotated[
         Path, typer.Argument(help="Folder of a stock model, or of several (layer_0, layer_1, ...).")

@@ -15,12 +15,12 @@ from rich.console import Console
 from saelens_matryoshka.cli.output import on_stdout, write_numbers
 
 if TYPE_CHECKING:
-    from saelens_matryoshka.runs.settings import Layer, Settings
+    from saelens_matryoshka.runs.settings import Settings, SettingsSource
 
 
 def train_layers(
-    layers: Sequence[Layer],
-    each: Sequence[Layer],
+    sources: Sequence[SettingsSource],
+    each: Sequence[SettingsSource],
     *,
     out: Path | None,
     name: str | None,
@@ -36,7 +36,7 @@ def train_layers(
     from saelens_matryoshka.runs.layers import label_of, resolve_many, train_many
 
     with console.status("resolving the settings"):
-        settings = resolve_many(layers, each, recommended=recommended)
+        settings = resolve_many(sources, each, recommended=recommended)
         first = next(iter(settings.values()))
         sae = first.cfg.sae
         name = name or f"{sae.d_sae}-k{sae.k:g}-{datetime.now():%Y%m%d-%H%M%S}"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console, RenderableType
@@ -129,18 +129,12 @@ def quieten() -> None:
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it logs what it then raises
 
 
-def plain(error: BaseException) -> Any:
-    """An error's message, safe to print in rich markup."""
-    text = _unreachable(error) or str(error) or type(error).__name__
-    return text.replace("[", r"\[")
-
-
-def _unreachable(error: BaseException) -> str | None:
-    """What to do where the hub cannot be reached; None if it is another error."""
-    if "couldn't connect to 'https://huggingface.co'" not in str(error):
-        return None
-    return (
-        "the Hugging Face hub cannot be reached, and the model is not in this machine's cache (HF_HOME, else "
-        "~/.cache/huggingface). Try again online, or copy the cache from a machine that has it. "
-        "`--preset tiny` needs no network."
-    )
+def message(error: BaseException) -> str:
+    """What to say of an error."""
+    if "couldn't connect to 'https://huggingface.co'" in str(error):
+        return (
+            "the Hugging Face hub cannot be reached, and the model is not in this machine's cache (HF_HOME, "
+            "else ~/.cache/huggingface). Try again online, or copy the cache from a machine that has it. "
+            "`--preset tiny` needs no network."
+        )
+    return str(error) or type(error).__name__

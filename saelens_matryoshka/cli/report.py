@@ -16,6 +16,7 @@ from saelens_matryoshka.cli.inputs import (
     pick_device,
     results_folder,
 )
+from saelens_matryoshka.cli.interruption import interruptible
 from saelens_matryoshka.cli.output import (
     OUTPUT,
     TEXT,
@@ -33,6 +34,7 @@ def register(app: typer.Typer) -> None:
     app.command("report")(report)
 
 
+@interruptible("No page was written; the samples are kept if they were complete.")
 def report(
     path: Annotated[
         str, typer.Argument(help="A run's folder, a folder saved by SAELens, or RELEASE:SAE_ID.")

@@ -16,6 +16,7 @@ from saelens_matryoshka.cli.inputs import (
     pick_device,
     results_folder,
 )
+from saelens_matryoshka.cli.interruption import interruptible
 from saelens_matryoshka.cli.output import (
     OUTPUT,
     TEXT,
@@ -34,6 +35,7 @@ def register(app: typer.Typer) -> None:
     app.command("saebench")(saebench)
 
 
+@interruptible("The evals that are finished are kept; the same command does the others.")
 def saebench(
     path: Annotated[str, typer.Argument(help="A folder saved by SAELens, or RELEASE:SAE_ID.")],
     evals: Annotated[str, typer.Option(help="Which of the evals, comma-separated.")] = _ALL,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator
 from enum import Enum
@@ -19,6 +21,7 @@ from saelens_matryoshka.cli.inputs import (
     pick_device,
     results_folder,
 )
+from saelens_matryoshka.cli.interruption import interruptible
 from saelens_matryoshka.cli.output import quieten, write_result
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ def register(app: typer.Typer) -> None:
     app.command("samples")(samples)
 
 
+@interruptible("What is written is whole; the same command again takes it.")
 def samples(
     path: Annotated[str, typer.Argument(help="A folder saved by SAELens, or RELEASE:SAE_ID.")],
     format: Annotated[
@@ -83,7 +87,7 @@ def samples(
     """Collect where every latent fires: its strongest examples, and random ones of every strength.
 
     They are of the trained model, BOS and the like left out. Called again with the same settings, it takes
-    what is there, and only writes further formats.
+    what is there, and only writes further formats. Called again after Ctrl-C, it goes on.
 
       saelens-matryoshka samples output/demo-tiny-layer-2 --tokens 200000
       saelens-matryoshka samples output/transcoder --format json --format neuronpedia
@@ -146,9 +150,13 @@ def obtain_samples(
 
     Raises:
         ValueError: the folder holds something else.
+        typer.Exit: it was interrupted, and what the user can do has been said.
     """
+    import torch
+
     from saelens_matryoshka.report.collect import collect_samples
     from saelens_matryoshka.report.store import fingerprint, stored_samples, whole_folder
+    from saelens_matryoshka.report.unfinished import Unfinished
 
     text, described = load()
     batch_size = settings.pop("batch_size_prompts")
@@ -156,18 +164,44 @@ def obtain_samples(
     if not overwrite and (found := stored_samples(folder, key)) is not None:
         console.print(f"samples are there: {folder}", markup=False)
         return found
-    with (
-        whole_folder(folder, overwrite=overwrite) as new,
-        _progress(console, settings["n_tokens"]) as progress,
-    ):
-        started = time.monotonic()
+    depends_on = {
+        **key,
+        "batch_size_prompts": batch_size,
+        "model": getattr(getattr(language_model, "cfg", None), "model_name", None),
+        "device": torch.device(sae.device).type,
+    }
+    unfinished = Unfinished(folder, depends_on)
+    if said := unfinished.found():
+        console.print(said, markup=False, soft_wrap=True)
+    started = time.monotonic()
+    with _told_how_to_go_on(console), _progress(console, settings["n_tokens"]) as progress:
         found = collect_samples(
-            sae, language_model, text, **settings, batch_size_prompts=batch_size, on_progress=progress
+            sae,
+            language_model,
+            text,
+            **settings,
+            batch_size_prompts=batch_size,
+            on_progress=progress,
+            unfinished=unfinished,
         )
-        seconds = round(time.monotonic() - started, 1)
-        found.about = {"settings": key, "text": described, "seconds": seconds}
+    seconds = round(unfinished.seconds + time.monotonic() - started, 1)
+    found.about = {"settings": key, "text": described, "seconds": seconds}
+    with whole_folder(folder, overwrite=overwrite) as new:
         found.save(new)
+    unfinished.remove()
     return found
+
+
+@contextlib.contextmanager
+def _told_how_to_go_on(console: Console) -> Iterator[None]:
+    from saelens_matryoshka.runs.keeper import RunStopped
+
+    try:
+        yield
+    except RunStopped as stopped:
+        again = shlex.join(["saelens-matryoshka", *sys.argv[1:]])
+        console.print(f"{stopped}\nTo go on, the same again: {again}", markup=False, soft_wrap=True)
+        raise typer.Exit(stopped.exit_code) from None
 
 
 @contextlib.contextmanager
@@ -177,10 +211,12 @@ def _progress(console: Console, n_tokens: int) -> Iterator[Callable[[int], None]
     columns = (TextColumn("samples"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("samples", total=n_tokens, rate="")
-        started = time.monotonic()
+        first: tuple[float, int] | None = None
 
         def update(done: int) -> None:
-            rate = f"{done / max(time.monotonic() - started, 1e-9):,.0f} tokens/s"
+            nonlocal first
+            first = first or (time.monotonic(), done)  # of a collection that goes on, not 0
+            rate = f"{(done - first[1]) / max(time.monotonic() - first[0], 1e-9):,.0f} tokens/s"
             bar.update(task, completed=min(done, n_tokens), rate=rate)
 
         yield update

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from saelens_matryoshka.runs.fields import Given
+    from saelens_matryoshka.runs.settings import SettingsSource
 
 
-class Layers(NamedTuple):
+class Sources(NamedTuple):
     """What was given, for `saelens_matryoshka.runs.settings.resolve`."""
 
-    settings: list[Mapping[str, Given]]
+    settings: list[SettingsSource]
     """lowest first: the preset's, the cache's, the file's, the flags'"""
     name: str | None
     """of the run, if the file has one"""
@@ -21,14 +22,14 @@ class Layers(NamedTuple):
     """of the file: what each of several runs has of its own; None for one run"""
 
 
-def read_layers(
+def read_sources(
     args: Sequence[str],
     *,
     preset: str | None,
     config: Path | None,
     own: Mapping[str, Any],
     cache: Path | None = None,
-) -> Layers:
+) -> Sources:
     """Read the preset, the cache's settings, the file and the flags.
 
     Args:
@@ -55,7 +56,7 @@ def read_layers(
     preset = texts["preset"] if preset is None else preset
     lowest = {} if preset is None else load_preset(preset).settings
     cached = {} if cache is None else _cache_settings(cache)
-    return Layers([lowest, cached, file, flags], texts["name"], None if runs is None else runs.value)
+    return Sources([lowest, cached, file, flags], texts["name"], None if runs is None else runs.value)
 
 
 def _cache_settings(folder: Path) -> dict[str, Given]:

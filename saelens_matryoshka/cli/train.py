@@ -17,12 +17,11 @@ from rich.console import Console
 from saelens_matryoshka.cli.output import (
     Json,
     on_stdout,
-    plain,
     quieten,
     require_writable,
     write_numbers,
 )
-from saelens_matryoshka.cli.settings import read_layers
+from saelens_matryoshka.cli.settings import read_sources
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -77,6 +76,13 @@ def train(
             help='Under torchrun: "dictionary" divides the latents among the processes. Default: only the '
             "rows of a batch are divided.",
             rich_help_panel=_SCALE,
+        ),
+    ] = None,
+    shards: Annotated[
+        int | None,
+        typer.Option(
+            help="Of --shard dictionary: how many, e.g. the GPUs of a node. Every so many processes have a "
+            "copy, and their part of the rows. Default: as many as processes."
         ),
     ] = None,
     layers_: Annotated[
@@ -175,6 +181,9 @@ def train(
       saelens-matryoshka train --preset gpt2 --layers 0-11 --name all
       saelens-matryoshka train --config results/gpt2/mlp-8/first/config.yaml
       saelens-matryoshka train --resume results/gpt2/mlp-8/first
+      torchrun --nproc-per-node 8 -m saelens_matryoshka train --preset gpt2
+      torchrun --nnodes 8 --nproc-per-node 8 ... -m saelens_matryoshka train
+        --preset gemma-2-2b --d_sae 131072 --shard dictionary --shards 8
     """
     require_writable(json)
     console = Console(stderr=on_stdout(json), highlight=False)
@@ -187,17 +196,17 @@ def train(
     given = {"keep": keep, "checkpoint_minutes": checkpoint_minutes, "skip_bad_batches": skip_bad_batches}
     upkeep = {field: value for field, value in given.items() if value is not None}
     Upkeep(**upkeep)
-    sharding = _sharding(shard)
+    sharding = _sharding(shard, shards)
     if resume is not None:
         others = [
             f"--{parameter.replace('_', '-')}"
             for parameter in context.params
-            if parameter not in {*given, "resume", "shard", "json"}
+            if parameter not in {*given, "resume", "shard", "shards", "json"}
             and getattr(context.get_parameter_source(parameter), "name", "") == "COMMANDLINE"
         ]
         if others := others + context.args:
             raise ValueError(f"--resume goes on with the run's own settings: leave out {' '.join(others)}.")
-        _resume(resume, upkeep, console, json, sharding=sharding)
+        _resume(resume, upkeep, console, json, sharding=sharding, shards=shards)
         return
     with console.status("resolving the settings"):
         from saelens_matryoshka.runs.folder import require_name
@@ -209,7 +218,7 @@ def train(
             "layer": layer,
             "log_to_wandb": wandb or None,
         }
-        layers, name_in_file, runs = read_layers(
+        sources, name_in_file, runs = read_sources(
             context.args, preset=preset, config=config, own=own, cache=cache
         )
         name = name_in_file if name is None else name
@@ -223,7 +232,7 @@ def train(
         if layer is not None:
             raise ValueError(f"--layer {layer} is of a single run: with several, give --layers.")
         train_layers(
-            layers,
+            sources,
             each_of(layers_, mapping, runs),
             out=out,
             name=name,
@@ -236,7 +245,7 @@ def train(
         )
         return
     with console.status("resolving the settings"):
-        settings = resolve(layers, recommended=not saelens_defaults)
+        settings = resolve(sources, recommended=not saelens_defaults)
         folder = _folder(settings, out, name)
         folder.require_unused()
         if not dry_run:
@@ -255,18 +264,21 @@ def train(
             upkeep=Upkeep(**upkeep),
             command=sys.argv[1:],
             sharding=sharding,
+            shards=shards,
         )
     _show_result(result, folder, console, json)
 
 
-def _sharding(shard: str | None) -> Sharding | None:
+def _sharding(shard: str | None, shards: int | None) -> Sharding | None:
+    """What is to be divided among processes, before anything is loaded that they would share."""
     if shard not in (None, "dictionary"):
         raise ValueError(f"--shard {shard} is not known: 'dictionary' divides the latents among processes.")
-    if shard is not None:
-        from saelens_matryoshka.parallel import require_torchrun
+    sharding = cast("Sharding | None", shard)
+    if sharding is not None or shards is not None:
+        from saelens_matryoshka.parallel import mesh_shape
 
-        require_torchrun(shard)
-    return cast("Sharding | None", shard)
+        mesh_shape(sharding, shards)
+    return sharding
 
 
 def _require_one_process(sharding: Sharding | None) -> None:
@@ -286,6 +298,7 @@ def _resume(
     json: Path | None,
     *,
     sharding: Sharding | None,
+    shards: int | None,
 ) -> None:
     from saelens_matryoshka.runs.folder import RunFolder
     from saelens_matryoshka.runs.layers import runs_in
@@ -300,7 +313,7 @@ def _resume(
     folder = RunFolder(path)
     console.print(f"[bold]Going on[/] with {folder.path}")
     with told_how_to_go_on(folder.path, console):
-        result = resume_run(folder, sharding, **upkeep)
+        result = resume_run(folder, sharding, shards, **upkeep)
     _show_result(result, folder, console, json)
 
 
@@ -314,7 +327,7 @@ def told_how_to_go_on(folder: Path, console: Console) -> Iterator[None]:
     except RunStopped as stopped:
         again = f"saelens-matryoshka train --resume {shlex.quote(str(folder))}"
         console.print(
-            f"\n{plain(stopped)}\nTo go on: {again}",
+            f"\n{stopped}\nTo go on: {again}",
             soft_wrap=True,
             markup=False,
         )
@@ -372,17 +385,17 @@ def _summary(settings: Settings) -> str:
 
 
 def _show_plan(settings: Settings, folder: RunFolder, console: Console, json: Path | None) -> None:
+    from saelens_matryoshka.runs.estimate import estimate
+
     values = settings.values()
     if not on_stdout(json):
         _show_settings(settings, folder, console, len(values))
     with console.status("estimating memory and time"):
-        from saelens_matryoshka.runs.estimate import estimate
-
-        estimated = estimate(settings.cfg)
+        found = estimate(settings.cfg)
     if not on_stdout(json):
-        console.print(estimated.tables())
+        console.print(found.tables())
     plan = {"folder": str(folder.path), "mapping": settings.mapping, "settings": values}
-    write_numbers(dumps({**plan, "estimate": estimated.to_dict()}, indent=2), json)
+    write_numbers(dumps({**plan, "estimate": found.to_dict()}, indent=2), json)
 
 
 def _show_settings(settings: Settings, folder: RunFolder, console: Console, n_values: int) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from saelens_matryoshka.evaluation.metrics import (
 )
 from saelens_matryoshka.evaluation.result import EvalResult, PrefixMetrics
 from saelens_matryoshka.evaluation.tokens import special_token_ids, token_batches
+from saelens_matryoshka.ops import ALONE, Group
 from saelens_matryoshka.prefixes import inference_model, matryoshka_widths, predict_prefixes
 from saelens_matryoshka.sites import check_hook, norm_frame
 
@@ -47,6 +49,7 @@ def evaluate(
     batch_size_prompts: int = 8,
     exclude_special_tokens: bool | list[int] = True,
     model_kwargs: Mapping[str, Any] | None = None,
+    group: Group = ALONE,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> EvalResult:
     """Metrics of every prefix.
@@ -64,6 +67,8 @@ def evaluate(
         exclude_special_tokens: Leave BOS, EOS, padding and the like (or the given ids) out of all
             metrics; at their positions the target is not replaced.
         model_kwargs: Passed on when the language model is called.
+        group: The processes that have the dictionary in shards, of which `sae` is this one's. Each runs its
+            language model on the same text, and all return the same.
         on_progress: Called with what is measured, and the numbers of tokens done and to do.
 
     Returns:
@@ -75,20 +80,22 @@ def evaluate(
     """
     if n_ce_tokens < 0:
         raise ValueError(f"n_ce_tokens={n_ce_tokens} must be at least 0.")
+    if isinstance(dataset, torch.Tensor) and context_size not in (None, dataset.shape[-1]):
+        raise ValueError(
+            f"context_size={context_size}, but the tokens given are prompts of {dataset.shape[-1]}: cut "
+            "them, or leave context_size out."
+        )
     sae = inference_model(sae)
-    run = _Evaluation(sae, model, dict(model_kwargs or {}))
+    run = _Evaluation(sae, model, dict(model_kwargs or {}), group)
     run.excluded = special_token_ids(model, exclude_special_tokens)
     batches = list(token_batches(sae, model, dataset, n_tokens, context_size, batch_size_prompts))
-    was_training, had_reshaping = model.training, sae.hook_z_reshaping_mode
+    was_training = model.training
     model.eval()
-    sae.turn_off_forward_pass_hook_z_reshaping()  # heads are flattened here
     try:
         _each(run.add_reconstruction, batches, "reconstruction", on_progress)
         _each(run.add_next_token, list(_first(batches, n_ce_tokens)), "cross-entropy", on_progress)
     finally:
         model.train(was_training)
-        if had_reshaping:
-            sae.turn_on_forward_pass_hook_z_reshaping()
     return run.result()
 
 
@@ -136,8 +143,8 @@ def evaluate_activations(
 class _Evaluation:
     """The sums of one evaluation, and how a batch of tokens is added to them."""
 
-    def __init__(self, sae: SAE[Any], model: Any, model_kwargs: dict[str, Any]) -> None:
-        self.sae, self.model, self.model_kwargs = sae, model, model_kwargs
+    def __init__(self, sae: SAE[Any], model: Any, model_kwargs: dict[str, Any], group: Group = ALONE) -> None:
+        self.sae, self.model, self.model_kwargs, self.group = sae, model, model_kwargs, group
         self.source_hook, self.target_hook, self.frame = hooks_and_frame(sae, model)
         # By the name asked for: a TransformerBridge's names may be aliases of the hook's own.
         self.read_hooks = list(dict.fromkeys([self.source_hook, self.target_hook]))
@@ -148,7 +155,7 @@ class _Evaluation:
         device = torch.device(sae.device)
         d_out = sae.W_dec.shape[-1]
         self.reconstruction = ReconstructionSums(len(self.widths), d_out, device)
-        self.firing = FiringCounts(sae.cfg.d_sae, device)
+        self.firing = FiringCounts(len(sae.W_dec), device)
         self.clean, self.zero, self.mean = NextTokenSums(), NextTokenSums(), NextTokenSums()
         self.prefixes = [NextTokenSums() for _ in self.widths]
 
@@ -160,10 +167,14 @@ class _Evaluation:
     def add_pairs(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Add sources `[n, d_in]` and targets `[n, d_out]`."""
         rows = max(1, _ACTIVATION_VALUES // self.sae.cfg.d_sae)
-        for x, y in zip(source.split(rows), target.split(rows), strict=True):
-            acts = self.sae.encode(x)
-            self.firing.add(acts)
-            self.reconstruction.add(y, predict_prefixes(self.sae, x, acts))
+        with flattened_heads(self.sae):
+            for x, y in zip(source.split(rows), target.split(rows), strict=True):
+                acts = self.sae.encode(x)
+                self.firing.add(acts)
+                self.reconstruction.add(y, self._predict(x, acts))
+
+    def _predict(self, x: torch.Tensor, acts: torch.Tensor) -> torch.Tensor:
+        return predict_prefixes(self.sae, x, acts, group=self.group)
 
     def add_next_token(self, tokens: torch.Tensor) -> None:
         d_vocab = self._logits(tokens[:1, :1]).shape[-1]
@@ -175,14 +186,13 @@ class _Evaluation:
         keep = self._evaluated(tokens)
         source, target, clean = self._activations_and_logits(tokens)
         rows = max(1, _ACTIVATION_VALUES // self.sae.cfg.d_sae)
-        predictions = torch.cat(
-            [predict_prefixes(self.sae, x, self.sae.encode(x)) for x in source.flatten(0, 1).split(rows)],
-            dim=1,
-        ).unflatten(1, tokens.shape)
+        with flattened_heads(self.sae):
+            parts = [self._predict(x, self.sae.encode(x)) for x in source.flatten(0, 1).split(rows)]
+        predictions = torch.cat(parts, dim=1).unflatten(1, tokens.shape)
         mean = self.reconstruction.mean().expand_as(target)
-        # predictions of a token that counts
+        # What is predicted where the target is replaced, unless that is a special token.
         counted = torch.zeros_like(keep)
-        counted[:, :-1] = keep[:, 1:].to(counted.device)
+        counted[:, :-1] = keep[:, :-1] & ~self._is_excluded(tokens)[:, 1:].to(keep.device)
         labels = tokens.roll(-1, dims=1)[counted.to(tokens.device)]
         clean = clean[counted.to(clean.device)]
         self.clean.add(clean, clean, labels)
@@ -204,7 +214,10 @@ class _Evaluation:
         fvu = self.reconstruction.fvu().tolist()
         cosine = self.reconstruction.mean_cosine().tolist()
         explained_variance = self.reconstruction.explained_variance()
-        redundancy = decoder_redundancy(self.sae.W_dec, self.widths)
+        redundancy: list[float] | list[None] = [None] * len(self.widths)
+        if self.group is ALONE:
+            redundancy = decoder_redundancy(self.sae.W_dec, self.widths)
+        firing = self.firing.gathered(self.group)
         for level, (width, sums) in enumerate(zip(self.widths, self.prefixes, strict=True)):
             ce = sums.mean_ce() if with_ce else None
             rows.append(
@@ -213,9 +226,9 @@ class _Evaluation:
                     fvu=fvu[level],
                     explained_variance=explained_variance[level],
                     cosine=cosine[level],
-                    l0=self.firing.l0(width),
-                    n_dead=self.firing.n_dead(width),
-                    density=self.firing.density_histogram(width),
+                    l0=firing.l0(width),
+                    n_dead=firing.n_dead(width),
+                    density=firing.density_histogram(width),
                     decoder_redundancy=redundancy[level],
                     ce=ce,
                     ce_recovered=_recovered(ce, clean, zero),
@@ -237,12 +250,16 @@ class _Evaluation:
         )
 
     def _evaluated(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Mask `[prompts, context_size]` of the positions that count."""
+        """Mask `[prompts, context_size]` of the positions that count, where the target is replaced."""
         keep = torch.zeros_like(tokens, dtype=torch.bool)
         keep[:, slice(*(self.sae.cfg.metadata.seqpos_slice or (None,)))] = True
-        if self.excluded is not None:
-            keep &= ~torch.isin(tokens, self.excluded.to(tokens.device))
-        return keep.to(self.sae.device)
+        return (keep & ~self._is_excluded(tokens)).to(self.sae.device)
+
+    def _is_excluded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Mask `[prompts, context_size]` of the special tokens."""
+        if self.excluded is None:
+            return torch.zeros_like(tokens, dtype=torch.bool)
+        return torch.isin(tokens, self.excluded.to(tokens.device))
 
     def _logits(self, tokens: torch.Tensor, *hooks: tuple[str, Callable[..., Any]]) -> torch.Tensor:
         return self.model.run_with_hooks(
@@ -275,6 +292,18 @@ class _Evaluation:
         return source.flatten(2).to(**place), target.flatten(2).to(**place)
 
 
+@contextmanager
+def flattened_heads(sae: SAE[Any]) -> Iterator[None]:
+    """Within, an SAE of `hook_z` takes and gives `[..., n_heads · d_head]`."""
+    had_reshaping = sae.hook_z_reshaping_mode
+    sae.turn_off_forward_pass_hook_z_reshaping()
+    try:
+        yield
+    finally:
+        if had_reshaping:
+            sae.turn_on_forward_pass_hook_z_reshaping()
+
+
 def hooks_and_frame(sae: SAE[Any], model: Any) -> tuple[str, str, str]:
     """Source hook, target hook, and the frame of the source in this language model."""
     metadata = sae.cfg.metadata
@@ -288,10 +317,15 @@ def hooks_and_frame(sae: SAE[Any], model: Any) -> tuple[str, str, str]:
     check_hook(model, target_hook, "hook_name_out")
     frame = norm_frame(model, source_hook)
     if metadata.input_frame not in (None, frame):
+        was_folded = metadata.input_frame == "normalized_folded"
         raise ValueError(
-            f"input_frame: this model was trained on {source_hook!r} in the frame "
-            f"{metadata.input_frame!r}, but in this language model it is {frame!r}. Load the language "
-            "model with its norms folded (fold_ln) as in training."
+            f"input_frame: this model was trained on {source_hook!r} in the frame {metadata.input_frame!r}, "
+            f"but in this language model it is {frame!r}. Load the language model as in training: "
+            + (
+                "with its norms folded (fold_ln=True)."
+                if was_folded
+                else "with from_pretrained_no_processing."
+            )
         )
     return source_hook, target_hook, frame
 

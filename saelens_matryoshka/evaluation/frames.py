@@ -187,16 +187,15 @@ def measure_frames(
     if declared == f"blocks.{layer}.mlp.hook_in" and declared not in sites:
         declared = f"blocks.{layer}.ln2.hook_normalized × gain"  # what a HookedTransformer has of it
     target = _target_on(model, target)
-    fvu = {n: ReconstructionSums(1, coder.d_out, torch.device("cpu")) for n in sites}
-    firing = {n: FiringCounts(coder.d_sae, torch.device("cpu")) for n in sites}
-    sae = sae.to("cpu")
+    fvu = {n: ReconstructionSums(1, coder.d_out, torch.device(sae.device)) for n in sites}
+    firing = {n: FiringCounts(coder.d_sae, torch.device(sae.device)) for n in sites}
     hooks = list(dict.fromkeys([*(site.hook_name for site in sites.values()), target]))
     n_seen = 0
     for rows in hook_rows(coder, model, dataset, n_tokens, hooks=hooks):
-        y = rows[target].to(sae.dtype)
+        y = rows[target].to(sae.device, sae.dtype)
         n_seen += len(y)
         for name, site in sites.items():
-            x = site(rows[site.hook_name]).to(sae.dtype)
+            x = site(rows[site.hook_name]).to(sae.device, sae.dtype)
             if x.shape[-1] != coder.d_in:
                 raise ValueError(
                     f"{name} has {x.shape[-1]} dimensions, and the transcoder reads {coder.d_in}."

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from sae_lens.evals import ExplainedVarianceCalculator
 
+from saelens_matryoshka.ops import Group
+
 # Edges of the density histogram, in log10 of the share of tokens a latent fires on.
 DENSITY_EDGES = tuple(exponent / 2 for exponent in range(-14, 1))
 # Cosine above which two decoder rows count as the same direction.
@@ -72,6 +74,13 @@ class FiringCounts:
         """Add activations `[n, d_sae]`; negative ones, which some architectures have, are active too."""
         self.n_tokens += len(feature_acts)
         self.fired += (feature_acts != 0).sum(dim=0)
+
+    def gathered(self, group: Group) -> FiringCounts:
+        """Of the whole dictionary, where a group has it in shards that saw the same tokens."""
+        fired = group.gather_latents(self.fired)
+        whole = FiringCounts(len(fired), fired.device)
+        whole.n_tokens, whole.fired = self.n_tokens, fired
+        return whole
 
     def l0(self, width: int) -> float:
         """Mean number of active latents among the first `width`."""

@@ -18,9 +18,10 @@ from sae_lens import SAE, ActivationsStore, LanguageModelSAERunnerConfig
 from sae_lens.llm_sae_training_runner import LLMSaeEvaluator
 from sae_lens.training.activation_scaler import ActivationScaler
 
-from saelens_matryoshka.architectures.training import MatryoshkaTraining
+from saelens_matryoshka.architectures import MatryoshkaTraining, MatryoshkaTrainingTranscoder
 from saelens_matryoshka.evaluation.evaluator import evaluate
 from saelens_matryoshka.evaluation.result import EvalResult
+from saelens_matryoshka.ops import ALONE, Group
 from saelens_matryoshka.prefixes import inference_model
 from saelens_matryoshka.seams import split_off_prompts
 
@@ -90,15 +91,14 @@ class HeldOutEvaluator:
         data_provider: Any,
         activation_scaler: ActivationScaler,
     ) -> dict[str, Any]:
-        with sae.keeping_threshold():
-            model = _unscaled(inference_model(sae), activation_scaler)
+        model = _as_saved(sae, activation_scaler)
         # The prefetcher's thread runs the same language model, whose hooks we are about to change.
         paused = getattr(data_provider, "paused", nullcontext)
         with paused():
-            return logged_metrics(self.result(model))
+            return logged_metrics(self.result(model, sae.group))
 
-    def result(self, model: SAE[Any]) -> EvalResult:
-        """Every prefix of an inference model on the held-out prompts."""
+    def result(self, model: SAE[Any], group: Group = ALONE) -> EvalResult:
+        """Every prefix of an inference model, or of a group's shards of one, on the held-out prompts."""
         return evaluate(
             model,
             self.model,
@@ -108,6 +108,7 @@ class HeldOutEvaluator:
             batch_size_prompts=self.batch_size_prompts,
             exclude_special_tokens=self.exclude_special_tokens,
             model_kwargs=self.model_kwargs,
+            group=group,
         )
 
 
@@ -123,8 +124,7 @@ class CachedEvaluator:
         data_provider: Any,  # noqa: ARG002  (held-out rows are read apart from the stream)
         activation_scaler: ActivationScaler,
     ) -> dict[str, Any]:
-        with sae.keeping_threshold():
-            result = self.result(_unscaled(inference_model(sae), activation_scaler))
+        result = self.result(_as_saved(sae, activation_scaler))
         return {} if result is None else logged_metrics(result)
 
 
@@ -154,11 +154,17 @@ def logged_metrics(result: EvalResult) -> dict[str, Any]:
     return metrics
 
 
-def _unscaled(model: SAE[Any], scaler: ActivationScaler) -> SAE[Any]:
-    """Fold the trainer's scaling of the activations into an inference model, as the end of training does."""
-    if scaler.scaling_factor is not None:
-        model.fold_activation_norm_scaling_factor(scaler.scaling_factor)
-    if (whitening := scaler.whitening) is not None:
+def _as_saved(sae: MatryoshkaTraining, scaler: ActivationScaler) -> SAE[Any]:
+    """The model that would be saved if training ended now: the trainer's scaling folded, then the rest."""
+    factor, whitening = scaler.scaling_factor, scaler.whitening
+    with sae.keeping_threshold():
+        if isinstance(sae, MatryoshkaTrainingTranscoder):  # which has a gain to fold after it
+            with sae.scaled_by(1.0 if factor is None else factor):
+                return inference_model(sae)
+        model = inference_model(sae)
+    if factor is not None:
+        model.fold_activation_norm_scaling_factor(factor)
+    if whitening is not None:
         model.fold_activation_whitening(
             mean=whitening.mean,
             whitening_matrix=whitening.matrix,

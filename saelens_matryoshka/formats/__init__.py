@@ -7,7 +7,7 @@ one kind into folders of the other. A format is one module: pure functions betwe
 
 from saelens_matryoshka.formats.coder import SparseCoder, build, from_saelens, to_saelens
 from saelens_matryoshka.formats.files import FormatError
-from saelens_matryoshka.formats.registry import FORMATS, Converter, Given, converter, load
+from saelens_matryoshka.formats.registry import FORMATS, Converter, Unstated, converter, load
 from saelens_matryoshka.formats.sources import Folder, HubRepository, Source, open_source
 
 __all__ = [
@@ -15,10 +15,10 @@ __all__ = [
     "Converter",
     "Folder",
     "FormatError",
-    "Given",
     "HubRepository",
     "Source",
     "SparseCoder",
+    "Unstated",
     "build",
     "converter",
     "from_saelens",

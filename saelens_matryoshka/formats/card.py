@@ -18,7 +18,12 @@ _LIBRARIES = {"saelens": "saelens", "sparsify": "sparsify", "circuit-tracer": "c
 
 
 def write_card(
-    folder: Path, format: str, sets: Sequence[tuple[str, Sequence[Model]]], repo_id: str | None
+    folder: Path,
+    format: str,
+    sets: Sequence[tuple[str, Sequence[Model]]],
+    repo_id: str | None,
+    *,
+    several: bool,
 ) -> None:
     """Write README.md, the card of the hub.
 
@@ -27,8 +32,12 @@ def write_card(
         format: The format they are in.
         sets: Sub-folder ("" for the folder itself) and models of each set.
         repo_id: Where they will be found; None: not known.
+        several: Whether each model of a set has a folder of its own.
     """
-    first = sets[0][1][0].coder
+    # Every set has prefixes of the same models: the widest says most of them.
+    widest = max(sets, key=lambda one: one[1][0].coder.d_sae)
+    first = widest[1][0].coder
+    flat = format == "saelens" and not several
     kind = "Transcoders" if first.is_transcoder else "SAEs"
     if any(len(model.coder.widths) > 1 for _, models in sets for model in models):
         kind = f"Matryoshka {kind[0].lower() + kind[1:] if kind == 'Transcoders' else kind}"
@@ -44,13 +53,17 @@ def write_card(
         "",
         "| folder | reads | predicts | latents | nested widths | activation |",
         "|---|---|---|---:|---|---|",
-        *(_row(name, model) for name, models in sets for model in models),
+        *(
+            _row(name if flat else _join(name, model.name), model)
+            for name, models in sets
+            for model in models
+        ),
         "",
         *_frames(sets),
-        *_metrics(sets),
+        *_metrics(widest[1]),
         "## How to load",
         "",
-        *_how_to_load(format, sets, repo_id or "user/repo", str(model_name)),
+        *_how_to_load(format, widest, repo_id or "user/repo", str(model_name), flat=flat),
     ]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -63,17 +76,20 @@ def _front_matter(format: str, model_name: Any) -> list[str]:
     return [*lines, "---"]
 
 
-def _row(name: str, model: Model) -> str:
+def _join(*parts: str) -> str:
+    return "/".join(part for part in parts if part)
+
+
+def _row(where: str, model: Model) -> str:
     coder = model.coder
     metadata = coder.metadata
-    where = "/".join(part for part in (name, model.name) if part)
     source, latents = metadata.get("hook_name"), f"{coder.d_sae:,}"
     widths = ", ".join(f"{width:,}" for width in coder.widths) if len(coder.widths) > 1 else "-"
     activation = {"relu": "ReLU", "jumprelu": "JumpReLU", "topk": f"TopK, k = {coder.k}"}[coder.activation]
     if coder.W_skip is not None:
         activation += ", with a linear skip"
     target = metadata.get("hook_name_out") or source
-    return f"| {where} | `{source}` | `{target}` | {latents} | {widths} | {activation} |"
+    return f"| {where or '.'} | `{source}` | `{target}` | {latents} | {widths} | {activation} |"
 
 
 def _frames(sets: Sequence[tuple[str, Sequence[Model]]]) -> list[str]:
@@ -88,9 +104,8 @@ def _frames(sets: Sequence[tuple[str, Sequence[Model]]]) -> list[str]:
     return [*lines, ""] if lines else []
 
 
-def _metrics(sets: Sequence[tuple[str, Sequence[Model]]]) -> list[str]:
-    # Every set of prefixes comes from the same models; the last has all the rows there are.
-    evaluated = [model for model in sets[-1][1] if model.evaluation]
+def _metrics(models: Sequence[Model]) -> list[str]:
+    evaluated = [model for model in models if model.evaluation]
     if not evaluated:
         return []
     lines = ["## Metrics", ""]
@@ -128,11 +143,11 @@ def _number(value: Any, spec: str) -> str:
 
 
 def _how_to_load(
-    format: str, sets: Sequence[tuple[str, Sequence[Model]]], repo_id: str, model_name: str
+    format: str, shown: tuple[str, Sequence[Model]], repo_id: str, model_name: str, *, flat: bool
 ) -> list[str]:
-    name, models = sets[-1]
+    name, models = shown
     if format == "circuit-tracer":
-        reference = "/".join(part for part in (repo_id, name) if part)
+        reference = _join(repo_id, name)
         code = [
             "from circuit_tracer import ReplacementModel, attribute",
             "",
@@ -142,7 +157,7 @@ def _how_to_load(
     elif format == "sparsify":
         from saelens_matryoshka.formats.sparsify import hookpoint_of
 
-        hookpoint = "/".join(part for part in (name, hookpoint_of(models[0].coder)) if part)
+        hookpoint = _join(name, hookpoint_of(models[0].coder))
         code = [
             "from sparsify import SparseCoder",
             "",
@@ -157,6 +172,8 @@ def _how_to_load(
             'dictionary, config = load_dictionary(folder, device="cpu")',
         ]
     else:
-        inside = "/".join(part for part in (name, models[0].name) if part)
-        code = ["from sae_lens import SAE", "", f'sae = SAE.from_pretrained("{repo_id}", "{inside}")']
+        inside = name if flat else _join(name, models[0].name)
+        # The hub's SAELens repositories keep every model in a folder of its own.
+        call = f'from_pretrained("{repo_id}", "{inside}")' if inside else 'load_from_disk(".")  # this folder'
+        code = ["from sae_lens import SAE", "", f"sae = SAE.{call}"]
     return ["```python", *code, "```"]

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 from safetensors.torch import save_file
 
+from saelens_matryoshka.file_names import natural
 from saelens_matryoshka.formats import gemma_scope
 from saelens_matryoshka.formats.coder import SparseCoder, StateDict
 from saelens_matryoshka.formats.files import (
@@ -36,7 +37,6 @@ from saelens_matryoshka.formats.layout import (
     NOTE,
     block_hook,
     join,
-    natural,
     note_text,
     parse_note,
     require_plain,

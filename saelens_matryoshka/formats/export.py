@@ -14,18 +14,18 @@ from typing import Any
 
 from huggingface_hub.utils import validate_repo_id
 
+from saelens_matryoshka.file_names import unreserved
 from saelens_matryoshka.formats.card import write_card
 from saelens_matryoshka.formats.coder import SparseCoder, build, from_saelens
-from saelens_matryoshka.formats.files import FormatError, new_folder, read_json, require_new
+from saelens_matryoshka.formats.files import FormatError, new_folder, require_new
 from saelens_matryoshka.formats.layout import block_hook
-from saelens_matryoshka.formats.registry import FORMATS, Given, Writer, get_format, load
+from saelens_matryoshka.formats.registry import FORMATS, Unstated, Writer, get_format, load
 from saelens_matryoshka.formats.sources import Folder, Source, open_source
 from saelens_matryoshka.formats.thresholds import keep_topk
 from saelens_matryoshka.prefixes import truncate
+from saelens_matryoshka.runs.recorded import read_evaluation
 
 EVALUATION = "evaluation.json"
-# Names that Windows keeps for devices.
-_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 Change = Callable[[SparseCoder], SparseCoder]
 """What to do with each model on the way, e.g. fit thresholds"""
 
@@ -39,7 +39,7 @@ class Model:
     name: str
     """of its folder in a set, such as "layer_3" """
     evaluation: dict[str, Any] | None = None
-    """its `evaluation.json`, if there is one"""
+    """of its prefixes, if there is one"""
 
 
 # ---- in
@@ -51,7 +51,7 @@ def import_models(
     out: Path,
     *,
     item: str | None = None,
-    given: Given | None = None,
+    given: Unstated | None = None,
     change: Change | None = None,
 ) -> list[Model]:
     """Write what a source holds as stock SAELens folders: `out` itself for one, `out/layer_N` for several.
@@ -117,8 +117,7 @@ def _names(coders: Sequence[SparseCoder]) -> list[str]:
 
 def _fit(hook: str) -> str:
     """A hook's name as that of a folder, on any system."""
-    name = re.sub(r"[^\w.-]", "_", hook).strip(".") or "model"
-    return f"{name}_" if _RESERVED.fullmatch(name) else name
+    return unreserved(re.sub(r"[^\w.-]", "_", hook).strip(".") or "model")
 
 
 # ---- out
@@ -212,25 +211,22 @@ def export_models(
             export_one(folder)
         for writer in writers.values():
             writer.close()
-        write_card(partial, format, list(sets.items()), repo_id)
+        write_card(partial, format, list(sets.items()), repo_id, several=several)
     return [out / name for name in names.values()]
 
 
 def _evaluation(folder: Path) -> dict[str, Any] | None:
-    path = folder / EVALUATION
-    if not path.is_file():
+    try:
+        return read_evaluation(folder)
+    except ValueError:  # of no use in a card, and no reason not to export the weights
         return None
-    evaluation = read_json(path)
-    rows = evaluation.get("prefixes")
-    return evaluation if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) else None
 
 
 def _rows_up_to(evaluation: dict[str, Any] | None, width: int) -> dict[str, Any] | None:
     """The evaluation of a prefix: that of the prefixes it has."""
     if evaluation is None:
         return None
-    rows = [row for row in evaluation["prefixes"] if isinstance(row.get("width"), int)]
-    return {**evaluation, "prefixes": [row for row in rows if row["width"] <= width]}
+    return {**evaluation, "prefixes": [row for row in evaluation["prefixes"] if row["width"] <= width]}
 
 
 def upload(folder: Path, repo_id: str, *, private: bool = False) -> str:

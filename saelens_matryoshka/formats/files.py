@@ -251,11 +251,6 @@ def read_pickle(
     return floats | {name: t.clone() for name, t in tensors.items() if name in kept}
 
 
-def pickle_names(path: Path) -> set[str]:
-    """Names of the tensors in a `torch.save` file."""
-    return set(_unpickle(path))
-
-
 def _unpickle(path: Path) -> dict[str, torch.Tensor]:
     try:
         with zipfile.ZipFile(path) as archive:
@@ -370,7 +365,9 @@ def new_folder(out: Path) -> Generator[Path, None, None]:
         # mkdtemp's folder is for its owner alone
         partial.chmod(0o777 & ~_umask())
         require_new(out)
-        partial.replace(out)
+        if out.is_dir():  # empty; Windows renames over no folder, not even over such a one
+            out.rmdir()
+        partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from saelens_matryoshka.file_names import natural
 from saelens_matryoshka.formats.coder import SparseCoder, believe, note
 from saelens_matryoshka.formats.files import FormatError
 from saelens_matryoshka.formats.sources import Source
@@ -29,11 +30,6 @@ def folders_with(source: Source, inside: str, files: Collection[str]) -> list[st
 def join(folder: str, name: str) -> str:
     """A path in a source; the source's own folder is "" or "."."""
     return str(PurePosixPath(folder) / name)
-
-
-def natural(name: str) -> list[Any]:
-    """Sort key under which layer_10 comes after layer_9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def block_hook(hook_name: str | None) -> tuple[int, str] | None:

@@ -18,9 +18,10 @@ import warnings
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from saelens_matryoshka.file_names import natural
 from saelens_matryoshka.formats.coder import SparseCoder, StateDict
 from saelens_matryoshka.formats.files import FormatError, read_json, read_pickle
-from saelens_matryoshka.formats.layout import join, natural
+from saelens_matryoshka.formats.layout import join
 from saelens_matryoshka.formats.sources import Source
 from saelens_matryoshka.widths import cumulative_widths
 

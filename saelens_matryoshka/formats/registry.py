@@ -93,7 +93,7 @@ def get_format(name: str) -> Format:
 
 
 @dataclass(frozen=True)
-class Given:
+class Unstated:
     """What the user knows and a file does not say."""
 
     widths: Sequence[int] | None = None
@@ -163,7 +163,7 @@ class Converter:
     """Reads one format, as SAELens's `SAE.from_pretrained` and `SAE.load_from_disk` want it."""
 
     format: str
-    given: Given = Given()
+    given: Unstated = Unstated()
 
     def __call__(
         self,
@@ -225,10 +225,10 @@ def converter(
         FormatError: there is no such format.
     """
     get_format(format)
-    return Converter(format, Given(widths, hook_name, hook_name_out, model_name, threshold))
+    return Converter(format, Unstated(widths, hook_name, hook_name_out, model_name, threshold))
 
 
-def load(source: Source, item: str, format: str, given: Given | None = None) -> SparseCoder:
+def load(source: Source, item: str, format: str, given: Unstated | None = None) -> SparseCoder:
     """Read one model, with what the user knows of it.
 
     Raises:
@@ -236,7 +236,7 @@ def load(source: Source, item: str, format: str, given: Given | None = None) -> 
     """
     label = f"{source.label}/{item}"
     coder = get_format(format).load(source, item)
-    return (given or Given()).applied(coder, _layer(item), label)
+    return (given or Unstated()).applied(coder, _layer(item), label)
 
 
 def _layer(item: str) -> int | None:

@@ -54,6 +54,19 @@ _SITES = {
     "attention": ("attn.hook_in", "attn.hook_out"),
     "attn": ("attn.hook_in", "attn.hook_out"),
 }
+_ATTENTION = ("self_attn", "attention", "attn")
+# What the blocks and the attention are called in `model.base_model`, by the language model's name. Nothing is
+# said of models with an image tower, nor of those whose MLP is no module (OPT).
+_NAMES: tuple[tuple[str, str, str], ...] = (
+    (r".*gpt2.*|gpt-neo-.*|tiny-?stories-.*|gpt-j-.*", "h", "attn"),
+    (r"pythia-.*|gpt-neox-.*", "layers", "attention"),
+    (
+        r"tiny|(meta-|code)?llama-(?!.*vision)[\d.]+-?\d*b?.*|mistral-(7b|nemo).*|qwen(1\.5|2|2\.5|3)-[\d.]+b.*"
+        r"|gemma-(2-)?\d+b.*|gemma-3-(270m|1b).*|phi-(1|1_5|2)|olmo-(2-)?[\d-]*b.*",
+        "layers",
+        "self_attn",
+    ),
+)
 _HOOKPOINT = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)(?:\.(.+))?")
 
 
@@ -186,19 +199,18 @@ def hookpoint_of(coder: SparseCoder) -> str:
     """The module whose input and output a coder reads and predicts.
 
     Raises:
-        FormatError: there is no such module.
+        FormatError: there is no such module, or what the language model calls it is not known.
     """
     metadata = coder.metadata
     source, target = metadata.get("hook_name"), metadata.get("hook_name_out") or metadata.get("hook_name")
     block, block_out = block_hook(source), block_hook(target)
-    layers = "h" if "gpt2" in str(metadata.get("model_name")) else "layers"
     if (named := _named_module(coder)) is not None:
         return named
     if block and block_out and block[0] == block_out[0]:
         for module, (hook_in, hook_out) in _SITES.items():
             read = hook_in if coder.is_transcoder else hook_out
             if (block[1], block_out[1]) == (read, hook_out):
-                return f"{layers}.{block[0]}.{module}".rstrip(".")
+                return _module(str(metadata.get("model_name")), block[0], module)
     hint = ""
     if block_out and block_out[1] == "hook_mlp_out":
         hint = " (hook_mlp_out is behind the norm that follows the MLP in some models.)"
@@ -207,6 +219,19 @@ def hookpoint_of(coder: SparseCoder) -> str:
     raise FormatError(
         f"sparsify names a coder by the module whose input and output it knows, and no module reads "
         f"{source!r} and puts out {target!r}.{hint}"
+    )
+
+
+def _module(model_name: str, layer: int, module: str) -> str:
+    """A module of a block, as the language model calls it."""
+    name = model_name.rpartition("/")[2]
+    for pattern, blocks, attention in _NAMES:
+        if re.fullmatch(pattern, name, re.IGNORECASE):
+            return f"{blocks}.{layer}.{attention if module in _ATTENTION else module}".rstrip(".")
+    raise FormatError(
+        f"sparsify names a coder by a module of the language model, and what {model_name!r} calls its "
+        "modules is not known here. Write it into the metadata in cfg.json: hf_hook_name (of a transcoder "
+        "hf_hook_name_out too), e.g. 'layers.3.mlp.output' ('layers.3.mlp.input' and 'layers.3.mlp.output')."
     )
 
 

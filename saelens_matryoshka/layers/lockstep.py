@@ -202,6 +202,7 @@ class LockstepTrainer(MultiSAETrainer):
             save_checkpoint_fn=batches.save_to_checkpoint,
         )
         self.observers: list[Callable[[LockstepTrainer, Any], None]] = []
+        self._is_prepared = False
         for name, runner in runners.items():
             self.trainers[name] = SAETrainer(
                 cfg=dataclasses.replace(
@@ -217,8 +218,10 @@ class LockstepTrainer(MultiSAETrainer):
         for trainer in self.trainers.values():
             prepare_trainer(trainer)
         estimate_scaling_factors(self)
-        save_if_due = defer_checkpoints(self)  # type: ignore[arg-type]
-        replace_progress_bar(self, partial(self._after_step, save_if_due, [0.0]))  # type: ignore[arg-type]
+        if not self._is_prepared:  # a run that was interrupted may call `fit` again
+            save_if_due = defer_checkpoints(self)  # type: ignore[arg-type]
+            replace_progress_bar(self, partial(self._after_step, save_if_due, [0.0]))  # type: ignore[arg-type]
+            self._is_prepared = True
         return super().fit()
 
     @override

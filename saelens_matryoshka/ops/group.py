@@ -8,6 +8,7 @@ and the largest scores; `Group` is the answer of a process that is alone, for wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -21,6 +22,10 @@ class Group:
 
     row_blocks: int = 1
     """into how many blocks the rows are cut, all of the same length"""
+
+    def widths(self, widths: Sequence[int]) -> tuple[int, ...]:
+        """Of prefixes of the whole dictionary, how many latents of each this block has."""
+        return tuple(widths)
 
     def sum(self, tensor: torch.Tensor, over: Over) -> torch.Tensor:  # noqa: ARG002
         """The elementwise sum over blocks, the same bits on all of them; may overwrite `tensor`."""
@@ -37,6 +42,10 @@ class Group:
     def gather_rows(self, tensor: torch.Tensor) -> torch.Tensor:
         """All rows `[B, ...]` of the whole batch, of this block's `[B / row_blocks, ...]`."""
         return tensor
+
+    def gather_latents(self, values: torch.Tensor) -> torch.Tensor:
+        """Values `[d_sae]` of all latents of the whole dictionary, of this block's `[m]`."""
+        return values
 
     def kth_largest(self, values: torch.Tensor, n: int) -> torch.Tensor:
         """The n-th largest (from 1) of the values `[m]` of all blocks together; there are as many."""

@@ -101,11 +101,27 @@ def largest_of_rows(
     keep = scores >= thresholds  # right but for ties
     if positive:
         keep &= scores > 0
-    surplus = keep.sum(dim=-1) - places
-    for row in (surplus > 0).nonzero().squeeze(1).tolist():
-        tied = (scores[row] == thresholds[row]).nonzero().squeeze(1)
-        keep[row, tied[len(tied) - int(surplus[row]) :]] = False
+    crowded = (keep.sum(dim=-1) > places).nonzero().squeeze(1)
+    if len(crowded):
+        _drop_last_ties(keep, scores, thresholds, places, crowded)
     return keep
+
+
+def _drop_last_ties(
+    keep: torch.Tensor,
+    scores: torch.Tensor,
+    thresholds: torch.Tensor,
+    places: torch.Tensor,
+    crowded: torch.Tensor,
+) -> None:
+    """In these rows, keep as many as there are places: all larger ones, and the first of the tied."""
+    tied = scores[crowded] == thresholds[crowded]
+    row, column = (tied & keep[crowded]).nonzero(as_tuple=True)
+    n_tied = torch.bincount(row, minlength=len(crowded))
+    rank = torch.arange(len(row), device=row.device) - (n_tied.cumsum(0) - n_tied)[row]
+    room = places[crowded] - (keep[crowded].sum(dim=-1) - n_tied)
+    late = rank >= room[row]
+    keep[crowded[row[late]], column[late]] = False
 
 
 def _selection(

@@ -31,6 +31,8 @@ from saelens_matryoshka.widths import latent_levels
 
 # Values of [rows, levels, d_out] decoded at a time on a CPU, so that they stay in its cache.
 CPU_DECODE_VALUES = 1 << 20
+# The auxiliary loss is computed entry by entry where fewer than one in so many of the dead latents is chosen
+_SPARSE_AUX = 12
 
 
 class SparseStep:
@@ -213,18 +215,19 @@ class _NestedLoss(torch.autograd.Function):
         W_dec_grad = entries.sum(bags, per_bag, acts)
         rows = selection.rows[entries.order]
         W_enc_grad = entries.sum(rows, encoder_in, act_grads.to(encoder_in.dtype))
-        b_enc_grad = torch.zeros_like(W_enc[0]).index_add_(0, entries.columns, act_grads)
+        b_enc_grad = entries.total(act_grads)
         if l1_rate > 0:
-            total = torch.zeros_like(b_enc_grad).index_add_(0, entries.columns, acts)
-            W_dec_grad += (l1_rate * total / ctx.norms.clamp(min=1e-30))[:, None] * W_dec
+            rate = l1_rate * entries.total(acts) / ctx.norms.clamp(min=1e-30)
+            W_dec_grad += rate.to(W_dec.dtype)[:, None] * W_dec
         with torch.autocast(x.device.type, enabled=ctx.autocast):
-            for group in aux.groups:
-                group.add_gradients(W_enc_grad, b_enc_grad, W_dec_grad, encoder_in, W_dec, grad_loss)
+            for part in aux.parts:
+                part.add_gradients(W_enc_grad, b_enc_grad, W_dec_grad, encoder_in, W_dec, grad_loss)
             W_skip_grad = None
             if W_skip is not None:
                 W_skip_grad = (base_grad.T @ x.to(base_grad.dtype)).to(W_skip.dtype)
         ctx.step.give_back(output_grads)
         b_dec_grad = base_grad.sum(dim=0)
+        b_enc_grad = b_enc_grad.to(W_enc.dtype)
         if objective.subtract_b_dec:
             b_dec_grad = b_dec_grad - ctx.step.group.sum(W_enc @ b_enc_grad, "latents")
         return (W_enc_grad.T, b_enc_grad, W_dec_grad, b_dec_grad, W_skip_grad, *[None] * 6)
@@ -319,6 +322,12 @@ class _EntriesByLatent(NamedTuple):
             index, table, self.offsets, mode="sum", per_sample_weights=factors, include_last_offset=True
         )
 
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of each latent's values: `[d_sae]`, at least float32, since a latent may have thousands."""
+        wide = torch.promote_types(values.dtype, torch.float32)
+        sums = torch.zeros(len(self.offsets) - 1, dtype=wide, device=values.device)
+        return sums.index_add_(0, self.columns, values.to(wide))
+
     def dot(self, index: torch.Tensor, table: torch.Tensor, by_latent: torch.Tensor) -> torch.Tensor:
         """For each entry e, table[index[e]] · by_latent[its latent]: `[n]`."""
         return torch.ops.aten._embedding_bag_per_sample_weights_backward(
@@ -326,8 +335,8 @@ class _EntriesByLatent(NamedTuple):
         )
 
 
-class _AuxGroup(NamedTuple):
-    """Dead latents that share a residual, and what their gradients need."""
+class _DenseAux(NamedTuple):
+    """Dead latents that learn a residual, most of them in every row, and what their gradients need."""
 
     columns: torch.Tensor
     """`[n_dead]`"""
@@ -354,14 +363,48 @@ class _AuxGroup(NamedTuple):
         for grad, update in (
             (W_dec_grad, self.acts.T @ error_grad),
             (W_enc_grad, act_grads.T @ encoder_in.to(act_grads.dtype)),
-            (b_enc_grad, act_grads.sum(dim=0)),
+            (b_enc_grad, act_grads.sum(dim=0, dtype=b_enc_grad.dtype)),
+        ):
+            grad.index_add_(0, self.columns, update.to(grad.dtype))
+
+
+class _SparseAux(NamedTuple):
+    """The same where few of the dead latents are chosen in each row: bags of entries, as for those alive."""
+
+    columns: torch.Tensor
+    """`[n_dead]`"""
+    rows: torch.Tensor
+    """`[n]` row of each chosen entry, increasing"""
+    places: torch.Tensor
+    """`[n]` place of its latent in `columns`"""
+    acts: torch.Tensor
+    """`[n]`"""
+    error_grad: torch.Tensor
+    """`[B, d_out]`, as above"""
+
+    def add_gradients(
+        self,
+        W_enc_grad: torch.Tensor,
+        b_enc_grad: torch.Tensor,
+        W_dec_grad: torch.Tensor,
+        encoder_in: torch.Tensor,
+        W_dec: torch.Tensor,
+        grad_loss: torch.Tensor,
+    ) -> None:
+        entries = _EntriesByLatent.of(self.places, len(self.columns))
+        rows, acts = self.rows[entries.order], self.acts[entries.order] * grad_loss
+        act_grads = entries.dot(rows, self.error_grad, W_dec[self.columns]) * grad_loss
+        for grad, update in (
+            (W_dec_grad, entries.sum(rows, self.error_grad, acts)),
+            (W_enc_grad, entries.sum(rows, encoder_in, act_grads.to(encoder_in.dtype))),
+            (b_enc_grad, entries.total(act_grads)),
         ):
             grad.index_add_(0, self.columns, update.to(grad.dtype))
 
 
 class _Aux(NamedTuple):
     loss: torch.Tensor
-    groups: list[_AuxGroup]
+    parts: list[_DenseAux | _SparseAux]
 
 
 def _aux_forward(
@@ -373,7 +416,7 @@ def _aux_forward(
     dead_columns: torch.Tensor,
     group: Group,
 ) -> _Aux:
-    loss, groups = W_dec.new_zeros(()), []
+    loss, parts = W_dec.new_zeros(()), []
     budget = objective.aux_budget(W_dec.shape[1])
     if objective.aux_per_level:
         bounds = torch.searchsorted(
@@ -382,23 +425,42 @@ def _aux_forward(
         level_columns = [dead_columns[a:b] for a, b in pairwise(bounds)]
     else:
         level_columns = [dead_columns]
-    parts = dead_pre.split([len(columns) for columns in level_columns], dim=1)
-    for level, (columns, part) in enumerate(zip(level_columns, parts, strict=True)):
+    level_pre = dead_pre.split([len(columns) for columns in level_columns], dim=1)
+    for level, (columns, pre) in enumerate(zip(level_columns, level_pre, strict=True)):
         n_dead = group.count(len(columns), "latents")
         if n_dead == 0:
             continue
-        acts = part.to(W_dec.dtype)
-        chosen = None
+        acts, chosen = pre.to(W_dec.dtype), None
         if n_dead > budget:
             ranking = acts if norms is None else acts * norms[columns]
             chosen = largest_of_rows(ranking, budget, group)
-            acts = acts * chosen
-        prediction = group.sum(acts @ W_dec[columns], "latents").to(W_dec.dtype)
-        error = prediction + residuals[:, level]
+        is_sparse = chosen is not None and n_dead > _SPARSE_AUX * budget
+        if is_sparse:
+            assert chosen is not None
+            rows, places = chosen.nonzero(as_tuple=True)
+            acts = acts[rows, places]
+            offsets = torch.searchsorted(rows, torch.arange(len(chosen) + 1, device=rows.device))
+            prediction = F.embedding_bag(
+                columns[places],
+                W_dec,
+                offsets,
+                mode="sum",
+                per_sample_weights=acts,
+                include_last_offset=True,
+            )
+        else:
+            acts = acts if chosen is None else acts * chosen
+            prediction = acts @ W_dec[columns]
+        error = group.sum(prediction, "latents").to(W_dec.dtype) + residuals[:, level]
         scale = objective.aux_coefficient * min(n_dead / budget, 1.0)
         loss = loss + scale * error.pow(2).sum() / len(error)
-        groups.append(_AuxGroup(columns, acts, chosen, error * (2 * scale / len(error))))
-    return _Aux(loss, groups)
+        error_grad = error * (2 * scale / len(error))
+        parts.append(
+            _SparseAux(columns, rows, places, acts, error_grad)
+            if is_sparse
+            else _DenseAux(columns, acts, chosen, error_grad)
+        )
+    return _Aux(loss, parts)
 
 
 def _coo(index: torch.Tensor, values: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:

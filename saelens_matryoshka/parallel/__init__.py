@@ -10,7 +10,7 @@ from saelens_matryoshka.parallel.job import (
     Sharding,
     is_torchrun,
     joined,
-    require_torchrun,
+    mesh_shape,
 )
 
-__all__ = ["Job", "LostProcessError", "Sharding", "is_torchrun", "joined", "require_torchrun"]
+__all__ = ["Job", "LostProcessError", "Sharding", "is_torchrun", "joined", "mesh_shape"]

@@ -4,7 +4,8 @@ Parameters become plain tensors of the shard's latents, so that everything eleme
 biases' start) works as it does on the whole. What does not:
 
 - the training step, to which `ShardedStep` gives the shard's part of widths and dead latents;
-- clipping by the norm of all gradients, done before SAELens's own, which then finds nothing to clip;
+- the gradients, averaged over the copies of a shard if there are several, and clipped by the norm of all of
+  them before SAELens clips, which then finds nothing to clip;
 - saving, which `whole` makes a matter of one process, that for a while has the whole in host memory.
 
 Not DTensor: it has no rule for the sparse bags the step is made of. Not FSDP2: it gathers whole parameters to
@@ -86,7 +87,7 @@ def shard(sae: MatryoshkaTraining, group: Processes, device: torch.device | str)
         setattr(sae, name, nn.Parameter(own.to(device)))
     for name, buffer in list(sae.named_buffers()):
         setattr(sae, name, _deal(name, buffer, group).to(device))
-    sae.cfg.device = str(device)
+    sae.to(device)  # nothing is left to move, but SAELens notes where it is
 
 
 def _deal(name: str, whole: torch.Tensor, group: Processes) -> torch.Tensor:
@@ -97,20 +98,23 @@ def _deal(name: str, whole: torch.Tensor, group: Processes) -> torch.Tensor:
             found.copy_(whole)
         dist.broadcast(found, 0)
         return found
-    if group.rank == 0:
-        for index in range(1, group.shards):
-            dist.send(_by_latent(name, whole)[group.latents(index)].contiguous().to(group.device), index)
-        return _part(name, whole, group)
-    shape = list(_by_latent(name, whole).shape)
-    shape[0] = len(range(*group.latents().indices(group.d_sae)))
+    by_latent = _by_latent(name, whole)
+    shape = (group.widths([group.d_sae])[0], *by_latent.shape[1:])
     found = torch.empty(shape, dtype=whole.dtype, device=group.device)
-    dist.recv(found, 0)
+    if group.rank == 0:
+        found.copy_(by_latent[group.latents()])
+        for index in range(1, group.shards):
+            dist.send(by_latent[group.latents(index)].contiguous().to(group.device), index)
+    elif group.row_block == 0:
+        dist.recv(found, 0)
+    if group.row_blocks > 1:  # the first copy has its shards, and gives them to the others
+        dist.broadcast(found, group.shard, group=group.process_group("rows"))
     return _by_latent(name, found)
 
 
 def _by_latent(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A parameter with the latents first, or back again."""
-    return tensor.T if LATENT_DIM[name] == 1 else tensor
+    """A parameter with the latents first, if it has latents, or back again."""
+    return tensor.T if LATENT_DIM.get(name) == 1 else tensor
 
 
 def _part(name: str, whole: torch.Tensor, group: Processes) -> torch.Tensor:
@@ -122,19 +126,25 @@ def _part(name: str, whole: torch.Tensor, group: Processes) -> torch.Tensor:
     )
 
 
-# ---- clipping
+# ---- gradients
 
 
-def clip_over_shards(
-    parameters: Iterable[tuple[str, nn.Parameter]], group: Processes, max_norm: float
-) -> None:
-    """Scale the gradients, as soon as all are there, to at most this norm over all shards.
+def join_gradients(parameters: Iterable[tuple[str, nn.Parameter]], group: Processes, max_norm: float) -> None:
+    """Average the gradients over blocks of rows, and scale them to at most this norm over all shards.
 
-    SAELens's trainer clips by the norm of the gradients it sees, which are a shard's. That is then at most
-    the whole's, and so it leaves them alone.
+    Both as soon as all gradients are there. SAELens's trainer clips by the norm of the gradients it sees,
+    which are a shard's. That is then at most the whole's, and so it leaves them alone.
     """
     named = dict(parameters)
     missing = set(named)
+
+    def average() -> None:
+        for name, parameter in named.items():
+            assert parameter.grad is not None
+            # What all shards have is averaged by all processes at once: to the same bits.
+            over, copies = ("rows", group.row_blocks) if name in LATENT_DIM else ("all", group.size)
+            total = group.sum(_by_latent(name, parameter.grad), over)
+            parameter.grad = _by_latent(name, total.div_(copies))
 
     def clip() -> None:
         squares = torch.zeros((), device=group.device)
@@ -152,6 +162,8 @@ def clip_over_shards(
         missing.discard(name)
         if not missing:
             missing.update(named)
+            if group.row_blocks > 1:
+                average()
             clip()
 
     for name, parameter in named.items():
@@ -165,8 +177,8 @@ def clip_over_shards(
 def whole(trainer: SAETrainer[Any, Any], group: Processes, *, optimizer: bool = True) -> Iterator[None]:
     """Within, the first process has the whole dictionary, in host memory, and its optimizer state if wanted.
 
-    Shards come one after the other, so that nowhere is more than the whole and one shard. The others have
-    nothing to save meanwhile.
+    The shards of the first block of rows come one after the other, so that nowhere is more than the whole and
+    one shard. The others have nothing to save meanwhile.
     """
     if group.shards == 1:
         yield
@@ -190,6 +202,8 @@ def whole(trainer: SAETrainer[Any, Any], group: Processes, *, optimizer: bool = 
 
 def _gather(name: str, part: torch.Tensor, group: Processes) -> torch.Tensor:
     """The whole tensor in host memory of the first process; of the others, their part."""
+    if group.row_block > 0:
+        return part
     if name not in LATENT_DIM:
         return part.cpu() if group.rank == 0 else part
     by_latent = _by_latent(name, part).contiguous()

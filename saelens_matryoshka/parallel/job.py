@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 8 -m saelens_matryoshka train ...
     torchrun --nproc-per-node 8 -m saelens_matryoshka train --shard dictionary ...
+    torchrun --nnodes 8 --nproc-per-node 8 ... -m saelens_matryoshka train --shard dictionary --shards 8 ...
 
 A process that torchrun has not started is a job of one, for which all of this does nothing.
 """
@@ -25,7 +26,7 @@ from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunne
 from torch.distributed.device_mesh import init_device_mesh
 from tqdm.auto import tqdm
 
-from saelens_matryoshka.parallel.data import share_data
+from saelens_matryoshka.parallel.data import save_all_states, share_data
 from saelens_matryoshka.parallel.dictionary import load_trainer_state, shard
 from saelens_matryoshka.parallel.processes import Processes
 from saelens_matryoshka.parallel.trainer import parallelize, writing
@@ -35,7 +36,7 @@ from saelens_matryoshka.seams import replacing_load_trainer_state
 
 Sharding = Literal["dictionary"]
 
-# How long a process waits for another. The longest wait is for the first one, while it saves or evaluates.
+# How long a process waits for another. The longest wait is for the first one, while it saves.
 _TIMEOUT = timedelta(minutes=30)
 _lost = threading.Event()
 
@@ -78,6 +79,8 @@ class Job:
             if resumed is not None and group.rank == 0:
                 sae.load_weights_from_checkpoint(resumed)
         shard(sae, group, cfg.device)
+        if resumed is not None:
+            sae.load_training_state(resumed)  # small, and the same in all shards
         if resumed is not None or cfg.from_pretrained_path is not None:
             sae._prepared = True
             sae.load_weights_from_checkpoint = lambda checkpoint_path: None  # noqa: ARG005
@@ -96,7 +99,9 @@ class Job:
         group = self._group
         if group is None:
             return
-        share_data(runner.activations_store, group.rank, group.size)
+        store: Any = runner.activations_store  # one of ours
+        share_data(store, group.rank, group.size)
+        save_all_states(store, group)
         train, save, run = runner.run_trainer_with_interruption_handling, runner.save_final_sae, runner.run
 
         def run_trainer(trainer: SAETrainer[Any, Any]) -> Any:
@@ -125,36 +130,60 @@ class Job:
 
 def is_torchrun() -> bool:
     """Whether torchrun has started this process, with others."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+    return _n_processes() > 1 and "RANK" in os.environ
 
 
-def require_torchrun(sharding: str) -> None:
-    """Refuse to shard among one.
+def mesh_shape(sharding: Sharding | None, shards: int | None = None) -> tuple[int, int]:
+    """Into how many blocks of rows, and of latents, the processes of torchrun's job divide the work.
+
+    Args:
+        sharding: "dictionary" divides the latents; None, only the rows.
+        shards: Among how many processes; None, all. There are then as many copies of the dictionary as the
+            processes allow, each of which has its rows.
 
     Raises:
-        ValueError: this process was started alone.
+        ValueError: this process was started alone, or the processes cannot be divided like that.
     """
+    if sharding is None:
+        if shards is not None:
+            raise ValueError(f"--shards {shards} is of a dictionary in shards: give --shard dictionary too.")
+        return _n_processes(), 1
     if not is_torchrun():
         raise ValueError(
             f"--shard {sharding} divides the dictionary among processes, and there is one. Start several, "
             "e.g. torchrun --nproc-per-node 8 -m saelens_matryoshka train --shard dictionary ..."
         )
+    size = _n_processes()
+    shards = size if shards is None else shards
+    if shards < 1 or size % shards:
+        possible = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
+        raise ValueError(
+            f"--shards {shards} does not divide the {size} processes: take one of {possible}, e.g. the GPUs "
+            "of a node."
+        )
+    return size // shards, shards
+
+
+def _n_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextlib.contextmanager
-def joined(cfg: LanguageModelSAERunnerConfig[Any], sharding: Sharding | None = None) -> Iterator[Job]:
+def joined(
+    cfg: LanguageModelSAERunnerConfig[Any], sharding: Sharding | None = None, shards: int | None = None
+) -> Iterator[Job]:
     """Join the other processes of torchrun's job.
 
     Args:
         cfg: The runner's config. Where it says "cuda", it is made to say which.
         sharding: "dictionary" gives each process a part of the latents; None, a part of the rows only.
+        shards: As in `mesh_shape`.
 
     Raises:
-        ValueError: the dictionary is to be sharded, and there is one process.
+        ValueError: the dictionary cannot be sharded so.
         LostProcessError: another process ended meanwhile.
     """
-    if sharding is not None:
-        require_torchrun(sharding)
+    shape = mesh_shape(sharding, shards)
     if not is_torchrun():
         yield Job()
         return
@@ -166,8 +195,6 @@ def joined(cfg: LanguageModelSAERunnerConfig[Any], sharding: Sharding | None = N
         signal.signal(signal.SIGTERM, _terminate)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
     try:
-        size = dist.get_world_size()
-        shape = (1, size) if sharding == "dictionary" else (size, 1)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("rows", "latents"))
         group = Processes(mesh, cfg.sae.d_sae)
         with _naming_loss(group):

@@ -1,7 +1,9 @@
 """`Group` for many processes: plain collectives on a mesh of blocks of rows by blocks of latents.
 
 Of a mesh `(R, L)`, the processes of a row of the mesh hold the same rows (tokens) and other latents, those of
-a column other rows and the same latents. `(N, 1)` is data parallel, `(1, N)` a dictionary in N shards.
+a column other rows and the same latents. `(N, 1)` is data parallel, `(1, N)` a dictionary in N shards, and
+between them are R copies of a dictionary in L shards. A row of the mesh is L consecutive ranks: the shards of
+a copy, which talk throughout the step, are neighbours.
 
 Latents are dealt out like cards: shard r has r, r + L, r + 2L, ... So every shard is a nested dictionary of
 its own, with its share of every level, whatever the widths; and the first latents, which are active more
@@ -10,7 +12,8 @@ often than the others, are not all on one device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +24,9 @@ from saelens_matryoshka.ops.group import Group, Over
 
 _DIGIT_BITS = 11
 _SIGN_64 = -(1 << 63)
+# Bytes that are sent at a time.
+_PIECE = 64 << 20
+_NOBODY = -1
 
 
 class Processes(Group):
@@ -38,6 +44,8 @@ class Processes(Group):
         self.d_sae = d_sae
         self.is_writing = False
         """this process is doing something for all, which the others do not take part in"""
+        self.give: Callable[[], bytes] = bytes
+        """what this process answers when the first one asks"""
         self.device = torch.device(mesh.device_type)
         self._groups: dict[Over, dist.ProcessGroup | None] = {
             "rows": mesh["rows"].get_group() if self.row_blocks > 1 else None,
@@ -55,8 +63,8 @@ class Processes(Group):
         """The latents of a shard, this process's by default, among those of the whole dictionary."""
         return slice(self.shard if shard is None else shard, self.d_sae, self.shards)
 
+    @override
     def widths(self, widths: Sequence[int]) -> tuple[int, ...]:
-        """Of prefixes of the whole dictionary, what this shard has of each."""
         return tuple(len(range(*self.latents().indices(width))) for width in widths)
 
     # ---- collectives
@@ -79,6 +87,14 @@ class Processes(Group):
     def gather_rows(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.cat(self.gather(tensor, "rows"))
 
+    @override
+    def gather_latents(self, values: torch.Tensor) -> torch.Tensor:
+        if self.shards == 1:
+            return values
+        whole = values.new_zeros(self.d_sae)
+        whole[self.latents()] = values
+        return self.sum(whole, "latents")
+
     def gather(self, tensor: torch.Tensor, over: Over) -> list[torch.Tensor]:
         """The tensors of all blocks, which have one shape, in the order of the blocks."""
         group = self._groups[over]
@@ -95,6 +111,45 @@ class Processes(Group):
         tensor = tensor.contiguous()
         dist.all_reduce(tensor, op, group=group)
         return tensor
+
+    # ---- what the first process asks the others for, while it does something for all
+
+    def ask(self, rank: int, take: Callable[[memoryview], Any]) -> None:
+        """In the first process: `take` what another one gives, piece by piece. The others are in `answer`."""
+        self._next_to_give(rank)
+        length = torch.zeros((), dtype=torch.int64, device=self.device)
+        dist.recv(length, rank)
+        pieces = iter([min(_PIECE, int(length) - start) for start in range(0, int(length), _PIECE)])
+        buffer = torch.empty(min(_PIECE, int(length)), dtype=torch.uint8, device=self.device)
+        try:
+            for n_bytes in pieces:
+                dist.recv(buffer[:n_bytes], rank)
+                take(buffer[:n_bytes].cpu().numpy().data)
+        finally:
+            for n_bytes in pieces:  # of what could not be taken, for the other one to go on
+                dist.recv(buffer[:n_bytes], rank)
+
+    def ask_no_more(self) -> None:
+        """In the first process: let the others go on."""
+        self._next_to_give(_NOBODY)
+
+    def answer(self) -> None:
+        """In the others: give what the first one asks for, until it asks no more."""
+        given: bytes | None = None
+        while (rank := self._next_to_give()) != _NOBODY:
+            if given is None:  # all make it ready while one after the other sends
+                given = self.give()
+            if rank == self.rank:
+                dist.send(torch.tensor(len(given), device=self.device), 0)
+                for start in range(0, len(given), _PIECE):
+                    piece = bytearray(given[start : start + _PIECE])
+                    dist.send(torch.frombuffer(piece, dtype=torch.uint8).to(self.device), 0)
+
+    def _next_to_give(self, rank: int = _NOBODY) -> int:
+        """The rank that the first process says, in all."""
+        said = torch.tensor(rank, device=self.device)
+        dist.broadcast(said, 0)
+        return int(said)
 
     # ---- the largest
 

@@ -6,7 +6,7 @@ unchanged in every process, on the same numbers:
 1. the step knows its group: one selection, one loss, one set of dead latents for the whole batch;
 2. the gradients are those of the whole batch, and clipped by their whole norm;
 3. what fires is counted over the whole batch, and activations are scaled by all processes' rows;
-4. only the first process writes.
+4. only the first process writes. All evaluate, each its shard (see `evaluation.training_evaluator`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from sae_lens import SAETrainer
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.training.activation_scaler import ActivationScaler
@@ -29,9 +30,10 @@ from typing_extensions import override
 from saelens_matryoshka.architectures import MatryoshkaTraining
 from saelens_matryoshka.architectures.calibration import RecentRows
 from saelens_matryoshka.ops import SparseStep
+from saelens_matryoshka.ops.group import Over
 from saelens_matryoshka.parallel.dictionary import (
     ShardedStep,
-    clip_over_shards,
+    join_gradients,
     whole,
 )
 from saelens_matryoshka.parallel.processes import Processes
@@ -55,12 +57,13 @@ def parallelize(trainer: SAETrainer[Any, Any], group: Processes) -> None:
     trainer.activation_scaler = _ScalerOfAll(trainer.activation_scaler, group)
     if group.row_blocks > 1:
         _divide_recent_rows(sae, group)
-        _average_gradients(sae, group)
     if group.shards > 1:
-        trainer.data_provider = RowsOfAll(trainer.data_provider, group)
-        clip_over_shards(sae.named_parameters(), group, _MAX_NORM)
+        trainer.data_provider = GatheredRows(trainer.data_provider, group, "latents")
+        join_gradients(sae.named_parameters(), group, _MAX_NORM)
+    elif group.row_blocks > 1:
+        _average_gradients(sae, group)
     _count_over_all(trainer, group)
-    _write_once(trainer, group)
+    trainer.save_checkpoint = writing(trainer, group, trainer.save_checkpoint)  # type: ignore[method-assign]
 
 
 # ---- gradients
@@ -92,27 +95,50 @@ def _average_gradients(sae: MatryoshkaTraining, group: Processes) -> None:
             gradient_as_bucket_view=True,
         )
 
+    forward.register_comm_hook(  # a lambda, because torch refuses annotations that are text
+        group.process_group("rows"),
+        lambda rows, bucket: _average_each(bucket.buffer(), bucket.gradients(), rows),
+    )
+
     def training_forward_pass(step_input: TrainStepInput) -> TrainStepOutput:
         return forward(step_input)
 
     sae.training_forward_pass = training_forward_pass  # type: ignore[method-assign]
 
 
+def _average_each(
+    bucket: torch.Tensor, gradients: list[torch.Tensor], rows: dist.ProcessGroup
+) -> torch.futures.Future[torch.Tensor]:
+    """Average the gradients in one of DDP's buckets, parameter by parameter.
+
+    DDP packs its buckets anew after the first step. From three processes on, the order in which the values of
+    a parameter are added depends on where it lies, so that a resumed run would differ in the last bits.
+    """
+    for gradient in gradients:
+        dist.all_reduce(gradient.div_(rows.size()), group=rows)
+    done: torch.futures.Future[torch.Tensor] = torch.futures.Future(
+        devices=[bucket.device] if bucket.is_cuda else None
+    )
+    done.set_result(bucket)
+    return done
+
+
 # ---- data
 
 
-class RowsOfAll(Iterator[torch.Tensor]):
-    """Batches of the rows that all processes' providers give, the same ones for all."""
+class GatheredRows(Iterator[torch.Tensor]):
+    """Batches of the rows that several processes' providers give, the same ones for each of them."""
 
-    def __init__(self, own: DataProvider, group: Processes) -> None:
+    def __init__(self, own: DataProvider, group: Processes, over: Over) -> None:
         self._own, self._group = own, group
+        self._over: Over = over
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return self
 
     def __next__(self) -> torch.Tensor:
         rows = next(self._own).to(self._group.device)
-        return torch.cat(self._group.gather(rows, "all"))
+        return torch.cat(self._group.gather(rows, self._over))
 
     def paused(self) -> AbstractContextManager[None]:
         """Keep a prefetcher's thread from running the language model meanwhile, if there is one."""
@@ -137,7 +163,7 @@ class _ScalerOfAll(ActivationScaler):
         super().estimate_whitening(d_in, self._rows_of_all(data_provider), *args, **kwargs)
 
     def _rows_of_all(self, provider: DataProvider) -> DataProvider:
-        return provider if isinstance(provider, RowsOfAll) else RowsOfAll(provider, self._group)
+        return GatheredRows(provider, self._group, "rows")  # the provider has gathered those of the shards
 
 
 # ---- statistics
@@ -170,27 +196,13 @@ def _count_over_all(trainer: SAETrainer[Any, Any], group: Processes) -> None:
 # ---- writing
 
 
-def _write_once(trainer: SAETrainer[Any, Any], group: Processes) -> None:
-    """Only the first process saves checkpoints and evaluates."""
-    trainer.save_checkpoint = writing(trainer, group, trainer.save_checkpoint)  # type: ignore[method-assign]
-    if group.shards > 1:
-        trainer.evaluator = None  # it would need the whole dictionary on the language model's device
-    elif trainer.evaluator is not None:
-        trainer.evaluator = writing(trainer, group, trainer.evaluator, otherwise={})
-
-
 def writing(
-    trainer: SAETrainer[Any, Any],
-    group: Processes,
-    write: Callable[..., Any],
-    *,
-    optimizer: bool = True,
-    otherwise: Any = None,
+    trainer: SAETrainer[Any, Any], group: Processes, write: Callable[..., Any], *, optimizer: bool = True
 ) -> Callable[..., Any]:
     """`write` to be called by all processes, and done by the first.
 
     Meanwhile, that one has what all of them have together: the whole dictionary, its optimizer state (if
-    wanted) and the rows its threshold is calibrated by. The others return `otherwise`.
+    wanted) and the rows its threshold is calibrated by. The others answer what it asks for, and return None.
     """
 
     @functools.wraps(write)
@@ -203,12 +215,14 @@ def writing(
             sae.calibrate_threshold()  # here, where all take part
             with whole(trainer, group, optimizer=optimizer), _recent_rows_of_all(sae, group):
                 if group.rank != 0:
-                    return otherwise
+                    group.answer()
+                    return None
                 group.is_writing = True
                 try:
                     return write(*args, **kwargs)
                 finally:
                     group.is_writing = False
+                    group.ask_no_more()
 
     return write_once
 
@@ -227,5 +241,8 @@ def _recent_rows_of_all(sae: MatryoshkaTraining, group: Processes) -> Iterator[N
 
 
 def _divide_recent_rows(sae: MatryoshkaTraining, group: Processes) -> None:
-    """Of the rows that a checkpoint has of whole batches, keep this process's share."""
-    sae.recent = RecentRows(batch[group.row_block :: group.row_blocks] for batch in sae.recent.batches())
+    """Of the rows a checkpoint has of whole batches, keep this process's block; all are of one length."""
+    n = group.row_blocks
+    sae.recent = RecentRows(
+        batch[: len(batch) // n * n].tensor_split(n)[group.row_block] for batch in sae.recent.batches()
+    )

@@ -9,26 +9,11 @@ of two intervals together are among the highest of each: the joined sample is ag
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
+from saelens_matryoshka.report.firings import Firings
 
-@dataclass
-class Firings:
-    """The positive activations of one batch of prompts, one entry each, sorted by latent."""
-
-    latents: torch.Tensor
-    """`[n]`"""
-    positions: torch.Tensor
-    """`[n]`, of the token, counted over all prompts of the stream"""
-    prompts: torch.Tensor
-    """`[n]`, of the token"""
-    values: torch.Tensor
-    """`[n]`, float32"""
-
-    def __getitem__(self, which: torch.Tensor) -> Firings:
-        return Firings(self.latents[which], self.positions[which], self.prompts[which], self.values[which])
+_LARGEST = torch.iinfo(torch.int32).max
 
 
 class ExamplePool:
@@ -43,6 +28,8 @@ class ExamplePool:
 
     def __init__(self, n_groups: int, size: int, window: int, device: torch.device) -> None:
         self.size = size
+        self.lowest = torch.full((n_groups,), -torch.inf, device=device)
+        """`[n_groups]` what a candidate's rank must exceed"""
         self.rank = torch.full((n_groups, size), -torch.inf, device=device)
         self.positions = torch.full((n_groups, size), -1, dtype=torch.long, device=device)
         self.values = torch.zeros(n_groups, size, device=device)
@@ -55,14 +42,13 @@ class ExamplePool:
 
         Args:
             groups: `[n]` group of each candidate.
-            rank: `[n]` finite.
+            rank: `[n]` finite, float32, not negative.
 
         Returns:
             Which candidates are taken, and the group and slot of each, where the caller puts them with `put`.
         """
-        better = (rank > self.rank.amin(dim=1)[groups]).nonzero().squeeze(1)
-        order = better[rank[better].argsort(descending=True)]
-        order = order[groups[order].argsort(stable=True)]
+        better = (rank > self.lowest[groups]).nonzero().squeeze(1)
+        order = better[order_within(groups[better], rank[better])]
         touched, sizes = groups[order].unique_consecutive(return_counts=True)
         starts = sizes.cumsum(0) - sizes
         row = torch.repeat_interleave(torch.arange(len(touched), device=groups.device), sizes)
@@ -95,6 +81,7 @@ class ExamplePool:
     ) -> None:
         """Put examples, whose contexts' activations are `windows` `[n, window]`, into their slots."""
         self.rank[groups, slots] = rank
+        self.lowest[groups] = self.rank[groups].amin(dim=1)
         self.positions[groups, slots] = positions
         self.values[groups, slots] = values
         self.windows[groups, slots] = windows
@@ -114,6 +101,7 @@ class ExamplePool:
         ):
             tensor[groups[:, :half]] = joined
             tensor[groups[:, half:]] = empty
+        self.lowest[groups] = self.rank[groups].amin(dim=-1)
 
     def _pick(
         self, tensor: torch.Tensor, groups: torch.Tensor, chosen: torch.Tensor, half: int
@@ -154,13 +142,27 @@ class Scales:
         self.scale = torch.maximum(self.scale, needed)
         return doublings
 
-    def bin_of(self, firings: Firings, n_bins: int) -> torch.Tensor:
-        """In which of `n_bins` equal bins of its latent's span each value lies."""
-        share = firings.values / self.scale[firings.latents]
-        return (share * n_bins).long().clamp(0, n_bins - 1)
+    def add(self, firings: Firings) -> torch.Tensor:
+        """Count the values, after `grow`.
 
-    def add(self, firings: Firings) -> None:
-        """Count the values, after `grow`."""
+        Returns:
+            `[n]` of each the bin, counted over all latents: `latent * n_bins + bin`.
+        """
         n_bins = self.counts.shape[1]
-        index = firings.latents * n_bins + self.bin_of(firings, n_bins)
-        self.counts.view(-1).add_(torch.bincount(index, minlength=self.counts.numel()))
+        share = firings.values / self.scale[firings.latents]
+        index = (share * n_bins).long().clamp_(0, n_bins - 1).add_(firings.latents, alpha=n_bins)
+        self.counts.view(-1).scatter_add_(0, index, torch.ones_like(index))
+        return index
+
+
+def order_within(groups: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
+    """The order by group and, within one, from the highest rank down; of equals, the first stays first.
+
+    By one sort of whole numbers: those of 32 bits that a float32 which is not negative consists of are in the
+    order of the floats.
+
+    Args:
+        groups: `[n]`, not negative, below 2**31.
+        rank: `[n]` finite, float32, not negative.
+    """
+    return ((groups << 32) + (_LARGEST - rank.view(torch.int32))).argsort(stable=True)

@@ -6,7 +6,10 @@ that is no more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,12 +20,9 @@ from saelens_matryoshka.evaluation.activations import hook_activations
 from saelens_matryoshka.evaluation.evaluator import hooks_and_frame
 from saelens_matryoshka.evaluation.tokens import special_token_ids, token_batches
 from saelens_matryoshka.prefixes import inference_model
-from saelens_matryoshka.report.accumulate import ExamplePool, Firings, Scales
-from saelens_matryoshka.report.samples import Examples, Samples
-
-# Feature activations that are held at a time.
-_ACTIVATION_VALUES = 1 << 25
-_HISTOGRAM_BINS = 64
+from saelens_matryoshka.report.collector import HISTOGRAM_BINS, Collector
+from saelens_matryoshka.report.samples import Samples
+from saelens_matryoshka.report.unfinished import Unfinished
 
 
 @torch.no_grad()
@@ -43,6 +43,7 @@ def collect_samples(
     seed: int = 0,
     model_kwargs: Mapping[str, Any] | None = None,
     on_progress: Callable[[int], None] | None = None,
+    unfinished: Unfinished | None = None,
 ) -> Samples:
     """The strongest examples of every latent, and a uniform sample of its firings in intervals of strength.
 
@@ -67,8 +68,11 @@ def collect_samples(
         seed: Of the drawing.
         model_kwargs: Passed on when the language model is called.
         on_progress: Called with the number of tokens done after every batch.
+        unfinished: Where the state is kept until the end, and taken from if it is there: a collection that
+            was ended goes on. The caller removes it once the samples are safe. None: nowhere.
 
     Raises:
+        RunStopped: SIGINT or SIGTERM has come, and the state is kept in `unfinished`.
         ValueError: a number is out of range, the model has no such hook, its norms are folded otherwise than
             those of the model the SAE was trained on, or the dataset has no tokens.
     """
@@ -76,27 +80,67 @@ def collect_samples(
     sae = inference_model(sae)
     hook, _, _ = hooks_and_frame(sae, model)
     excluded = special_token_ids(model, exclude_special_tokens)
-    collector = _Collector(sae, n_top, n_intervals, per_interval, before, after, seed)
+    collector = Collector(
+        sae,
+        n_top=n_top,
+        n_intervals=n_intervals,
+        per_interval=per_interval,
+        before=before,
+        after=after,
+        seed=seed,
+    )
     was_training, had_reshaping = model.training, sae.hook_z_reshaping_mode
     model.eval()
     sae.turn_off_forward_pass_hook_z_reshaping()  # heads are flattened here
+    batches = functools.partial(
+        token_batches, sae, model, dataset, n_tokens, context_size, batch_size_prompts
+    )
     try:
-        for tokens in token_batches(sae, model, dataset, n_tokens, context_size, batch_size_prompts):
-            source = hook_activations(model, tokens, [hook], model_kwargs)[hook]
-            if sae.cfg.metadata.hook_head_index is not None:
-                source = source[:, :, sae.cfg.metadata.hook_head_index]
-            keep = torch.zeros_like(tokens, dtype=torch.bool)
-            keep[:, slice(*(sae.cfg.metadata.seqpos_slice or (None,)))] = True
-            if excluded is not None:
-                keep &= ~torch.isin(tokens, excluded.to(tokens.device))
-            collector.add(tokens, source.flatten(2).to(sae.device, sae.dtype), keep.to(sae.device))
-            if on_progress is not None:
-                on_progress(collector.n_seen)
+        with nullcontext() if unfinished is None else unfinished.kept() as keep_state:
+            for tokens in _still_to_do(batches, collector, unfinished):
+                source = hook_activations(model, tokens, [hook], model_kwargs)[hook]
+                if sae.cfg.metadata.hook_head_index is not None:
+                    source = source[:, :, sae.cfg.metadata.hook_head_index]
+                keep = torch.zeros_like(tokens, dtype=torch.bool)
+                keep[:, slice(*(sae.cfg.metadata.seqpos_slice or (None,)))] = True
+                if excluded is not None:
+                    keep &= ~torch.isin(tokens, excluded.to(tokens.device))
+                collector.add(tokens, source.flatten(2).to(sae.device, sae.dtype), keep.to(sae.device))
+                if on_progress is not None:
+                    on_progress(collector.n_seen)
+                if keep_state is not None:
+                    keep_state(collector)
     finally:
         model.train(was_training)
         if had_reshaping:
             sae.turn_on_forward_pass_hook_z_reshaping()
     return collector.samples()
+
+
+def _still_to_do(
+    batches: Callable[[], Iterator[torch.Tensor]], collector: Collector, unfinished: Unfinished | None
+) -> Iterator[torch.Tensor]:
+    """The batches that the collector has not had, once it is as it was left."""
+    todo = batches()
+    state = None if unfinished is None else unfinished.load()
+    if state is None:
+        return todo
+    if _goes_over(todo, state["tokens"]):
+        collector.restore(state)
+        return todo
+    warnings.warn("The text is not what it was when the collection was ended: starting anew.", stacklevel=3)
+    return batches()
+
+
+def _goes_over(batches: Iterator[torch.Tensor], tokens: torch.Tensor) -> bool:
+    """Go over as many prompts as were collected `[prompts, context_size]`, and say whether they are these."""
+    n_done = 0
+    while n_done < len(tokens):
+        batch = next(batches, None)
+        if batch is None or not torch.equal(batch.cpu().int(), tokens[n_done : n_done + len(batch)]):
+            return False
+        n_done += len(batch)
+    return True
 
 
 def _check(
@@ -118,137 +162,5 @@ def _check(
             raise ValueError(f"{name}={value} must be at least 1.")
     if before < 0 or after < 0:
         raise ValueError(f"before={before} and after={after} must not be negative.")
-    if n_intervals not in (2, 4, 8, 16, 32, _HISTOGRAM_BINS):
-        raise ValueError(f"n_intervals={n_intervals} must be a power of two from 2 to {_HISTOGRAM_BINS}.")
-
-
-class _Collector:
-    """What has been kept so far, and how a batch is added to it."""
-
-    def __init__(
-        self,
-        sae: SAE[Any],
-        n_top: int,
-        n_intervals: int,
-        per_interval: int,
-        before: int,
-        after: int,
-        seed: int,
-    ) -> None:
-        self.sae, self.n_intervals, self.before, self.after = sae, n_intervals, before, after
-        device, d_sae = torch.device(sae.device), int(sae.cfg.d_sae)
-        window = before + 1 + after
-        self.tokens: list[torch.Tensor] = []
-        self.n_prompts = self.n_seen = self.n_tokens = 0
-        self.fired = torch.zeros(d_sae, dtype=torch.long, device=device)
-        self.sums = torch.zeros(d_sae, dtype=torch.float64, device=device)
-        self.largest = torch.zeros(d_sae, device=device)
-        self.smallest = torch.full((d_sae,), torch.inf, device=device)
-        self.scales = Scales(d_sae, _HISTOGRAM_BINS, device)
-        self.top = ExamplePool(d_sae, n_top, window, device)
-        self.drawn = ExamplePool(d_sae * n_intervals, per_interval, window, device)
-        self.offsets = torch.arange(-before, after + 1, device=device)
-        self.generator = torch.Generator(device).manual_seed(seed)
-
-    def add(self, tokens: torch.Tensor, source: torch.Tensor, keep: torch.Tensor) -> None:
-        """Add prompts: tokens and mask `[prompts, context_size]`, source `[prompts, context_size, d_in]`."""
-        at_a_time = max(1, _ACTIVATION_VALUES // (tokens.shape[1] * int(self.sae.cfg.d_sae)))
-        for part, mask in zip(source.split(at_a_time), keep.split(at_a_time), strict=True):
-            acts = self.sae.encode(part)
-            if acts.is_sparse:
-                acts = acts.to_dense()
-            self._add(acts.float().mul_(mask[..., None]), mask)
-        self.tokens.append(tokens.to("cpu", torch.int32))
-        self.n_seen += tokens.numel()
-
-    def _add(self, acts: torch.Tensor, keep: torch.Tensor) -> None:
-        n_prompts, context, _ = acts.shape
-        first = self.n_prompts * context
-        self.n_prompts += n_prompts
-        self.n_tokens += int(keep.sum())
-        flat = acts.flatten(0, 1)
-        rows, latents = (flat > 0).nonzero(as_tuple=True)
-        firings = Firings(latents, first + rows, (first + rows) // context, flat[rows, latents])
-        if not len(latents):
-            return
-        self.fired += torch.bincount(latents, minlength=len(self.fired))
-        self.sums.index_add_(0, latents, firings.values.double())
-        self.largest.scatter_reduce_(0, latents, firings.values, "amax")
-        self.smallest.scatter_reduce_(0, latents, firings.values, "amin")
-        doublings = self.scales.grow(self.largest)
-        for step in range(int(doublings.max())):
-            self.drawn.join_pairs((doublings > step).nonzero().squeeze(1), self.n_intervals)
-        self.scales.add(firings)
-
-        strongest = self._strongest_per_prompt(firings)
-        self._keep(self.top, strongest, strongest.latents, strongest.values, acts, first)
-        interval = self.scales.bin_of(firings, self.n_intervals)
-        keys = torch.rand(len(latents), generator=self.generator, device=acts.device)
-        self._keep(self.drawn, firings, latents * self.n_intervals + interval, keys, acts, first)
-
-    def _strongest_per_prompt(self, firings: Firings) -> Firings:
-        """Each latent's strongest firing of every prompt, of those that may be among its strongest of all."""
-        firings = firings[firings.values > self.top.rank.amin(dim=1)[firings.latents]]
-        order = firings.values.argsort(descending=True)
-        pair = firings.latents[order] * (self.n_prompts + 1) + firings.prompts[order]
-        pair, by_pair = pair.sort(stable=True)
-        is_first = torch.ones_like(pair, dtype=torch.bool)
-        is_first[1:] = pair[1:] != pair[:-1]
-        return firings[order[by_pair[is_first]]]
-
-    def _keep(
-        self,
-        pool: ExamplePool,
-        firings: Firings,
-        groups: torch.Tensor,
-        rank: torch.Tensor,
-        acts: torch.Tensor,
-        first: int,
-    ) -> None:
-        taken, groups, slots = pool.offer(groups, rank)
-        chosen, context = firings[taken], acts.shape[1]
-        column = chosen.positions[:, None] % context + self.offsets
-        inside = (column >= 0) & (column < context)
-        row = (chosen.positions - first) // context
-        windows = acts[row[:, None], column.clamp(0, context - 1), chosen.latents[:, None]] * inside
-        pool.put(
-            groups,
-            slots,
-            rank=rank[taken],
-            positions=chosen.positions,
-            values=chosen.values,
-            windows=windows,
-        )
-
-    def samples(self) -> Samples:
-        """All of it, sorted, on the CPU."""
-        d_sae = len(self.fired)
-        if not self.n_tokens:
-            raise ValueError("dataset: all its tokens are special tokens, so there is nothing to sample.")
-        return Samples(
-            tokens=torch.cat(self.tokens),
-            n_tokens=self.n_tokens,
-            fired=self.fired.cpu(),
-            sums=self.sums.cpu(),
-            largest=self.largest.cpu(),
-            smallest=torch.where(self.fired > 0, self.smallest, 0).cpu(),
-            scale=self.scales.scale.cpu(),
-            histogram=self.scales.counts.cpu(),
-            top=_sorted(self.top, d_sae),
-            intervals=_sorted(self.drawn, d_sae),
-            n_intervals=self.n_intervals,
-            before=self.before,
-            after=self.after,
-            about={},
-        )
-
-
-def _sorted(pool: ExamplePool, d_sae: int) -> Examples:
-    """A pool's examples by activation, missing ones last, the groups of a latent one after the other."""
-    order = torch.where(pool.positions < 0, -torch.inf, pool.values).argsort(dim=1, descending=True)
-    windows = pool.windows.gather(1, order[..., None].expand_as(pool.windows))
-    return Examples(
-        pool.positions.gather(1, order).view(d_sae, -1).cpu(),
-        pool.values.gather(1, order).view(d_sae, -1).cpu(),
-        windows.view(d_sae, -1, windows.shape[-1]).cpu(),
-    )
+    if n_intervals not in (2, 4, 8, 16, 32, HISTOGRAM_BINS):
+        raise ValueError(f"n_intervals={n_intervals} must be a power of two from 2 to {HISTOGRAM_BINS}.")

@@ -19,13 +19,17 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 
+from saelens_matryoshka.atomic import write_atomically
 from saelens_matryoshka.report.logits import LogitEffects
 from saelens_matryoshka.report.samples import Example, Samples
 from saelens_matryoshka.report.text import TokenText
 
 INDEX = "index.json.gz"
+LOCK = ".lock"
+"""held by who changes the index"""
 
 
 def require_new_layer(folder: Path, layer: int) -> None:
@@ -51,6 +55,8 @@ def write_feature_files(
 ) -> None:
     """Add a layer to a folder, which is made if need be. The index is written last, and whole.
 
+    Several processes may each add a layer to one folder.
+
     Args:
         samples: Of all latents.
         text: Of the tokens.
@@ -73,13 +79,14 @@ def write_feature_files(
                 packed = zlib.compress(json.dumps(feature, ensure_ascii=False).encode())
                 file.write(struct.pack("<I", len(packed)) + packed)
                 offsets.append(file.tell())
-        os.replace(temporary, folder / name)
+        with filelock.FileLock(folder / LOCK):
+            require_new_layer(folder, layer)
+            os.replace(temporary, folder / name)
+            index = _read_index(folder) | {str(layer): {"filename": name, "offsets": offsets}}
+            ordered = dict(sorted(index.items(), key=lambda entry: int(entry[0])))
+            write_atomically(folder / INDEX, gzip.compress(json.dumps(ordered).encode()))
     finally:
         temporary.unlink(missing_ok=True)
-    index = _read_index(folder) | {str(layer): {"filename": name, "offsets": offsets}}
-    new = folder / f".{INDEX}.{uuid.uuid4().hex}"
-    new.write_bytes(gzip.compress(json.dumps(dict(sorted(index.items(), key=lambda i: int(i[0])))).encode()))
-    os.replace(new, folder / INDEX)
 
 
 def read_feature(folder: Path, layer: int, latent: int) -> dict[str, Any]:

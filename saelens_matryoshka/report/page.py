@@ -160,7 +160,7 @@ def _chart_rows(evaluation: dict[str, Any] | None) -> list[dict[str, Any]] | Non
 
 def _density(samples: Samples, widths: list[int]) -> dict[str, Any]:
     """Live latents of each level by the log10 of the share of tokens they fire on, and the dead ones."""
-    lowest = -int(torch.tensor(float(samples.n_tokens)).log10().ceil())
+    lowest = min(-1, -int(torch.tensor(float(samples.n_tokens)).log10().ceil()))
     edges = torch.arange(lowest * _PER_DECADE, 1, dtype=torch.float64) / _PER_DECADE
     level, counts, dead = latent_levels(widths), [], []
     for index in range(len(widths)):
@@ -183,13 +183,15 @@ def _tiles(content: PageContent) -> list[dict[str, str]]:
     n_levels = len(content.widths)
     if evaluation is not None:
         whole = evaluation["prefixes"][-1]
-        tiles.append({"name": "FVU", "value": f"{whole['fvu']:.3f}", "note": "of the whole dictionary"})
+        fvu = _figure(whole["fvu"], ".3f")
+        tiles.append({"name": "FVU", "value": fvu, "note": "of the whole dictionary"})
         if whole.get("ce_recovered") is not None:
             note = "against zero ablation"
             tiles.append({"name": "CE recovered", "value": f"{whole['ce_recovered']:.1%}", "note": note})
         note = f"k = {content.k:g} in training" if content.k else "active latents per token"
-        tiles.append({"name": "L0", "value": f"{whole['l0']:.1f}", "note": note})
-        tiles.append({"name": "dead", "value": f"{whole['dead_fraction']:.1%}", "note": "on held-out tokens"})
+        tiles.append({"name": "L0", "value": _figure(whole["l0"], ".1f"), "note": note})
+        dead = _figure(whole["dead_fraction"], ".1%")
+        tiles.append({"name": "dead", "value": dead, "note": "on held-out tokens"})
     elif samples is not None:
         l0 = samples.fired.sum().item() / samples.n_tokens
         dead = (samples.fired == 0).double().mean().item()
@@ -210,20 +212,21 @@ def _short(value: float) -> str:
     return f"{value:g}"
 
 
-def _rows(evaluation: dict[str, Any] | None) -> list[dict[str, str]]:
-    def number(value: float | None, spec: str) -> str:
-        return "–" if value is None else format(value, spec)
+def _figure(value: float | None, spec: str) -> str:
+    return "–" if value is None else format(value, spec)
 
+
+def _rows(evaluation: dict[str, Any] | None) -> list[dict[str, str]]:
     return [
         {
             "width": f"{row['width']:,}",
-            "fvu": number(row["fvu"], ".3f"),
-            "l0": number(row["l0"], ".1f"),
-            "dead": number(row["dead_fraction"], ".1%"),
-            "cosine": number(row["cosine"], ".3f"),
-            "ce_zero": number(row.get("ce_recovered"), ".1%"),
-            "ce_mean": number(row.get("ce_recovered_mean"), ".1%"),
-            "kl": number(row.get("kl"), ".3f"),
+            "fvu": _figure(row["fvu"], ".3f"),
+            "l0": _figure(row["l0"], ".1f"),
+            "dead": _figure(row["dead_fraction"], ".1%"),
+            "cosine": _figure(row.get("cosine"), ".3f"),
+            "ce_zero": _figure(row.get("ce_recovered"), ".1%"),
+            "ce_mean": _figure(row.get("ce_recovered_mean"), ".1%"),
+            "kl": _figure(row.get("kl"), ".3f"),
         }
         for row in (evaluation or {"prefixes": []})["prefixes"]
     ]

@@ -13,11 +13,12 @@ from saelens_matryoshka.evaluation.evaluator import trained_k
 from saelens_matryoshka.prefixes import inference_model, matryoshka_widths
 from saelens_matryoshka.report.decoder import decoder_relations
 from saelens_matryoshka.report.logits import logit_effects
-from saelens_matryoshka.report.metrics_files import read_evaluation, read_log
+from saelens_matryoshka.report.metrics_files import read_log
 from saelens_matryoshka.report.page import PageContent
 from saelens_matryoshka.report.samples import Samples
 from saelens_matryoshka.report.text import TokenText
 from saelens_matryoshka.runs.folder import RunFolder
+from saelens_matryoshka.runs.recorded import read_evaluation
 
 _KINDS = {
     "matryoshka_sae": "Matryoshka SAE",

@@ -18,8 +18,8 @@ from typing import Any
 
 from sae_lens import SAE
 
+from saelens_matryoshka.fingerprint import hash_of_tensors
 from saelens_matryoshka.report.samples import Samples, has_samples
-from saelens_matryoshka.saebench.fingerprint import hash_of_tensors
 
 _SHOWN = {"weights": "other weights"}
 
@@ -51,13 +51,18 @@ def stored_samples(
         raise ValueError(f"{folder} is there and holds something else than samples: {instead}.")
     samples = Samples.load(folder)
     found = samples.about.get("settings", {})
-    different = [name for name, value in settings.items() if found.get(name) != value]
-    if different:
-        said = ", ".join(
-            _SHOWN.get(name, f"{name} {found.get(name)!r}, not {settings[name]!r}") for name in different
-        )
+    if said := differences(found, settings):
         raise ValueError(f"{folder} holds samples of other settings ({said}): {instead}.")
     return samples
+
+
+def differences(found: dict[str, Any], settings: dict[str, Any]) -> str:
+    """In words, which of the settings were others; empty if none."""
+    return ", ".join(
+        _SHOWN.get(name, f"{name} {found.get(name)!r}, not {value!r}")
+        for name, value in settings.items()
+        if found.get(name) != value
+    )
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""What the mixing buffer holds and moves, counted without activations.
+"""What the mixing buffer reads, holds and moves, counted without activations.
 
-The buffer is filled by concatenating one batch of the language model after the other, shuffled into a new
-tensor, and served in slices of it. So there are two of them at a time whenever it is refilled.
+Batches of the language model are collected, shuffled into a new tensor, and served in slices of it. What is
+kept back is copied out of that tensor before the next batches are read, so that its memory is free. There are
+two buffers only while one is shuffled.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ class BufferRows(NamedTuple):
     filling: int
     """while the language model computes the next batch"""
     shuffling: int
-    """while a full buffer is shuffled, or grown by the last batch"""
+    """while a full buffer is shuffled"""
     serving: int
     """during a training step"""
-    moved: float
-    """rows copied per row served"""
+    read: int
+    """computed by the language model until the rows wanted were served"""
+    moved: int
+    """copied until then"""
+    first_read: int
+    """computed before the first row is served"""
     refills: int
     """times the buffer is shuffled until the rows wanted were served"""
 
@@ -34,28 +39,32 @@ def buffer_rows(*, buffer_size: int, llm_batch: int, train_batch: int, mix: floa
         mix: Share of buffer_size that is kept back at each shuffle.
         wanted: Rows to be served in all.
     """
-    filling = shuffling = serving = moved = served = refills = 0
-    stored = held = 0  # rows that wait, and those of the tensor they are a slice of
+    filling = shuffling = serving = served = refills = 0
+    read = moved = first_read = 0
+    stored = 0  # rows that wait
     while served < wanted and refills < 4:
-        filling = max(filling, held)
-        if held:
-            stored += llm_batch
-            shuffling = max(shuffling, held + llm_batch + stored)
+        if served:
             moved += stored
-        else:
-            stored = llm_batch
-        held = stored
-        if stored < buffer_size:
-            continue
+        n_parts = int(stored > 0)
+        while True:
+            filling = max(filling, stored)
+            stored, read, n_parts = stored + llm_batch, read + llm_batch, n_parts + 1
+            if stored >= buffer_size:
+                break
         refills += 1
-        if mix > 0:
-            new = llm_batch if stored > llm_batch else 0  # else it is the tensor itself
-            shuffling = max(shuffling, 2 * stored + new)
-            moved += stored
-        serving = max(serving, held)
+        first_read = first_read or read
+        is_copied = mix > 0 or n_parts > 1
+        shuffling = max(shuffling, (1 + is_copied) * stored)
+        moved += is_copied * stored
+        serving = max(serving, stored)
         n_batches = max(1, (stored - int(buffer_size * mix)) // train_batch)
         served += min(n_batches * train_batch, stored)
-        stored = max(0, stored - n_batches * train_batch)
+        kept = max(0, stored - n_batches * train_batch)
+        shuffling = max(shuffling, stored + kept)
+        stored = kept
     if served < wanted:
-        refills = round(refills * wanted / served)
-    return BufferRows(filling, shuffling, serving, moved / max(served, 1), refills)
+        steady = (wanted - served) / served
+        moved += round(steady * moved)
+        refills += round(steady * refills)
+        read += wanted - served
+    return BufferRows(filling, shuffling, serving, read, moved, first_read, refills)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -10,13 +9,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-import filelock
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from saelens_matryoshka.runs.folder import RunFolder
-from saelens_matryoshka.runs.lock import LOCK
-from saelens_matryoshka.runs.metrics_log import read_metrics_log
+from saelens_matryoshka.runs.lock import is_locked
+from saelens_matryoshka.runs.recorded import is_number, read_evaluation, read_lines
 
 _PREFIX_METRICS = ("width", "fvu", "l0", "dead_fraction", "ce_recovered", "kl")
 
@@ -30,7 +29,7 @@ class Run:
     mapping: str
     name: str
     architecture: str
-    status: Literal["running", "interrupted", "done"]
+    status: Literal["running", "interrupted", "done", "damaged"]
     started_at: str
     completed_at: str | None
     d_sae: int
@@ -43,6 +42,8 @@ class Run:
     """whether the metrics are those of held-out text; else they are of the last logged batch"""
     prefixes: list[dict[str, Any]]
     """by width, the narrowest first: width, fvu, l0, dead_fraction, ce_recovered, kl; None where unknown"""
+    fault: str | None = None
+    """what of its metrics cannot be read, if it is damaged; then there are none here"""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -70,13 +71,20 @@ def _run_folders(root: Path) -> Iterator[RunFolder]:
 
 def _read(folder: RunFolder) -> Run | None:
     config = folder.read()
-    evaluated = folder.metrics.is_file()
     if config.get("completed_at"):
         status = "done"
     else:
-        status = "running" if _is_locked(folder.path) else "interrupted"
+        held = folder.path.parent if config.get("lockstep") else folder.path
+        status = "running" if is_locked(held) else "interrupted"
+    tokens, evaluated, prefixes, fault = 0, False, [], None
     try:
-        log = read_metrics_log(folder.metrics_log)
+        log, evaluation = read_lines(folder.metrics_log), read_evaluation(folder.path)
+        evaluated = evaluation is not None
+        prefixes = _logged(log, folder.metrics_log) if evaluation is None else _evaluated(evaluation)
+        tokens = log[-1]["tokens"] if log else 0
+    except ValueError as error:
+        status, fault = "damaged", str(error)
+    try:
         run = Run(
             folder=str(folder.path),
             model=config["model_name"],
@@ -88,49 +96,41 @@ def _read(folder: RunFolder) -> Run | None:
             completed_at=config.get("completed_at"),
             d_sae=config["d_sae"],
             k=config["k"],
-            tokens=log[-1]["tokens"] if log else 0,
+            tokens=tokens,
             training_tokens=config["training_tokens"],
             evaluated=evaluated,
-            prefixes=_evaluated(folder.metrics) if evaluated else _logged(log),
+            prefixes=prefixes,
+            fault=fault,
         )
-    except (KeyError, IndexError, ValueError, TypeError, AttributeError):
-        return None  # damaged
+    except KeyError:
+        return None  # no settings of a run
     return run if _is_sound(run) else None
 
 
 def _is_sound(run: Run) -> bool:
     """Whether texts and numbers are where they are expected."""
-    metrics = [value for row in run.prefixes for value in row.values() if value is not None]
-    numbers = [run.d_sae, run.k, run.tokens, run.training_tokens, *metrics]
     texts = [run.model, run.architecture, run.started_at]
-    return all(isinstance(one, int | float) for one in numbers) and all(isinstance(one, str) for one in texts)
+    numbers = [run.d_sae, run.k, run.training_tokens]
+    return all(map(is_number, numbers)) and all(isinstance(one, str) for one in texts)
 
 
-def _evaluated(path: Path) -> list[dict[str, Any]]:
-    rows = json.loads(path.read_text(encoding="utf-8"))["prefixes"]
-    return [{name: row[name] for name in _PREFIX_METRICS} for row in rows]
+def _evaluated(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{name: row.get(name) for name in _PREFIX_METRICS} for row in evaluation["prefixes"]]
 
 
-def _logged(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _logged(log: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
     if not log:
         return []
     last, unknown = log[-1], dict.fromkeys(_PREFIX_METRICS)
-    rows = [{**unknown, "width": int(width), "fvu": fvu} for width, fvu in last["fvu_per_prefix"].items()]
-    rows[-1] |= {"l0": last["l0"], "dead_fraction": last["dead"]}
-    return rows
-
-
-def _is_locked(folder: Path) -> bool:
-    """Whether a live process trains in a folder."""
-    if not (folder / LOCK).exists():
-        return False
-    lock = filelock.FileLock(folder / LOCK)
     try:
-        lock.acquire(blocking=False)
-    except (filelock.Timeout, OSError):
-        return True
-    lock.release()
-    return False
+        rows = [{**unknown, "width": int(width), "fvu": fvu} for width, fvu in last["fvu_per_prefix"].items()]
+        rows[-1] |= {"l0": last["l0"], "dead_fraction": last["dead"]}
+        sound = all(value is None or is_number(value) for row in rows for value in row.values())
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{path}: its last line has other metrics than `train` writes.")
+    return rows
 
 
 def runs_table(runs: list[Run], *, prefixes: bool = False) -> Table:
@@ -146,17 +146,19 @@ def runs_table(runs: list[Run], *, prefixes: bool = False) -> Table:
     for heading in ("tokens", "FVU", "L0", "dead", "CE rec."):
         table.add_column(heading, justify="right", no_wrap=True)
     for (model, mapping), group in groupby(runs, key=lambda run: (run.model, run.mapping)):
-        table.add_row(f"[bold]{_escaped(model)} · {_escaped(mapping)}[/]")
+        table.add_row(Text(f"{model} · {mapping}", "bold"))
         for run in group:
             shown = run.prefixes if prefixes else run.prefixes[-1:]
             whole = _metrics(shown[-1], run.evaluated) if shown else ["-"] * 4
-            table.add_row(_escaped(run.name), run.status, _tokens(run), *whole)
+            table.add_row(Text(run.name), run.status, _tokens(run), *whole)
             for row in shown[-2::-1]:
                 table.add_row(f"  first {row['width']:,}", "", "", *_metrics(row, run.evaluated))
         table.add_section()
+    notes = [f"damaged: {run.fault}" for run in runs if run.fault is not None]
     if any(run.prefixes and not run.evaluated for run in runs):
-        table.caption = "~ of the last logged batch, not of held-out text"
-        table.caption_justify = "left"
+        notes.append("~ of the last logged batch, not of held-out text")
+    if notes:
+        table.caption, table.caption_justify = Text("\n".join(notes)), "left"
     return table
 
 
@@ -177,7 +179,3 @@ def _short(n: int) -> str:
         if n >= size:
             return f"{n / size:.3g}{letter}"
     return str(n)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")

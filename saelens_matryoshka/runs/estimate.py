@@ -124,8 +124,9 @@ class Estimate:
                 "n_steps": self.time.n_steps,
                 "seconds_per_step": self.time.step,
                 "seconds_per_llm_batch": self.time.language_model,
-                "llm_batches_per_step": self.time.llm_batches_per_step,
-                "buffer_seconds_per_step": self.time.buffer,
+                "filling_seconds": self.time.filling,
+                "llm_seconds_per_step": self.time.language_model_per_step,
+                "buffer_seconds_per_step": self.time.moving_per_step,
                 "extrapolated": self.time.scaled,
             }
         return found
@@ -157,14 +158,14 @@ class Estimate:
         if self.time is None:
             return "Time: not measured."
         t = self.time
-        parts = (
-            f"step {_seconds(t.step)}, language model {_seconds(t.language_model * t.llm_batches_per_step)}"
-        )
-        parts += f", buffer {_seconds(t.buffer)}"
+        parts = f"step {_seconds(t.step)}, language model {_seconds(t.language_model_per_step)}"
+        parts += f", buffer {_seconds(t.moving_per_step)}"
         how = "measured smaller, extrapolated" if t.scaled else "measured"
         return (
-            f"[bold]Time: {_duration(t.total)}[/], {t.tokens_per_second:,.0f} tokens/s: {t.n_steps:,} steps "
-            f"of {_seconds(t.per_step)}\n({parts}; {how} on this machine as it is now)"
+            f"[bold]Time: {_duration(t.total)}[/], {t.tokens_per_second:,.0f} tokens/s: "
+            f"{_duration(t.filling)} until the buffer is full,\n"
+            f"then {t.n_steps:,} steps of {_seconds(t.per_step)} ({parts};\n"
+            f"{how} on this machine as it is now)"
         )
 
 

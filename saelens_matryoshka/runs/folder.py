@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from saelens_matryoshka.atomic import write_atomically
+from saelens_matryoshka.file_names import is_reserved, unreserved
 from saelens_matryoshka.formats.files import PlainLoader
 from saelens_matryoshka.runs.fields import Given
 from saelens_matryoshka.runs.lock import LOCK
@@ -23,7 +24,6 @@ from saelens_matryoshka.runs.settings import RECORDS, Settings
 
 # Not in a file's name on Windows, and no good idea elsewhere.
 _HOSTILE = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f]')
-_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 _LONGEST_NAME = 120
 _VERSIONS = ("saelens-matryoshka", "sae-lens", "transformer-lens", "torch", "transformers", "datasets")
 
@@ -113,9 +113,11 @@ class RunFolder:
         write_atomically(self.config, "\n".join(lines) + "\n")
 
     def add_record(self, name: str, value: Any) -> None:
-        """Add to what config.yaml says about the run."""
+        """Say something about the run in config.yaml, in place of what it said of that name before."""
         assert name in RECORDS
-        write_atomically(self.config, self.config.read_text(encoding="utf-8") + _line(name, value) + "\n")
+        lines = self.config.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if not line.startswith(f"{name}:")]
+        write_atomically(self.config, "\n".join([*kept, _line(name, value)]) + "\n")
 
     def read(self) -> dict[str, Any]:
         """config.yaml as a dictionary: settings by name, and the records.
@@ -134,7 +136,7 @@ class RunFolder:
         return found
 
     def settings(self) -> dict[str, Given]:
-        """The settings, as a layer for `saelens_matryoshka.runs.settings.resolve`."""
+        """The settings, as a source for `saelens_matryoshka.runs.settings.resolve`."""
         origin = str(self.config)
         return {name: Given(value, origin) for name, value in self.read().items() if name not in RECORDS}
 
@@ -176,7 +178,7 @@ def require_name(name: str) -> None:
         raise ValueError(
             f"--name {name!r} must not start with a dot, a dash or a space, nor end with a dot or a space."
         )
-    if _RESERVED.fullmatch(name):
+    if is_reserved(name):
         raise ValueError(f"--name {name!r} is reserved on Windows: choose another.")
     if len(name.encode()) > _LONGEST_NAME:
         raise ValueError(f"--name is {len(name.encode())} bytes long: at most {_LONGEST_NAME}.")
@@ -185,8 +187,7 @@ def require_name(name: str) -> None:
 def _fit(name: str) -> str:
     """A name like google/gemma-2-2b as the name of a folder."""
     name = _HOSTILE.sub("_", unicodedata.normalize("NFC", name).strip("/").replace("/", "--"))
-    name = name.strip(" .") or "_"
-    return f"{name}_" if _RESERVED.fullmatch(name) else name
+    return unreserved(name.strip(" .") or "_")
 
 
 def versions() -> dict[str, str]:

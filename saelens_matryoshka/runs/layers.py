@@ -23,8 +23,14 @@ from saelens_matryoshka.runs.folder import RunFolder, now, require_name, version
 from saelens_matryoshka.runs.keeper import Keeper, Upkeep
 from saelens_matryoshka.runs.lock import locked
 from saelens_matryoshka.runs.metrics_log import MetricsLog
-from saelens_matryoshka.runs.settings import Layer, Settings, resolve
-from saelens_matryoshka.runs.training import evaluate_run, overrides, wandb_in
+from saelens_matryoshka.runs.settings import Settings, SettingsSource, resolve
+from saelens_matryoshka.runs.training import (
+    evaluate_run,
+    overrides,
+    recorded_upkeep,
+    upkeep_record,
+    wandb_in,
+)
 
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 _LONGEST_LABEL = 60
@@ -80,12 +86,12 @@ def each_of(layers: str | None, mapping: str | None, runs: Any = None) -> list[d
 
 
 def resolve_many(
-    layers: Sequence[Layer], each: Sequence[Layer], *, recommended: bool = True
+    sources: Sequence[SettingsSource], each: Sequence[SettingsSource], *, recommended: bool = True
 ) -> dict[str, Settings]:
     """The settings of every run, by the name of its folder.
 
     Args:
-        layers: Common to all, lowest first.
+        sources: Common to all, lowest first.
         each: What is given of each on top; `name` is its folder's, by default its mapping.
         recommended: As in `resolve`.
 
@@ -96,7 +102,7 @@ def resolve_many(
     for one in each:
         own = dict(one)
         name = own.pop("name", None)
-        settings = resolve([*layers, own], recommended=recommended)
+        settings = resolve([*sources, own], recommended=recommended)
         label = re.sub(r"[^\w.,+-]", "_", settings.mapping) if name is None else str(name.value)
         require_name(label)
         if label in found:
@@ -150,13 +156,13 @@ def train_many(
     folders = {name: RunFolder(parent / name) for name in settings}
     for name, folder in folders.items():
         require_same_run(folder, settings[name])
-    finished = {name for name, folder in folders.items() if _is_finished(folder)}
-    if len(finished) == len(folders):
-        return {}
     was_there = parent.exists()
     parent.mkdir(parents=True, exist_ok=True)
     try:
         with locked(parent):
+            finished = {name for name, folder in folders.items() if _is_finished(folder)}
+            if len(finished) == len(folders):
+                return {}
             return _train(settings, parent, folders, finished, log_every, upkeep or Upkeep(), command)
     finally:
         if not was_there:  # nothing is left behind by what was refused
@@ -178,7 +184,7 @@ def _train(
     if newest is not None:
         warn_of_other_versions(newest)
     first = next(iter(settings.values()))
-    wandb_id = first.cfg.logger.wandb_id or uuid.uuid4().hex[:8]
+    wandb_id = first.cfg.logger.wandb_id or _recorded_wandb_id(folders, finished) or uuid.uuid4().hex[:8]
     for name, one in settings.items():
         one.cfg.output_path = str(folders[name].path)
         one.cfg.checkpoint_path = str(checkpoints.folder)
@@ -191,9 +197,14 @@ def _train(
             if folder.config.is_file():
                 continue
             folder.path.mkdir(parents=True, exist_ok=True)
-            wandb = {"id": wandb_id} if first.cfg.logger.log_to_wandb else None
             folder.write_config(
-                settings[name], command=list(command), versions=versions(), wandb=wandb, started_at=now()
+                settings[name],
+                command=list(command),
+                versions=versions(),
+                wandb={"id": wandb_id} if first.cfg.logger.log_to_wandb else None,
+                upkeep=upkeep_record(log_every, upkeep),
+                lockstep=True,
+                started_at=now(),
             )
 
     torch.manual_seed(first.cfg.seed)
@@ -216,10 +227,11 @@ def _train(
 
 
 def runs_in(parent: Path) -> list[str]:
-    """The names of the runs in a parent folder; none if it is not one."""
+    """The names of the runs that are trained in lockstep in a parent folder; none if it is not one."""
     if not parent.is_dir() or RunFolder(parent).config.is_file():
         return []
-    return sorted(path.name for path in parent.iterdir() if RunFolder(path).config.is_file())
+    folders = [folder for path in parent.iterdir() if (folder := RunFolder(path)).config.is_file()]
+    return sorted(folder.path.name for folder in folders if folder.read().get("lockstep"))
 
 
 def resume_many(parent: Path, **upkeep: Any) -> dict[str, EvalResult | None]:
@@ -227,17 +239,19 @@ def resume_many(parent: Path, **upkeep: Any) -> dict[str, EvalResult | None]:
 
     Args:
         parent: As it was given to `train_many`.
-        **upkeep: Fields of `Upkeep` that are to be other than by default.
+        **upkeep: Fields of `Upkeep` that are to be other than at their start.
 
     Raises:
         ValueError: all are finished.
         RunStopped: as `train_many`.
     """
-    settings = {name: resolve([RunFolder(parent / name).settings()]) for name in runs_in(parent)}
-    results = train_many(settings, parent, upkeep=Upkeep(**upkeep))
-    if not results:
+    folders = {name: RunFolder(parent / name) for name in runs_in(parent)}
+    unfinished = [folder for folder in folders.values() if not _is_finished(folder)]
+    if not unfinished:
         raise ValueError(f"{parent} holds finished runs: there is nothing to go on with.")
-    return results
+    log_every, kept = recorded_upkeep(unfinished[0].read(), upkeep)
+    settings = {name: resolve([folder.settings()]) for name, folder in folders.items()}
+    return train_many(settings, parent, log_every=log_every, upkeep=kept)
 
 
 def require_same_run(folder: RunFolder, settings: Settings) -> None:
@@ -251,6 +265,11 @@ def require_same_run(folder: RunFolder, settings: Settings) -> None:
     if not folder.config.is_file():
         folder.require_unused()
         return
+    if not folder.read().get("lockstep"):
+        raise ValueError(
+            f"{folder.path} holds a run that is trained alone. Choose another --name, or move that folder "
+            "away."
+        )
     found = {name: given.value for name, given in folder.settings().items()}
     for name, ours in settings.values().items():
         if name in ("device", "sae.device", "llm_device", "act_store_device", "wandb_id", "run_name"):
@@ -261,6 +280,14 @@ def require_same_run(folder: RunFolder, settings: Settings) -> None:
                 f"{folder.path} holds a run with other settings ({name}: {found[name]!r} there, {ours!r} "
                 "here). Choose another --name, or move that folder away."
             )
+
+
+def _recorded_wandb_id(folders: Mapping[str, RunFolder], finished: set[str]) -> str | None:
+    """The id under which W&B knows the runs that are now gone on with."""
+    for name, folder in folders.items():
+        if name not in finished and folder.config.is_file() and (wandb := folder.read().get("wandb")):
+            return wandb["id"]
+    return None
 
 
 def _is_finished(folder: RunFolder) -> bool:

@@ -11,6 +11,21 @@ import filelock
 LOCK = ".lock"
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a live process holds a run's folder. Of a lock that this user may not open, nobody can tell."""
+    if not (folder / LOCK).exists():
+        return False
+    lock = filelock.FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        return True
+    except (OSError, NotImplementedError):
+        return False
+    lock.release()
+    return False
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a run's folder, which exists, for this process alone.

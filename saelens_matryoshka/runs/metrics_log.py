@@ -14,6 +14,7 @@ from sae_lens.saes.sae import TrainStepOutput
 
 from saelens_matryoshka.atomic import write_atomically
 from saelens_matryoshka.runner import mean_l0
+from saelens_matryoshka.runs.recorded import read_lines
 
 
 class MetricsLog:
@@ -25,12 +26,16 @@ class MetricsLog:
 
     Reading them waits for the GPU, so it is done at the first step, every `every` steps, and at the last.
     A log that is there already is continued: lines of steps that are now done again are dropped.
+
+    Raises:
+        ValueError: the log that is there is damaged, see `read_lines`.
     """
 
     def __init__(self, path: Path, every: int = 20) -> None:
         if every < 1:
             raise ValueError(f"--log-every {every} must be 1 or larger.")
         self.path, self.every = path, every
+        self._before = read_lines(path)  # here, so that a damaged log is refused before the run goes on
         self._clock: tuple[float, int] | None = (
             None  # when, and at how many tokens, the last line was written
         )
@@ -62,24 +67,10 @@ class MetricsLog:
 
     def _continue(self, step: int) -> None:
         """Keep the lines before a step that has just been done."""
-        lines = read_metrics_log(self.path)
-        kept = [line for line in lines if line["step"] < step]
+        kept = [line for line in self._before if line["step"] < step]
         self._seconds = kept[-1]["seconds"] if kept else 0.0
         if self.path.exists():
             write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-
-
-def read_metrics_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics log; none if there is no log. A last line cut short by a crash is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
-"""From layers of settings to SAELens's runner config.
+"""From the sources of settings to SAELens's runner config.
 
-Settings come in layers, a preset below a file below the flags; the higher wins. What no layer says comes, in
-this order, from the mapping (hooks and widths), from the recommended settings of the architecture, and from
-SAELens's defaults.
+Settings come from sources, a preset below a file below the flags; the higher wins. What no source says comes,
+in this order, from the mapping (hooks and widths), from the recommended settings of the architecture, and
+from SAELens's defaults.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ from saelens_matryoshka.runs.mappings import (
 )
 from saelens_matryoshka.text_files import is_text_file
 
-Layer = Mapping[str, Given]
+SettingsSource = Mapping[str, Given]
+"""What a preset, a file or the flags say, by the name of the setting."""
 
 # Settings of ours, beside SAELens's: name and type.
 _OURS: dict[str, Any] = {"mapping": str, "layer": int, "architecture": str}
@@ -52,7 +53,7 @@ _RESERVED = {"checkpoint_path": "checkpoints are kept in the run's folder. Choos
 # What another run must not repeat.
 _OF_ONE_FOLDER = {*_RESERVED, "output_path", "resume_from_checkpoint", "wandb_id", "run_name"}
 # What the file of a finished run says beside its settings.
-RECORDS = ("started_at", "completed_at", "versions", "command", "wandb", "upkeep")
+RECORDS = ("started_at", "completed_at", "versions", "command", "wandb", "upkeep", "lockstep")
 
 TINY_TEXT = "the Python standard library"
 
@@ -98,14 +99,14 @@ def read_flags(args: Sequence[str]) -> dict[str, Given]:
             raise ValueError(f"{word!r} belongs to no flag: flags have the form --name value.")
         else:
             found[name].append(word)
-    layer = {}
+    source = {}
     switches = _switches()
     for name, words in found.items():
         if not words and name.removeprefix("no") in switches and name not in switches:
-            layer[name.removeprefix("no")] = Given(False, "flag")
+            source[name.removeprefix("no")] = Given(False, "flag")
         else:
-            layer[name] = Given(True if not words else words[0] if len(words) == 1 else words, "flag")
-    return layer
+            source[name] = Given(True if not words else words[0] if len(words) == 1 else words, "flag")
+    return source
 
 
 def _switches() -> set[str]:
@@ -169,37 +170,38 @@ class _Loader(PlainLoader):
         return super().construct_mapping(node, deep)
 
 
-def merge(layers: Sequence[Layer]) -> dict[str, Given]:
-    """One layer of several, lowest first.
+def merge(sources: Sequence[SettingsSource]) -> dict[str, Given]:
+    """What several sources say together, lowest first.
 
-    A layer that names a model, an architecture, a mapping or a layer moves the hooks: those of the layers
+    A source that names a model, an architecture, a mapping or a layer moves the hooks: those of the sources
     below do not hold any more.
     """
     merged: dict[str, Given] = {}
-    for layer in layers:
-        moves = layer.keys() & {"mapping", "layer", "model_name", "architecture"}
-        if moves and (layer.keys() | merged.keys()) & {"mapping", "layer"}:
+    for source in sources:
+        moves = source.keys() & {"mapping", "layer", "model_name", "architecture"}
+        if moves and (source.keys() | merged.keys()) & {"mapping", "layer"}:
             for name in DERIVED:
                 merged.pop(name, None)
-        if str(getattr(layer.get("mapping"), "value", "")).startswith("cross-layer") and "layer" not in layer:
+        mapping = str(getattr(source.get("mapping"), "value", ""))
+        if mapping.startswith("cross-layer") and "layer" not in source:
             merged.pop("layer", None)  # that of the mapping below
-        merged |= layer
+        merged |= source
     return merged
 
 
-def resolve(layers: Sequence[Layer], *, recommended: bool = True) -> Settings:
-    """The runner config that layers of settings describe. Nothing is loaded and nothing is written.
+def resolve(sources: Sequence[SettingsSource], *, recommended: bool = True) -> Settings:
+    """The runner config that sources of settings describe. Nothing is loaded and nothing is written.
 
     Args:
-        layers: Lowest first.
-        recommended: Fill in the architecture's recommended settings where no layer says otherwise; else
+        sources: Lowest first.
+        recommended: Fill in the architecture's recommended settings where no source says otherwise; else
             SAELens's defaults hold.
 
     Raises:
         ValueError: a setting is unknown, missing or of another type, or they do not fit each other or the
             model; the message names it and says where it was given.
     """
-    given = merge(layers)
+    given = merge(sources)
     architecture = _architecture(given)
     config_class = OUR_CONFIGS[architecture]
     known = fields_of(architecture)

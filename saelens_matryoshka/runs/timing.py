@@ -28,7 +28,7 @@ from saelens_matryoshka.runs.memory import hooks_of, run_hooks
 _CPU_STEP_VALUES, _GPU_STEP_VALUES = 4e9, 1e13
 _CPU_TOKENS, _GPU_TOKENS = 512, 16_384
 _REPEATS = 3
-_ROWS_MOVED = 4096
+_MOVED_VALUES = 1 << 24  # more than a processor's cache holds
 
 
 @dataclass(frozen=True)
@@ -39,31 +39,52 @@ class Time:
     """one training step"""
     language_model: float
     """one of its batches"""
-    buffer: float
-    """moving activations, per step"""
+    moving: float
+    """moving one row of activations"""
+    rows: BufferRows
+    """what is read and moved in all"""
+    llm_batch_rows: int
+    """rows of one batch of the language model"""
     n_steps: int
-    llm_batches_per_step: float
+    tokens_per_step: int
     overlapping: bool
     """the language model computes while the steps go on"""
     scaled: bool
     """measured smaller than it will be, and extrapolated"""
-    tokens_per_step: int
+
+    @property
+    def filling(self) -> float:
+        """Seconds until the buffer is full for the first time, before the first step."""
+        return self._reading(self.rows.first_read) + self.rows.first_read * self.moving
+
+    @property
+    def language_model_per_step(self) -> float:
+        """Seconds of the language model per step, once the buffer is full."""
+        return self._reading(self.rows.read - self.rows.first_read) / self.n_steps
+
+    @property
+    def moving_per_step(self) -> float:
+        """Seconds of moving activations per step, once the buffer is full."""
+        return max(0, self.rows.moved - self.rows.first_read) * self.moving / self.n_steps
 
     @property
     def per_step(self) -> float:
         """Seconds of a step with the activations for it."""
-        reading = self.language_model * self.llm_batches_per_step + self.buffer
+        reading = self.language_model_per_step + self.moving_per_step
         return max(self.step, reading) if self.overlapping else self.step + reading
 
     @property
     def total(self) -> float:
-        """Seconds of all steps."""
-        return self.per_step * self.n_steps
+        """Seconds of the training loop."""
+        return self.filling + self.per_step * self.n_steps
 
     @property
     def tokens_per_second(self) -> float:
         """Of the training loop."""
-        return self.tokens_per_step / self.per_step
+        return self.tokens_per_step * self.n_steps / self.total
+
+    def _reading(self, n_rows: int) -> float:
+        return self.language_model * n_rows / self.llm_batch_rows
 
 
 def measure_time(
@@ -74,7 +95,7 @@ def measure_time(
     Args:
         cfg: The run.
         shape: Its language model.
-        rows: What its buffer moves.
+        rows: What its buffer reads and moves.
         budget: Bytes the calibration may take on any device.
     """
     step, step_scaled = _step_seconds(cfg, budget)
@@ -83,12 +104,13 @@ def measure_time(
     return Time(
         step=step,
         language_model=forward,
-        buffer=_seconds_per_row_moved(cfg) * rows.moved * cfg.train_batch_size_tokens,
+        moving=_seconds_per_row_moved(cfg, rows),
+        rows=rows,
+        llm_batch_rows=cfg.store_batch_size_prompts * per_prompt,
         n_steps=max(1, cfg.training_tokens // cfg.train_batch_size_tokens),
-        llm_batches_per_step=cfg.train_batch_size_tokens / (cfg.store_batch_size_prompts * per_prompt),
+        tokens_per_step=cfg.train_batch_size_tokens,
         overlapping=bool(cfg.prefetch_llm_batches),
         scaled=step_scaled or forward_scaled,
-        tokens_per_step=cfg.train_batch_size_tokens,
     )
 
 
@@ -217,9 +239,10 @@ def _in_layer(hook: str, layer: int) -> str:
 
 
 @torch.no_grad()
-def _seconds_per_row_moved(cfg: LanguageModelSAERunnerConfig[Any]) -> float:
+def _seconds_per_row_moved(cfg: LanguageModelSAERunnerConfig[Any], rows: BufferRows) -> float:
+    """To its shuffled place in a new tensor, as `saelens_matryoshka.mixing` does."""
     device = cfg.act_store_device or cfg.device
     width = cfg.sae.d_in + (cfg.sae.d_out if isinstance(cfg.sae, MatryoshkaTrainingTranscoderConfig) else 0)
-    rows = torch.zeros(_ROWS_MOVED, width, device=device)
-    order = torch.randperm(_ROWS_MOVED, device=device)
-    return _median_seconds(lambda: rows[order], device) / _ROWS_MOVED
+    n = max(1, min(rows.serving, _MOVED_VALUES // width))
+    part, order = torch.zeros(n, width, device=device), torch.randperm(n, device=device)
+    return _median_seconds(lambda: torch.empty_like(part).index_copy_(0, order, part), device) / n

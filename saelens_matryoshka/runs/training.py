@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -81,6 +82,7 @@ def train_run(
     upkeep: Upkeep | None = None,
     command: Sequence[str] = (),
     sharding: parallel.Sharding | None = None,
+    shards: int | None = None,
 ) -> EvalResult | None:
     """Train in a folder, from the first step to the evaluation of what was saved.
 
@@ -98,6 +100,7 @@ def train_run(
         upkeep: How its state is kept.
         command: What was called, for the record.
         sharding: "dictionary" divides the latents among torchrun's processes; None, only the rows.
+        shards: Among how many of them; None, all.
 
     Returns:
         The evaluation; None where the dataset was too small to hold prompts out, and in all processes but the
@@ -109,7 +112,7 @@ def train_run(
     """
     upkeep = upkeep or Upkeep()
     settings.cfg.logger.wandb_id = settings.cfg.logger.wandb_id or uuid.uuid4().hex[:8]
-    with parallel.joined(settings.cfg, sharding) as job, ExitStack() as held:
+    with parallel.joined(settings.cfg, sharding, shards) as job, ExitStack() as held:
         if job.is_first:
             folder.require_unused()
         runner = _runner(settings, folder, log_every, upkeep, job)
@@ -122,14 +125,17 @@ def train_run(
                 command=list(command),
                 versions=versions(),
                 wandb={"id": settings.cfg.logger.wandb_id} if settings.cfg.logger.log_to_wandb else None,
-                upkeep={"log_every": log_every, **dataclasses.asdict(upkeep)},
+                upkeep=upkeep_record(log_every, upkeep),
                 started_at=now(),
             )
         return _run(runner, folder, job)
 
 
 def resume_run(
-    folder: RunFolder, sharding: parallel.Sharding | None = None, **upkeep: Any
+    folder: RunFolder,
+    sharding: parallel.Sharding | None = None,
+    shards: int | None = None,
+    **upkeep: Any,
 ) -> EvalResult | None:
     """Go on with a run that was stopped, from its newest whole checkpoint to its end.
 
@@ -139,24 +145,31 @@ def resume_run(
     Args:
         folder: Of the run.
         sharding: As `train_run`; it need not be what the run was started with, nor the number of processes.
+        shards: As `train_run`, likewise.
         **upkeep: What is to be other than at its start: fields of `Upkeep`.
 
     Raises:
-        ValueError: it is finished, in use, or not a run; or its settings no longer work.
+        ValueError: it is finished, in use, trained in lockstep with others, or not a run; or its settings no
+            longer work.
         RunStopped: as `train_run`.
     """
-    if folder.read().get("completed_at"):
-        raise ValueError(f"{folder.path} holds a finished run: there is nothing to go on with.")
     recorded = folder.read()
-    kept = dict(recorded.get("upkeep") or {}) | upkeep
-    log_every = kept.pop("log_every", 20)
+    if recorded.get("lockstep"):
+        parent = shlex.quote(str(folder.path.parent))
+        raise ValueError(
+            f"{folder.path} is trained in lockstep with others, and their checkpoints are of all together. "
+            f"To go on: saelens-matryoshka train --resume {parent}"
+        )
+    _require_unfinished(folder)
+    log_every, kept = recorded_upkeep(recorded, upkeep)
     settings = resolve([folder.settings()])
     if recorded.get("wandb"):
         settings.cfg.logger.wandb_id = recorded["wandb"]["id"]
-    with parallel.joined(settings.cfg, sharding) as job, ExitStack() as held:
+    with parallel.joined(settings.cfg, sharding, shards) as job, ExitStack() as held:
         checkpoints = Checkpoints(folder.checkpoints)
         if job.is_first:
             held.enter_context(locked(folder.path))
+            _require_unfinished(folder)  # another process may have held it until now
             checkpoints.clean()
             for name in _FINAL_FILES:  # of a run that was ended while it saved them
                 (folder.path / name).unlink(missing_ok=True)
@@ -164,7 +177,29 @@ def resume_run(
         if checkpoint is not None:
             warn_of_other_versions(checkpoint)
             settings.cfg.resume_from_checkpoint = str(checkpoint.path)
-        return _run(_runner(settings, folder, log_every, Upkeep(**kept), job), folder, job)
+        return _run(_runner(settings, folder, log_every, kept, job), folder, job)
+
+
+def _require_unfinished(folder: RunFolder) -> None:
+    if folder.read().get("completed_at"):
+        raise ValueError(f"{folder.path} holds a finished run: there is nothing to go on with.")
+
+
+def upkeep_record(log_every: int, upkeep: Upkeep) -> dict[str, Any]:
+    """How a run is kept, for its config.yaml: see `recorded_upkeep`."""
+    return {"log_every": log_every, **dataclasses.asdict(upkeep)}
+
+
+def recorded_upkeep(recorded: Mapping[str, Any], changed: Mapping[str, Any]) -> tuple[int, Upkeep]:
+    """Steps between two lines of the log, and how a run is kept, as its config.yaml says.
+
+    Args:
+        recorded: The contents of config.yaml.
+        changed: Fields of `Upkeep` that are to be other than recorded.
+    """
+    kept = {**(recorded.get("upkeep") or {}), **changed}
+    log_every = kept.pop("log_every", 20)
+    return log_every, Upkeep(**kept)
 
 
 def _runner(

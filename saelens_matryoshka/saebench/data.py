@@ -157,7 +157,7 @@ def running_text(source: Dataset | str | Path, folder: Path) -> str:
             return source
         source = _read_text(path)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "train.jsonl").open("w") as file:
+    with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
         for row in source:
             file.write(json.dumps({"text": row["text"]}) + "\n")  # type: ignore[index]
     return str(folder)
@@ -167,7 +167,7 @@ def _read_text(path: Path) -> Dataset:
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     documents = [file for file in files if file.suffix in _TEXT_SUFFIXES]
     tables = [file for file in files if file.suffix in _TABLE_SUFFIXES]
-    texts = [file.read_text(errors="replace") for file in documents]
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in documents]
     for file in tables:
         table = load_dataset(_TABLE_SUFFIXES[file.suffix], data_files=str(file), split="train")
         if "text" not in table.column_names:  # type: ignore[union-attr]

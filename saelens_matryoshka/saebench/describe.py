@@ -29,11 +29,11 @@ from saelens_matryoshka.evaluation.activations import hook_activations
 from saelens_matryoshka.evaluation.evaluator import hooks_and_frame
 from saelens_matryoshka.evaluation.metrics import FiringCounts
 from saelens_matryoshka.evaluation.tokens import special_token_ids, token_batches
+from saelens_matryoshka.fingerprint import hash_of_tensors
 from saelens_matryoshka.prefixes import inference_model, matryoshka_widths
 from saelens_matryoshka.saebench.descriptions import Description, Descriptions
 from saelens_matryoshka.saebench.endpoint import ChatModel, Endpoint, Estimate
 from saelens_matryoshka.saebench.examples import Examples, activations, examples_of
-from saelens_matryoshka.saebench.fingerprint import hash_of_tensors
 from saelens_matryoshka.saebench.requirements import require_sae_bench
 
 # A description has at most 20 words, by the prompt.

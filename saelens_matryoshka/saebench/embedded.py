@@ -56,7 +56,7 @@ def standard_library() -> LabelledText:
 
 def _pieces(path: Path) -> Iterator[tuple[str, str]]:
     try:
-        source = path.read_text()
+        source = path.read_text(encoding="utf-8")
         tree = ast.parse(source)
     except (SyntaxError, UnicodeDecodeError):
         return

@@ -10,18 +10,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import torch
 
 
 @contextmanager
 def complete_cache(folder: Path) -> Iterator[Path]:
-    """A cache folder without what an interrupted run has left half-written."""
-    if not (folder / "complete").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    yield folder
-    mark_complete(folder)
+    """A cache folder without what an interrupted run has left half-written, for this process alone.
+
+    Another that wants the same folder waits, and then finds it complete.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder.with_name(f"{folder.name}.lock")):
+        if not (folder / "complete").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
+        yield folder
+        mark_complete(folder)
 
 
 def mark_complete(folder: Path) -> None:

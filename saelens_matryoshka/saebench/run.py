@@ -6,6 +6,7 @@ finished is kept: a second one with the same settings reads it instead of evalua
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -57,7 +58,8 @@ def run(
             would be saved as; it is not changed.
         model: The language model, as the SAE was trained on it.
         out: Folder of the results: `width-W/EVAL.json` (ours), `width-W/EVAL.saebench.json` (SAEBench's
-            own), `width-W/EVAL.log` and `results.json`.
+            own), `width-W/EVAL.log`, and `results.json`: this call's results, and those of other evals and
+            prefixes that earlier calls left there of the same SAE, language model and seed.
         evals: Some of core, absorption, sparse_probing, sae_probes, scr, tpp.
         prefixes: Widths, or "auto": the widths the SAE was trained with.
         text: Running text for `core`: a dataset with a column `text`, a local file or folder, or a
@@ -159,7 +161,9 @@ def _run_all(
         folder=bench.out,
         evals=results,
     )
-    write_atomically(bench.out / "results.json", result.to_json())
+    others = [one for one in bench.kept() if (one.eval, one.width) not in finished]
+    together = sorted([*results, *others], key=lambda one: (list(_evals.EVALS).index(one.eval), one.width))
+    write_atomically(bench.out / "results.json", dataclasses.replace(result, evals=together).to_json())
     if failures:
         raise SAEBenchError(
             "SAEBench gave fewer results than prefixes went in (what it gave is saved):\n  "

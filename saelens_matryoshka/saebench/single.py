@@ -26,11 +26,11 @@ from sae_lens import SAE
 from transformer_lens import HookedTransformer
 
 from saelens_matryoshka.atomic import write_atomically
+from saelens_matryoshka.fingerprint import hash_of, hash_of_tensors
 from saelens_matryoshka.prefixes import inference_model, truncate
 from saelens_matryoshka.saebench import evals as _evals
 from saelens_matryoshka.saebench import patches
 from saelens_matryoshka.saebench.data import LabelledText
-from saelens_matryoshka.saebench.fingerprint import hash_of, hash_of_tensors
 from saelens_matryoshka.saebench.process import complete_cache
 from saelens_matryoshka.saebench.requirements import VERSION
 from saelens_matryoshka.saebench.result import PrefixEval
@@ -110,6 +110,20 @@ class Bench:
     def _sae_fingerprint(self) -> str:
         return hash_of([self.sae.cfg.architecture(), hash_of_tensors(self.sae.state_dict())])
 
+    @cached_property
+    def _subject(self) -> str:
+        """Hash of what all evals have in common: results of the same subject make one table."""
+        metadata = self.sae.cfg.metadata
+        return hash_of(
+            {
+                "sae": self._sae_fingerprint,
+                "model": self._model_fingerprint,
+                "hooks": [metadata.hook_name, metadata.hook_name_out],
+                "seed": self.seed,
+                "sae_bench": VERSION,
+            }
+        )
+
     # ---- results on disk
 
     def _file(self, item: _evals.Eval, width: int, suffix: str) -> Path:
@@ -122,10 +136,16 @@ class Bench:
         path = self._file(item, width, ".json")
         if not path.exists():
             return None
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         if record["fingerprint"] != self._fingerprint(item, width, options):
             return "other"
         return PrefixEval.from_dict(record)
+
+    def kept(self) -> list[PrefixEval]:
+        """Every result that is there of this SAE, language model and seed, each with settings of its own."""
+        files = [path for name in _evals.EVALS for path in self.out.glob(f"width-*/{name}.json")]
+        records = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+        return [PrefixEval.from_dict(one) for one in records if one.get("subject") == self._subject]
 
     # ---- evaluation
 
@@ -144,7 +164,7 @@ class Bench:
             result = PrefixEval(item.name, width, space, None, {}, skipped=reason)
         else:
             try:
-                with log.open("w") as stream, _output_to(stream):
+                with log.open("w", encoding="utf-8") as stream, _output_to(stream):
                     l0, metrics = self._bench(item, width, options)
                 result = PrefixEval(item.name, width, space, l0, metrics)
             except patches.Unsuitable as error:
@@ -160,6 +180,7 @@ class Bench:
             "seed": self.seed,
             "seconds": round(time.monotonic() - started, 1),
             "sae_bench": VERSION,
+            "subject": self._subject,
             "fingerprint": self._fingerprint(item, width, options),
         }
         write_atomically(self._file(item, width, ".json"), json.dumps(record, indent=2))
@@ -316,9 +337,8 @@ def _output_to(stream: Any) -> Iterator[None]:
 def _reason(error: Exception, log: Path) -> str:
     """The error, with what SAEBench said last."""
     marks = ("Failed to evaluate", "Cannot evaluate", "Failed to load")
-    said = [
-        line[line.index(mark) :] for line in log.read_text().splitlines() for mark in marks if mark in line
-    ]
+    lines = log.read_text(encoding="utf-8").splitlines()
+    said = [line[line.index(mark) :] for line in lines for mark in marks if mark in line]
     reason = ": ".join([str(error) or type(error).__name__, *said[-1:]])
     if "Dataset scripts are no longer supported" in reason:
         reason += (

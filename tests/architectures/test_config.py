@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 from sae_lens import LanguageModelSAERunnerConfig, MatryoshkaBatchTopKTrainingSAEConfig
 from sae_lens.saes.sae import TrainingSAEConfig
@@ -228,3 +229,11 @@ def test_recommended_learning_rate_falls_with_the_root_of_the_inputs_width() -> 
         for d_in in (100, 10_000)
     ]
     assert rates[0] == pytest.approx(10 * rates[1])
+
+
+def test_numbers_of_numpy_are_taken_and_stored_as_plain_ones() -> None:
+    cfg = sm.MatryoshkaTrainingSAEConfig(
+        d_in=np.int64(16), d_sae=np.int64(64), k=np.float32(4.5), matryoshka_widths=list(2 ** np.arange(5, 7))
+    )  # type: ignore[arg-type]
+    assert json.loads(json.dumps(cfg.to_dict()))["k"] == 4.5
+    assert cfg.matryoshka_widths == [32, 64]

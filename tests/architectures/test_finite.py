@@ -124,6 +124,17 @@ def test_bad_gradient_never_reaches_the_weights(name: str, value: float, tmp_pat
     assert not _same(_parameters(trainer.sae), before)
 
 
+def test_a_gradient_of_zero_is_right_where_the_loss_is_zero() -> None:
+    trainer = _trainer(_sae(), sparse_batches(3, BATCH, D))
+    _step(trainer, torch.zeros(BATCH, D))
+    before = _parameters(trainer.sae)
+    _step(trainer, torch.zeros(BATCH, D))
+    assert _same(_parameters(trainer.sae), before)
+    _step(trainer, torch.randn(BATCH, D))
+    trainer.sae.finite.settle()
+    assert not _same(_parameters(trainer.sae), before)
+
+
 def test_bad_gradient_of_the_last_step_is_told() -> None:
     batches = sparse_batches(3, BATCH, D)
     trainer = trainer_for(_sae(), batches)

@@ -30,6 +30,8 @@ CASES = [
     Case("train", f"{TINY} --out out --layers 0-1 --shard dictionary", r"--shard dictionary divides"),
     Case("train", f"{TINY} --out out --shard rows", r"--shard rows is not known"),
     Case("train", f"{TINY} --out out --shard dictionary", r"torchrun"),
+    Case("train", f"{TINY} --out out --shard dictionary --shards 2", r"torchrun"),
+    Case("train", f"{TINY} --out out --shards 2", r"--shards 2 is of .*give --shard dictionary"),
     Case("train", f"{TINY} --out out --cache nowhere", r"nowhere"),
     Case("train", f"{TINY} --out out --cache full", r"full"),
     Case("samples", "nowhere", r"'nowhere' is no folder"),

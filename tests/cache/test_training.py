@@ -174,3 +174,17 @@ def test_compressed_caches_train(
     manifest = write_cache(tmp_path / "c", tiny_model, small, token_dataset, progress=False)
     assert manifest.bytes < 640 * (4 + 2 * 128 * 4)
     _run(_config(tmp_path / "c", training_tokens=512), tmp_path / "c")
+
+
+def test_a_transcoder_of_one_tensor_under_two_names_is_told(
+    tiny_model: HookedTransformer, token_dataset: datasets.Dataset, tmp_path: Path
+) -> None:
+    one, other = "blocks.1.hook_resid_post", "blocks.2.hook_resid_pre"
+    write_cache(
+        tmp_path / "cache", tiny_model, settings(hook_names=(one, other)), token_dataset, progress=False
+    )
+    cfg = _config(
+        tmp_path / "cache", transcoder_config(hook_name_out=other, input_gain="none"), hook_name=one
+    )
+    with pytest.warns(UserWarning, match="are the same tensor"):
+        cached_store(cfg, CachedModel(open_cache(tmp_path / "cache")))

@@ -14,6 +14,7 @@ import saelens_matryoshka.report.collect as collect
 from saelens_matryoshka.cli import main
 from saelens_matryoshka.evaluation.result import EvalResult, PrefixMetrics
 from saelens_matryoshka.report import Samples
+from saelens_matryoshka.report.feature_files import LOCK
 from tests.report.conftest import D_SAE, random_sae
 
 FEW = ("--tokens", 1500, "--context", 5, "--top", 3)
@@ -93,11 +94,11 @@ def test_a_second_call_takes_what_is_there_and_mixes_nothing(
     assert not (run / "samples" / "json").exists(), "of the weights before"
 
 
-def test_an_interrupted_call_leaves_nothing(run: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(_: Any) -> None:
-        raise RuntimeError("interrupted")
+def test_a_call_that_fails_leaves_no_folder(run: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> None:
+        raise RuntimeError("no space left")
 
-    monkeypatch.setattr(collect._Collector, "samples", interrupted)
+    monkeypatch.setattr(Samples, "save", failing)
     before = sorted(path.name for path in run.iterdir())
     assert call("samples", run, *FEW)[0] == 1
     assert sorted(path.name for path in run.iterdir()) == before
@@ -110,7 +111,8 @@ def test_feature_files_of_several_layers_go_into_one_folder(run: Path, call: Any
     for folder in (run, tmp_path / "other"):
         code, said = call("samples", folder, *FEW, "--format", "circuit-tracer", "--features", features)
         assert code == 0, said
-    assert sorted(path.name for path in features.iterdir()) == ["index.json.gz", "layer_0.bin", "layer_1.bin"]
+    written = sorted(path.name for path in features.iterdir() if path.name != LOCK)
+    assert written == ["index.json.gz", "layer_0.bin", "layer_1.bin"]
     code, said = call("samples", run, *FEW, "--format", "circuit-tracer", "--features", features)
     assert code == 1
     assert "has feature files of layer 1" in " ".join(said.split())
@@ -138,6 +140,14 @@ def test_a_report_without_samples_needs_no_language_model(run: Path, call: Any, 
     assert "<h1>&lt;mine&gt;</h1>" in page
     assert "No samples were collected" in page
     assert not (run / "samples").exists()
+
+
+def test_an_evaluation_with_nan_and_samples_of_one_token_make_a_page(run: Path, call: Any) -> None:
+    text = (run / "metrics.json").read_text()
+    (run / "metrics.json").write_text(text.replace('"fvu": 0.5', '"fvu": NaN'))
+    code, said = call("report", run, "--tokens", 1)
+    assert code == 0, said
+    assert "NaN" not in (run / "report.html").read_text().split('id="latent-data"')[1]
 
 
 def _spoil(run: Path, what: str) -> list[Any]:

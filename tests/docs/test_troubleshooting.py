@@ -13,7 +13,7 @@ from transformer_lens import HookedTransformer
 
 import saelens_matryoshka as sm
 from saelens_matryoshka import tiny
-from saelens_matryoshka.cli.output import plain
+from saelens_matryoshka.cli.output import message as message_of
 from tests.docs.pages import ROOT, code_blocks
 from tests.helpers import run_steps, runner_config, trainer_for, transcoder_config
 
@@ -73,6 +73,6 @@ def test_every_message_that_is_quoted_is_what_the_symptom_says(
         _message(lambda: _train(tiny_model, token_dataset.select(range(2)))),
         _message(lambda: _train(tiny_model, token_dataset, hook_name="blocks.2.ln2.hook_normalised")),
         _message(lambda: _train(tiny_model, token_dataset, d_in=64)),
-        plain(OSError("We couldn't connect to 'https://huggingface.co' to load the files")),
+        message_of(OSError("We couldn't connect to 'https://huggingface.co' to load the files")),
     ]
     assert {_quote_of(message) for message in messages} == set(QUOTED)

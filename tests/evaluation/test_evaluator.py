@@ -21,6 +21,7 @@ from transformer_lens import HookedTransformer
 
 import saelens_matryoshka as sm
 from saelens_matryoshka import tiny
+from saelens_matryoshka.evaluation.evaluator import evaluate_activations
 from tests import tiny_models
 
 SOURCE, TARGET = "blocks.2.ln2.hook_normalized", "blocks.2.hook_mlp_out"
@@ -72,7 +73,8 @@ def test_metrics_equal_a_direct_computation(
         _, cache = tiny_model.run_with_cache(tokens)
         x, y = cache[SOURCE], cache[TARGET]
     assert result.n_tokens == int(keep.sum())
-    assert result.n_ce_tokens == int(keep[:, 1:].sum())
+    counted = keep[:, :-1] & keep[:, 1:]
+    assert result.n_ce_tokens == int(counted.sum())
 
     def ce(replacement: torch.Tensor | None) -> float:
         def replace(activation: torch.Tensor, hook: Any) -> torch.Tensor:  # noqa: ARG001
@@ -82,7 +84,6 @@ def test_metrics_equal_a_direct_computation(
 
         with torch.no_grad():
             logits = tiny_model.run_with_hooks(tokens, fwd_hooks=[(TARGET, replace)])
-        counted = keep[:, 1:]
         return F.cross_entropy(logits[:, :-1][counted], tokens[:, 1:][counted]).item()
 
     variance = (y[keep] - y[keep].mean(dim=0)).double().pow(2).sum()
@@ -107,6 +108,20 @@ def test_metrics_equal_a_direct_computation(
         assert row.ce == pytest.approx(ce(output), rel=1e-4)
         recovered = (zero - ce(output)) / (zero - untouched)
         assert row.ce_recovered == pytest.approx(recovered, rel=1e-2)
+
+
+@pytest.mark.parametrize("slice_", [(5, 6), (5, 9), (28, 31)])
+def test_next_token_metrics_are_of_the_positions_that_are_replaced(
+    slice_: tuple[int, int], tiny_model: HookedTransformer, tokens: torch.Tensor
+) -> None:
+    transcoder = _stock_transcoder(seqpos_slice=slice_)
+    n = tokens.numel()
+    result = sm.evaluate(
+        transcoder, tiny_model, tokens, n_tokens=n, n_ce_tokens=n, exclude_special_tokens=False
+    )
+    assert result.n_ce_tokens == result.n_tokens == len(tokens) * (slice_[1] - slice_[0])
+    assert result.ce_clean != result.ce_zero
+    assert all(row.kl is not None and row.kl > 0.001 for row in result.prefixes)
 
 
 def test_evaluating_changes_neither_model_nor_sae_nor_random_state(
@@ -278,6 +293,22 @@ def test_missing_hook_and_empty_dataset_are_told(tiny_model: HookedTransformer, 
     empty = datasets.Dataset.from_dict({"text": []})
     with pytest.raises(ValueError, match="empty"):
         sm.evaluate(_stock_transcoder(), tiny_model, empty)
+
+
+def test_activations_of_all_heads_are_evaluated_flat() -> None:
+    metadata = SAEMetadata(hook_name="blocks.1.attn.hook_z", matryoshka_widths=WIDTHS)
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=128, d_sae=64, reshape_activations="hook_z", metadata=metadata))
+    rows = torch.randn(40, 128)
+    result = evaluate_activations(sae, tiny.load_hooked_transformer(), [(rows, rows)])
+    assert result.n_tokens == 40
+    assert sae.hook_z_reshaping_mode
+
+
+def test_prompts_of_another_length_than_asked_for_are_refused(
+    tiny_model: HookedTransformer, tokens: torch.Tensor
+) -> None:
+    with pytest.raises(ValueError, match="context_size=8, but the tokens given are prompts of 32"):
+        sm.evaluate(_stock_transcoder(), tiny_model, tokens, context_size=8)
 
 
 def test_progress_counts_the_tokens_of_both_passes(

@@ -8,10 +8,12 @@ import pytest
 import torch
 import wandb
 from sae_lens import ActivationsStore, LanguageModelSAETrainingRunner, LoggingConfig
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.training.activation_scaler import ActivationScaler
 from transformer_lens import HookedTransformer
 
 import saelens_matryoshka as sm
-from saelens_matryoshka.evaluation.training_evaluator import HeldOutEvaluator
+from saelens_matryoshka.evaluation.training_evaluator import CachedEvaluator, HeldOutEvaluator
 from tests.helpers import runner_config, transcoder_config
 
 EVALUATED = LoggingConfig(log_to_wandb=True, wandb_log_frequency=2, eval_every_n_wandb_logs=2)
@@ -162,3 +164,38 @@ def test_too_little_text_to_hold_prompts_out_is_told_only_if_they_are_needed(
     with pytest.raises(ValueError, match=r"n_eval_batches=2 sets 8 prompts aside.*Lower"):
         _train(kind, tiny_model, small, {}, logger=EVALUATED)
     assert not logged
+
+
+@pytest.mark.parametrize(
+    "architecture", ["matryoshka_sae", "matryoshka_transcoder", "matryoshka_skip_transcoder"]
+)
+@pytest.mark.parametrize("bias", [0.0, 1.0])
+def test_what_is_evaluated_is_what_the_end_of_training_would_save(architecture: str, bias: float) -> None:
+    """With a gain and an offset that are folded after the scaling of the activations, which they follow."""
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "d_in": 8, "d_sae": 32, "k": 4, "matryoshka_widths": [8, 32],
+        "normalize_activations": "expected_average_only_in",
+    }  # fmt: skip
+    if architecture != "matryoshka_sae":
+        settings |= {"hook_name_out": "blocks.0.hook_mlp_out", "input_gain": "norm_weight"}
+    build, config = SAE_TRAINING_CLASS_REGISTRY[architecture]
+    sae: Any = build(config(**settings))
+    sae.topk_threshold.fill_(0.2)
+    if architecture != "matryoshka_sae":
+        sae.set_input_gain(torch.rand(8) + 0.5, bias * torch.randn(8))
+        sae.source_scale.fill_(1.3)
+        sae.target_scale.fill_(0.7)
+    if hasattr(sae, "W_skip"):
+        sae.W_skip.data.normal_()
+    seen = []
+    evaluator = CachedEvaluator(seen.append)  # type: ignore[arg-type]
+    before = {name: value.clone() for name, value in sae.state_dict().items()}
+    evaluator(sae, None, ActivationScaler(scaling_factor=0.25))
+    for name, value in sae.state_dict().items():
+        assert torch.equal(value, before[name])
+    sae.fold_activation_norm_scaling_factor(0.25)
+    x = torch.randn(16, 8)
+    saved = sm.inference_model(sae)
+    torch.testing.assert_close(seen[0](x), saved(x))
+    torch.testing.assert_close(seen[0].encode(x), saved.encode(x))

@@ -109,6 +109,38 @@ def test_the_card_says_what_frame_metrics_and_how_to_load(stock: Path, tmp_path:
     assert 'ReplacementModel.from_pretrained("tiny", "me/graphs")' in card
 
 
+def _card(folder: Path) -> str:
+    return (folder / "README.md").read_text()
+
+
+def test_the_card_of_a_trained_run_has_its_metrics(stock: Path, tmp_path: Path) -> None:
+    (stock / "layer_0" / "evaluation.json").rename(stock / "layer_0" / "metrics.json")
+    export_models(stock, "circuit-tracer", tmp_path / "out")
+    assert "| layer_0 | 24 | 0.500 | 3.0 | 25.0% | 75.0% | - |" in _card(tmp_path / "out")
+
+
+def test_the_card_does_not_depend_on_the_order_of_widths(stock: Path, tmp_path: Path) -> None:
+    export_models(stock, "saelens", tmp_path / "up", widths=[8, 24, 48])
+    export_models(stock, "saelens", tmp_path / "down", widths=[48, 24, 8])
+    up, down = (sorted(_card(tmp_path / name).splitlines()) for name in ("up", "down"))
+    assert up == down
+    assert "| layer_0 | 48 | 0.500 | 3.0 | 25.0% | 75.0% | - |" in up
+
+
+@pytest.mark.parametrize("widths", [[], [8], [8, 24]])
+def test_the_cards_line_loads_what_was_written(
+    widths: list[int], stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a single model that is not uploaded, which lies in the folder itself."""
+    export_models(stock / "layer_1", "saelens", tmp_path / "out", widths=widths)
+    (line,) = [line for line in _card(tmp_path / "out").splitlines() if line.startswith("sae = ")]
+    monkeypatch.chdir(tmp_path / "out")
+    loaded = {"SAE": SAE}
+    monkeypatch.setattr(SAE, "from_pretrained", lambda _repo, inside: SAE.load_from_disk(inside))
+    exec(line, loaded)
+    assert loaded["sae"].cfg.d_sae == max(widths, default=48)
+
+
 def test_a_changed_model_has_no_metrics_in_its_card(stock: Path, tmp_path: Path) -> None:
     export_models(
         stock,
@@ -145,6 +177,26 @@ def test_nothing_is_written_over(stock: Path, tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="not empty"):
         import_models(str(stock), "saelens", tmp_path / "out")
     assert (tmp_path / "out" / "config.yaml").read_text() == mine
+
+
+def test_an_empty_folder_is_taken_where_nothing_is_renamed_over_it(
+    stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows, by either name of renaming."""
+
+    def renaming(rename: Any) -> Any:
+        def only_where_nothing_is(path: Path, target: Path) -> Path:
+            if target.exists():
+                raise FileExistsError(target)
+            return rename(path, target)
+
+        return only_where_nothing_is
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(Path, name, renaming(getattr(Path, name)))
+    (tmp_path / "out").mkdir()
+    export_models(stock, "circuit-tracer", tmp_path / "out")
+    assert (tmp_path / "out" / "config.yaml").is_file()
 
 
 def test_what_is_no_model_is_said_so(tmp_path: Path) -> None:

@@ -542,7 +542,7 @@ def test_an_evaluation_of_anything_is_left_out_of_the_card(tmp_path: Path) -> No
     row = {"width": 48, "fvu": 10**400, "l0": "many", "kl": None, "dead_fraction": 0.25}
     (tmp_path / "model" / "evaluation.json").write_text(json.dumps({"prefixes": [row], "n_tokens": {"a": 1}}))
     export_models(tmp_path / "model", "saelens", tmp_path / "out")
-    assert "| 48 | - | - | 25.0% | - | - |" in (tmp_path / "out" / "README.md").read_text()
+    assert "## Metrics" not in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_width_given_twice_is_one_set(tmp_path: Path) -> None:

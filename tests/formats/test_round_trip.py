@@ -108,6 +108,75 @@ def test_a_module_is_named_only_by_metadata_that_mean_its_input_and_output() -> 
     assert hookpoint_of(random_coder("topk", **_MLP, **harm)) == "layers.0.mlp"
 
 
+_SMALL = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 11}
+_LLAMA = {**_SMALL, "num_key_value_heads": 1, "intermediate_size": 8, "head_dim": 4}
+_GPT2 = {"n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 11}
+_NEO = {**_SMALL, "num_layers": 1, "attention_types": [[["global"], 1]]}
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "config"),
+    [
+        ("gpt2-small", "gpt2", _GPT2),
+        ("stanford-crfm/alias-gpt2-small-x21", "gpt2", _GPT2),
+        (
+            "EleutherAI/gpt-neo-125M",
+            "gpt_neo",
+            _NEO,
+        ),
+        ("tiny-stories-33M", "gpt_neo", _NEO),
+        ("EleutherAI/gpt-j-6B", "gptj", {**_GPT2, "rotary_dim": 2}),
+        ("EleutherAI/pythia-70m-deduped", "gpt_neox", {**_SMALL, "intermediate_size": 8}),
+        ("pythia-160m-seed1", "gpt_neox", {**_SMALL, "intermediate_size": 8}),
+        ("meta-llama/Llama-3.2-1B", "llama", _LLAMA),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", "llama", _LLAMA),
+        ("llama-7b-hf", "llama", _LLAMA),
+        ("mistralai/Mistral-7B-v0.1", "mistral", _LLAMA),
+        ("Qwen/Qwen2.5-0.5B", "qwen2", _LLAMA),
+        ("Qwen/Qwen3-0.6B", "qwen3", _LLAMA),
+        ("gemma-2b", "gemma", _LLAMA),
+        ("google/gemma-2-2b", "gemma2", _LLAMA),
+        ("google/gemma-3-1b-pt", "gemma3_text", _LLAMA),
+        ("microsoft/phi-2", "phi", {**_SMALL, "intermediate_size": 8}),
+        ("allenai/OLMo-1B-hf", "olmo", _LLAMA),
+        ("allenai/OLMo-2-0425-1B", "olmo2", _LLAMA),
+        ("tiny", "gemma2", _LLAMA),
+    ],
+)
+def test_the_modules_sparsify_is_told_of_are_the_models(
+    name: str, model_type: str, config: dict[str, Any]
+) -> None:
+    from transformers import AutoConfig, AutoModel
+
+    from saelens_matryoshka.formats.sparsify import hookpoint_of
+
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.for_model(model_type, **config))
+    modules = {found for found, _ in model.base_model.named_modules()}
+    for hook in ("hook_resid_post", "mlp.hook_out", "attn.hook_out"):
+        coder = random_coder("topk", transcoder=False, hook_name=f"blocks.0.{hook}", model_name=name)
+        assert hookpoint_of(coder) in modules
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "facebook/opt-125m",
+        "google/gemma-3-4b-pt",
+        "meta-llama/Llama-3.2-11B-Vision",
+        "Qwen/Qwen2-VL-7B",
+        "mine",
+    ],
+)
+def test_modules_of_an_unknown_model_are_not_guessed(name: str) -> None:
+    from saelens_matryoshka.formats.sparsify import hookpoint_of
+
+    with pytest.raises(FormatError, match=f"what '{name}' calls its modules is not known"):
+        hookpoint_of(random_coder("topk", transcoder=False, model_name=name))
+    named = random_coder("topk", transcoder=False, model_name=name, hf_hook_name="decoder.layers.0.output")
+    assert hookpoint_of(named) == "decoder.layers.0"
+
+
 def test_thresholds_below_zero_are_those_of_a_relu(tmp_path: Path) -> None:
     """circuit-tracer's JumpReLU lets negative values above a negative threshold through, SAELens's not."""
     coder = random_coder()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 
 import pytest
@@ -118,6 +119,34 @@ def test_step_equals_reference_when_encoded_in_many_blocks(
 ) -> None:
     monkeypatch.setattr(encoder_module, "BLOCK_VALUES", block_values)
     _assert_same(_random_case(seed), SparseStep())
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_step_equals_reference_when_few_of_the_dead_are_chosen(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse_module, "_SPARSE_AUX", 1)
+    weights, x, y, objective, dead, last = _random_case(seed)
+    objective = dataclasses.replace(objective, aux_coefficient=0.7, aux_k=1 + seed % 2)
+    _assert_same((weights, x, y, objective, dead, last), SparseStep())
+
+
+@pytest.mark.parametrize("n_rows", [64, 8192])
+def test_bfloat16_weights_have_gradients_to_bfloat16_accuracy_whatever_the_batch(n_rows: int) -> None:
+    torch.manual_seed(0)
+    d, d_sae = 32, 128
+    made = (torch.randn(d, d_sae) / 6, torch.zeros(d_sae), torch.randn(d_sae, d) / 6, torch.zeros(d))
+    weights = NestedWeights(*(values.bfloat16() for values in made))
+    x = (torch.randn(n_rows, d) + 0.5).bfloat16()
+    objective = NestedObjective((32, d_sae), (1.0, 1.0), k=16, subtract_b_dec=True, l1_coefficient=0.1)
+    wide = NestedWeights(*(None if w is None else w.double() for w in weights))
+    _, exact = _run(reference_step, wide, x.double(), x.double(), objective, None)
+    _, dense = _run(reference_step, weights, x, x, objective, None)
+    _, found = _run(SparseStep(), weights, x, x, objective, None)
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        assert found[name].dtype == torch.bfloat16
+        ours, theirs = ((g[name].double() - exact[name]).norm() / exact[name].norm() for g in (found, dense))
+        assert ours < 1.2 * theirs + 0.002, name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

@@ -23,6 +23,14 @@ def run_in_processes(n: int, folder: Path, function: Callable[..., Any], *args: 
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(n)]
 
 
+def run_job(n: int, folder: Path, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """`function(*args)` in n processes that torchrun might have started; the results by rank."""
+    mp.start_processes(
+        _work_in_job, (n, _free_port(), str(folder), function, args), nprocs=n, start_method="fork"
+    )
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(n)]
+
+
 def group_of(n_rows: int, n_latents: int, d_sae: int) -> Processes:
     """This process's group, on a mesh of this shape."""
     mesh = init_device_mesh("cpu", (n_rows, n_latents), mesh_dim_names=("rows", "latents"))
@@ -37,6 +45,13 @@ def _work(rank: int, n: int, port: int, folder: str, function: Callable[..., Any
         torch.save(function(*args), Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
+
+
+def _work_in_job(rank: int, n: int, port: int, folder: str, function: Callable[..., Any], args: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n)}
+    torch.save(function(*args), Path(folder) / f"{rank}.pt")
 
 
 def _free_port() -> int:

@@ -11,10 +11,11 @@ from sae_lens import SAETrainer, TrainingSAE
 from safetensors.torch import load_file
 
 from saelens_matryoshka.adam import fuse_adam
-from saelens_matryoshka.parallel.dictionary import load_trainer_state, shard, whole
+from saelens_matryoshka.parallel import Job
+from saelens_matryoshka.parallel.dictionary import load_trainer_state, whole
 from saelens_matryoshka.parallel.trainer import parallelize, writing
 from saelens_matryoshka.runs.checkpoints import Checkpoints
-from tests.helpers import sparse_batches, trainer_for
+from tests.helpers import runner_config, sparse_batches, trainer_for
 from tests.parallel.processes import group_of, run_in_processes
 from tests.parallel.test_training import BATCH, D_SAE, N_STEPS, D, sae_of
 
@@ -27,10 +28,12 @@ def train_half(mesh: Mesh, folder: Path, resumed: Path | None) -> dict[str, Any]
     """The first half, or the second from a checkpoint, which is written at the end of the first."""
     sae = sae_of(CASE)
     group = group_of(*mesh, D_SAE)
-    if resumed is not None:
-        sae.load_weights_from_checkpoint(resumed)
     if group.shards > 1:
-        shard(sae, group, "cpu")
+        cfg = runner_config(sae.cfg, resume_from_checkpoint=None if resumed is None else str(resumed))
+        torch.manual_seed(0)
+        sae = Job(group).overrides(cfg)["override_sae"]
+    elif resumed is not None:
+        sae.load_weights_from_checkpoint(resumed)
     own = BATCH // group.size
     batches = [
         batch[group.rank * own : (group.rank + 1) * own] for batch in sparse_batches(N_STEPS, BATCH, 2 * D)
@@ -78,7 +81,19 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [((2, 1), (1, 2)), ((1, 2), (1, 1)), ((1, 1), (2, 1)), ((1, 3), (1, 2))], ids=str
+    ("before", "after"),
+    [
+        ((2, 1), (1, 2)),
+        ((1, 2), (1, 1)),
+        ((1, 1), (2, 1)),
+        ((1, 3), (1, 2)),
+        *(
+            pytest.param(*meshes, marks=pytest.mark.slow)
+            for other in ((1, 1), (1, 4), (4, 1))
+            for meshes in (((2, 2), other), (other, (2, 2)))
+        ),
+    ],
+    ids=str,
 )
 def test_a_checkpoint_is_continued_by_other_processes(
     before: Mesh, after: Mesh, alone: dict[str, Any], tmp_path: Path

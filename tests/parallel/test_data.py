@@ -8,13 +8,17 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from sae_lens import ActivationsStore
+from safetensors.torch import save_file
 from transformer_lens import HookedTransformer
 
 import saelens_matryoshka as sm
+from saelens_matryoshka.cache import CachedModel, open_cache
+from saelens_matryoshka.cache.store import cached_store
 from saelens_matryoshka.parallel.data import share_data
 from saelens_matryoshka.seams import token_sequences
-from tests.helpers import runner_config
+from saelens_matryoshka.store import ResumableStore
+from saelens_matryoshka.store_state import state_file
+from tests.helpers import runner_config, transcoder_config
 
 
 def numbered(n: int) -> datasets.Dataset:
@@ -24,16 +28,17 @@ def numbered(n: int) -> datasets.Dataset:
 
 def share_of(
     model: HookedTransformer, dataset: Any, rank: int, size: int, **overrides: Any
-) -> ActivationsStore:
+) -> ResumableStore:
     sae = sm.MatryoshkaTrainingSAEConfig(d_in=128, d_sae=64, k=4, matryoshka_widths=[64])
     settings = {"n_eval_batches": 1, "eval_batch_size_prompts": 3, "train_batch_size_tokens": 96}
     cfg = runner_config(sae, **settings | overrides)
-    store = ActivationsStore.from_config(model, cfg, dataset)
+    store = ResumableStore.from_config(model, cfg, dataset)
+    assert isinstance(store, ResumableStore)
     share_data(store, rank, size)
     return store
 
 
-def documents_of(store: ActivationsStore) -> list[int]:
+def documents_of(store: ResumableStore) -> list[int]:
     return [int(tokens[0]) for tokens in token_sequences(store)]
 
 
@@ -62,22 +67,46 @@ def test_a_process_gives_its_part_of_the_batch_and_starts_its_share_again(
 
 
 @pytest.mark.parametrize("size_after", [1, 2, 3])
-def test_any_number_of_processes_goes_on_where_others_have_stopped(
+def test_a_checkpoint_with_only_a_count_of_documents_is_continued_at_about_the_same_place(
     tiny_model: HookedTransformer, size_after: int, tmp_path: Path
 ) -> None:
-    store = share_of(tiny_model, numbered(103), 0, 2)
-    for _ in range(3):
-        next(store)
-    store.save_to_checkpoint(tmp_path)
-    n_begun = 2 * (store.n_dataset_processed + 1)
-    assert n_begun > 10
+    n_begun = 18  # by all processes together, whose number is not known
+    save_file({"n_dataset_processed": torch.tensor(n_begun - 1)}, state_file(tmp_path, 0))
     begin = []
     for rank in range(size_after):
-        other = share_of(tiny_model, numbered(103), rank, size_after)
-        other.load_from_checkpoint(tmp_path)
-        begin.append(int(next(other.iterable_sequences)[0]))
+        store = share_of(tiny_model, numbered(103), rank, size_after)
+        with pytest.warns(UserWarning, match="about the same place"):
+            store.load_from_checkpoint(tmp_path)
+        begin.append(int(next(store.iterable_sequences)[0]))
     # behind those, and the three held out
     assert sorted(begin) == list(range(3 + n_begun, 3 + n_begun + size_after))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("batch_size", [96, 256])  # fewer rows than a block for each process, and more
+def test_processes_divide_the_batches_of_a_cache(
+    size: int, batch_size: int, cache_folder: Path, tmp_path: Path
+) -> None:
+    def store() -> Any:
+        cache = {"use_cached_activations": True, "cached_activations_path": str(cache_folder)}
+        cfg = runner_config(transcoder_config(), train_batch_size_tokens=batch_size, **cache)
+        return cached_store(cfg, CachedModel(open_cache(cache_folder)))
+
+    whole, parts = store(), [store() for _ in range(size)]
+    for rank, part in enumerate(parts):
+        share_data(part, rank, size)
+    for _ in range(3):
+        assert torch.equal(torch.cat([next(part) for part in parts]), next(whole))
+    parts[0].save_to_checkpoint(tmp_path)
+    resumed = store()
+    resumed.load_from_checkpoint(tmp_path)
+    assert torch.equal(next(resumed), next(whole))
+
+
+def test_a_share_without_a_whole_sequence_is_refused(tiny_model: HookedTransformer) -> None:
+    texts = [" a long story" * 100 if i % 2 == 0 else " short" for i in range(12)]
+    with pytest.raises(ValueError, match="process 1 of 2 has too little text for one sequence"):
+        share_of(tiny_model, datasets.Dataset.from_dict({"text": texts}), 1, 2, n_eval_batches=0)
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(tiny_model: HookedTransformer) -> None:

@@ -16,6 +16,7 @@ from sae_lens import SAE
 from typer.testing import CliRunner
 
 from saelens_matryoshka.cli import app
+from saelens_matryoshka.parallel import Sharding, mesh_shape
 
 REPOSITORY = Path(__file__).parents[2]
 COMMAND = (
@@ -34,6 +35,8 @@ def start(n: int, folder: Path, *arguments: str) -> subprocess.Popen[str]:
         "PYTHONPATH": str(REPOSITORY),
         "PYTHONWARNINGS": "ignore",
         "COLUMNS": "120",
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
     }
     return subprocess.Popen(
         [sys.executable, "-m", *launch, "saelens_matryoshka", *arguments],
@@ -47,8 +50,10 @@ def start(n: int, folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_a_job_trains_and_the_first_process_writes(tmp_path: Path) -> None:
-    job = start(2, tmp_path, *TRAIN, "--training_tokens", "5120", "--shard", "dictionary")
-    said, _ = job.communicate(timeout=300)
+    shards = ["--shard", "dictionary", "--shards", "2"]
+    evaluated = ["--wandb", "--wandb_log_frequency", "2", "--eval_every_n_wandb_logs", "5"]
+    job = start(4, tmp_path, *TRAIN, "--training_tokens", "5120", *shards, *evaluated)
+    said, _ = job.communicate(timeout=500)
     assert job.returncode == 0, said
     run = tmp_path / "results" / "tiny" / "mlp-2" / "run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -58,11 +63,14 @@ def test_a_job_trains_and_the_first_process_writes(tmp_path: Path) -> None:
     assert lines[-1]["fvu"] < lines[0]["fvu"]
     assert SAE.load_from_disk(run).W_dec.shape == (256, 128)
     assert said.count("Saved in") == 1
+    (logged,) = run.glob("wandb/offline-run-*/*.wandb")
+    assert b"held_out/ce_recovered_w256" in logged.read_bytes()
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_job_which_any_number_of_processes_resumes(tmp_path: Path) -> None:
-    job = start(2, tmp_path, *TRAIN, "--training_tokens", "25600", "--checkpoint-minutes", "0.0001")
+def test_a_killed_shard_ends_the_job_which_any_number_of_processes_resumes(tmp_path: Path) -> None:
+    often = ["--checkpoint-minutes", "0.0001", "--shard", "dictionary"]
+    job = start(2, tmp_path, *TRAIN, "--training_tokens", "25600", *often)
     run = tmp_path / "results" / "tiny" / "mlp-2" / "run"
     try:
         until = time.monotonic() + 200
@@ -84,12 +92,40 @@ def test_a_killed_process_ends_the_job_which_any_number_of_processes_resumes(tmp
     assert "The last good checkpoint is" in said
     assert "--resume" in said
 
-    job = start(1, tmp_path, "train", "--resume", str(run.relative_to(tmp_path)))
+    again = ["--resume", str(run.relative_to(tmp_path)), "--shard", "dictionary"]
+    job = start(2, tmp_path, "train", *again)
     said, _ = job.communicate(timeout=300)
     assert job.returncode == 0, said
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 101))
     assert lines[-1]["tokens"] == 25600
+
+
+@pytest.mark.parametrize(
+    ("sharding", "shards", "shape"),
+    [
+        (None, None, (8, 1)),
+        ("dictionary", None, (1, 8)),
+        ("dictionary", 2, (4, 2)),
+        ("dictionary", 1, (8, 1)),
+    ],
+)
+def test_processes_are_copies_of_shards(
+    sharding: Sharding | None, shards: int | None, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "3")
+    assert mesh_shape(sharding, shards) == shape
+
+
+@pytest.mark.parametrize("shards", [-1, 0, 3, 16])
+def test_shards_that_do_not_divide_the_processes_are_refused(
+    shards: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(ValueError, match=rf"--shards {shards} does not divide the 8 .* one of 1, 2, 4, 8"):
+        mesh_shape("dictionary", shards)
 
 
 def test_sharding_one_process_is_refused(tmp_path: Path) -> None:

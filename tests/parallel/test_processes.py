@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from saelens_matryoshka.ops import ALONE
 from saelens_matryoshka.ops.selection import largest_of_rows
+from saelens_matryoshka.parallel import processes
 from saelens_matryoshka.parallel.processes import _kth_largest
 from tests.parallel.processes import group_of, run_in_processes
 
@@ -58,3 +60,31 @@ def test_the_largest_are_those_of_the_whole_ties_by_lower_index(
             columns = slice(rank % n_latents, 11, n_latents)
             assert torch.equal(found[case][0], expected[rows, columns])
             assert torch.equal(found[case][1], by_row[rows, columns])
+
+
+def asked_for(n: int) -> list[Any]:
+    group = group_of(n, 1, 11)
+    group.give = lambda: bytes([group.rank]) * 10
+    if group.rank > 0:
+        group.answer()
+        return [group.count(1, "all")]
+
+    def fail(piece: memoryview) -> None:
+        raise OSError(f"no space left for {len(piece)} bytes")
+
+    given, found = bytearray(), []
+    group.ask(1, given.extend)
+    try:
+        group.ask(2, fail)
+    except OSError as error:
+        found.append(str(error))
+    group.ask_no_more()  # the last one was not asked
+    return [bytes(given), *found, group.count(1, "all")]
+
+
+def test_the_first_process_asks_some_of_the_others_who_go_on_whatever_becomes_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_PIECE", 4)
+    found = run_in_processes(4, tmp_path, asked_for, 4)[0]
+    assert found == [b"\x01" * 10, "no space left for 4 bytes", 4]

@@ -33,7 +33,7 @@ def sae_of(case: dict[str, Any]) -> Any:
     }
     if kind == "sae":
         return sm.MatryoshkaTrainingSAE(sm.MatryoshkaTrainingSAEConfig(**settings))
-    settings |= {"d_out": D, "hook_name_out": "target"}
+    settings = {"hook_name_out": "target", **settings}
     if kind == "skip":
         return sm.MatryoshkaTrainingSkipTranscoder(sm.MatryoshkaTrainingSkipTranscoderConfig(**settings))
     return sm.MatryoshkaTrainingTranscoder(sm.MatryoshkaTrainingTranscoderConfig(**settings))
@@ -65,12 +65,13 @@ def train(case: dict[str, Any], mesh: tuple[int, int] | None) -> dict[str, Any]:
     if mesh is not None:
         parallelize(trainer, group)
     if case.get("normalize_activations") == "expected_average_only_in":
-        trainer.activation_scaler.scaling_factor = 0.7
+        trainer.activation_scaler.estimate_scaling_factor(D, trainer.data_provider, 2)
     outputs = []
-    for _ in batches:
-        outputs.append(trainer.step(next(trainer.data_provider)))
+    for batch in trainer.data_provider:
+        outputs.append(trainer.step(batch))
         trainer.n_training_steps += 1
     result = {
+        "scaling": torch.tensor(trainer.activation_scaler.scaling_factor or 1.0),
         "losses": torch.tensor([output.loss.item() for output in outputs]),
         "mse": torch.stack([output.losses["mse_loss"] for output in outputs]),
         "aux": torch.stack([output.losses["auxiliary_reconstruction_loss"] for output in outputs]),
@@ -127,9 +128,9 @@ def test_two_processes_train_as_one(mesh: tuple[int, int], alone: dict[str, Any]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [(4, 1), (1, 4)], ids=["data", "dictionary"])
+@pytest.mark.parametrize("mesh", [(4, 1), (1, 4), (2, 2)], ids=["data", "dictionary", "hybrid"])
 def test_four_processes_train_as_one(mesh: tuple[int, int], alone: dict[str, Any], tmp_path: Path) -> None:
-    results = run_in_processes(4, tmp_path, train_all, mesh, ["sae, token", "skip transcoder, ema"])
+    results = run_in_processes(4, tmp_path, train_all, mesh, list(CASES))
     _assert_all_as_alone(results, alone)
 
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saelens_matryoshka.report.accumulate import ExamplePool, Firings, Scales
+from saelens_matryoshka.report.accumulate import ExamplePool, Scales, order_within
+from saelens_matryoshka.report.firings import Firings
 
 D_SAE, SIZE, N_INTERVALS = 7, 3, 8
 
@@ -18,7 +19,7 @@ def test_a_pool_keeps_the_highest_of_all_batches() -> None:
     pool = ExamplePool(D_SAE, SIZE, 1, torch.device("cpu"))
     all_groups, all_ranks, n = [], [], 0
     for size in (1, 40, 0, 5, 300, 2):
-        groups, rank = torch.randint(0, D_SAE - 1, (size,)), torch.randn(size)
+        groups, rank = torch.randint(0, D_SAE - 1, (size,)), torch.rand(size)
         _offer(pool, groups, rank, torch.arange(n, n + size))
         all_groups.append(groups)
         all_ranks.append(rank)
@@ -51,9 +52,8 @@ def test_intervals_hold_the_firings_with_the_highest_keys_however_the_scale_grew
         doublings = scales.grow(largest)
         for step in range(int(doublings.max())):
             pool.join_pairs((doublings > step).nonzero().squeeze(1), N_INTERVALS)
-        firings = Firings(latents, ids, ids, values)
-        scales.add(firings)
-        taken, at, slots = pool.offer(latents * N_INTERVALS + scales.bin_of(firings, N_INTERVALS), keys)
+        bins = scales.add(Firings(latents, ids, values))
+        taken, at, slots = pool.offer(bins // (16 // N_INTERVALS), keys)
         pool.put(
             at,
             slots,
@@ -78,3 +78,11 @@ def test_intervals_hold_the_firings_with_the_highest_keys_however_the_scale_grew
             kept = pool.positions[group] >= 0
             assert sorted(pool.positions[group, kept].tolist()) == sorted(expected.tolist())
             assert torch.equal(pool.windows[group, kept, 0], values[pool.positions[group, kept]])
+
+
+def test_one_sort_orders_by_group_and_within_it_from_the_highest_rank() -> None:
+    groups = torch.randint(0, 1 << 20, (500,)) // 3 * 5
+    rank = torch.cat([torch.rand(240), 1e30 * torch.rand(240), torch.zeros(10), 1e-40 * torch.rand(10)])
+    found = order_within(groups, rank)
+    pairs = sorted(zip(groups.tolist(), (-rank).tolist(), strict=True))
+    assert list(zip(groups[found].tolist(), (-rank[found]).tolist(), strict=True)) == pairs

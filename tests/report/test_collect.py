@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens import JumpReLUSAE
+from sae_lens import SAE, JumpReLUSAE
 from transformer_lens import HookedTransformer
 
 import saelens_matryoshka as sm
-from saelens_matryoshka.report import Samples, collect
+from saelens_matryoshka.report import Samples, collector
 from tests.helpers import transcoder_config
 from tests.report.conftest import CONTEXT, D_SAE, collected, random_sae
 
@@ -96,7 +96,7 @@ def test_samples_do_not_depend_on_how_the_prompts_are_cut(
     prompts: torch.Tensor,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(collect, "_ACTIVATION_VALUES", 2 * CONTEXT * D_SAE)
+    monkeypatch.setattr(collector, "_ACTIVATION_VALUES", 2 * CONTEXT * D_SAE)
     again = collected(sae, tiny_model, prompts, batch_size_prompts=7)
     torch.testing.assert_close(again.top.values, samples.top.values)
     assert torch.equal(again.top.positions, samples.top.positions)
@@ -128,6 +128,20 @@ def test_a_transcoder_in_training_is_sampled_as_the_model_it_is_saved_as(
     assert found.fired.sum() > 0
     assert torch.equal(found.fired, saved.fired)
     assert all(torch.equal(training.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_a_model_whose_latents_compete_is_sampled_from_its_encode(
+    tiny_model: HookedTransformer, prompts: torch.Tensor
+) -> None:
+    sae = SAE.from_dict({"architecture": "topk", "d_in": 128, "d_sae": D_SAE, "k": 7, "dtype": "float32",
+                         "device": "cpu"})  # fmt: skip
+    sae.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
+    found = collected(sae, tiny_model, prompts, exclude_special_tokens=False)
+    _, cache = tiny_model.run_with_cache(prompts, names_filter=sae.cfg.metadata.hook_name)
+    acts = sae.encode(cache[sae.cfg.metadata.hook_name]).to_dense().detach()
+    assert torch.equal(found.fired, (acts > 0).flatten(0, 1).sum(dim=0))
+    strongest = acts.amax(dim=1).T.sort(dim=1, descending=True).values[:, :5]
+    torch.testing.assert_close(found.top.values, strongest)
 
 
 def test_samples_come_back_from_disk_as_they_were(samples: Samples, tmp_path: Path) -> None:

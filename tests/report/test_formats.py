@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import struct
+import threading
 import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ import torch
 from sae_lens import JumpReLUSAE
 from transformer_lens import HookedTransformer
 
-from saelens_matryoshka.report import Samples
+from saelens_matryoshka.report import Samples, feature_files
 from saelens_matryoshka.report.feature_files import read_feature, write_feature_files
 from saelens_matryoshka.report.logits import LogitEffects, logit_effects
 from saelens_matryoshka.report.neuronpedia import write_neuronpedia
@@ -176,3 +180,27 @@ def test_layers_are_added_to_one_index_and_never_replaced(
     (tmp_path / "index.json.gz").write_bytes(b"no gzip")
     with pytest.raises(ValueError, match="no index of feature files that can be read"):
         write_feature_files(samples, text, tmp_path, layer=7, transcoder_id="ours", logits=None)
+
+
+def test_layers_that_are_added_at_once_are_all_in_the_index(
+    samples: Samples, text: TokenText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both writers have read the index before either writes it, unless one waits for the other."""
+    read_index, both = feature_files._read_index, threading.Barrier(2)
+    reads: Counter[int] = Counter()
+
+    def slow(folder: Path) -> dict[str, Any]:
+        found = read_index(folder)
+        reads[threading.get_ident()] += 1
+        if reads[threading.get_ident()] > 1:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both.wait(timeout=0.5)
+        return found
+
+    def write(layer: int) -> None:
+        write_feature_files(samples, text, tmp_path, layer=layer, transcoder_id="ours", logits=None)
+
+    monkeypatch.setattr(feature_files, "_read_index", slow)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, (0, 1)))
+    assert sorted(read_index(tmp_path)) == ["0", "1"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from saelens_matryoshka.report.metrics_files import read_evaluation, read_log
+from saelens_matryoshka.report.metrics_files import read_log
 
 
 def _line(tokens: int, **values: object) -> str:
@@ -62,11 +62,3 @@ def test_no_log_and_an_empty_one_are_none(tmp_path: Path) -> None:
     assert read_log(tmp_path / "metrics.jsonl") is None
     (tmp_path / "metrics.jsonl").touch()
     assert read_log(tmp_path / "metrics.jsonl") is None
-
-
-@pytest.mark.parametrize("text", ["no json", "[]", '{"prefixes": []}', '{"prefixes": [{"width": 8}]}'])
-def test_what_is_no_evaluation_is_named(text: str, tmp_path: Path) -> None:
-    assert read_evaluation(tmp_path) is None
-    (tmp_path / "metrics.json").write_text(text)
-    with pytest.raises(ValueError, match=r"metrics\.json is no evaluation"):
-        read_evaluation(tmp_path)

@@ -87,7 +87,35 @@ def test_prefixes_have_a_row_each_when_asked_for(tmp_path: Path) -> None:
 
 def test_a_run_can_be_named_like_markup(tmp_path: Path) -> None:
     _run(tmp_path, "gpt2/mlp-8/[bold]x[", done=False)
+    _run(tmp_path, "gpt2/mlp-8/a\\[b]", done=False)
     assert "[bold]x[" in _shown(tmp_path)
+    assert "a\\[b]" in _shown(tmp_path)
+
+
+def test_a_lock_that_is_not_ours_to_open_is_not_taken_for_a_live_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _run(tmp_path, "gpt2/mlp-8/a", done=False)
+    (folder / ".lock").touch()
+
+    def denied(*_args: Any, **_kwargs: Any) -> None:
+        raise PermissionError(13, "denied")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", denied)
+    assert [run.status for run in find_runs(tmp_path)] == ["interrupted"]
+
+
+def test_a_run_whose_metrics_are_damaged_is_listed_as_such(tmp_path: Path) -> None:
+    log = _run(tmp_path, "gpt2/mlp-8/a-log", done=False) / "metrics.jsonl"
+    log.write_text("not json\n" + log.read_text())
+    (_run(tmp_path, "gpt2/mlp-8/b-evaluation") / "metrics.json").write_text("{")
+    assert [(run.name, run.status) for run in find_runs(tmp_path)] == [
+        ("a-log", "damaged"),
+        ("b-evaluation", "damaged"),
+    ]
+    shown = "".join(_shown(tmp_path).split())
+    assert "metrics.jsonl,line1:expectedaJSONobject" in shown
+    assert "metrics.jsonisnoevaluation" in shown
 
 
 def test_no_folder_is_said_so(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_tensors_without_data_count_what_the_real_model_takes(
 def test_the_buffer_is_followed_to_the_row(mix: float, buffer_size: int, llm_batch: int) -> None:
     width, train_batch, wanted = 64, 128, 3000
 
-    batches = itertools.cycle([0])
+    batches = itertools.count(1)
     source = ((torch.zeros(llm_batch, width), position) for position in batches)
     with PeakMemory() as memory:
         kept = []
@@ -141,9 +141,12 @@ def test_the_buffer_is_followed_to_the_row(mix: float, buffer_size: int, llm_bat
     rows = buffer_rows(
         buffer_size=buffer_size, llm_batch=llm_batch, train_batch=train_batch, mix=mix, wanted=3000
     )
-    most = max(rows.filling + llm_batch, rows.shuffling, rows.serving)
+    most = max(rows.filling + llm_batch, rows.shuffling, rows.serving + train_batch)
     foretold = 4 * width * (most + 2 * train_batch)
     assert foretold == pytest.approx(memory.peak, rel=0.05)
+    n_read = (next(batches) - 1) * llm_batch
+    assert rows.read == pytest.approx(n_read, abs=max(buffer_size, llm_batch))
+    assert rows.first_read == -(-buffer_size // llm_batch) * llm_batch
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -254,6 +257,14 @@ def test_the_time_is_measured_and_the_numbers_are_json(tiny_model: HookedTransfo
     assert numbers["time"]["seconds"] == pytest.approx(found.time.total)
     (cpu,) = numbers["devices"]
     assert cpu["peak_bytes"] == sum(cpu["parts"].values())
+
+
+def test_a_large_buffer_is_filled_before_the_first_step(tiny_model: HookedTransformer) -> None:  # noqa: ARG001
+    found = estimate(runner_config(transcoder_config(), n_batches_in_buffer=4096), available={"cpu": 1 << 40})
+    time = found.time
+    assert time is not None
+    assert time.filling > 0.9 * 1024 * time.language_model  # 4096 prompts, four a batch
+    assert time.total == pytest.approx(time.filling + time.step * time.n_steps, rel=0.1)
 
 
 def test_extrapolation_finds_the_time_of_the_whole_step(monkeypatch: pytest.MonkeyPatch) -> None:

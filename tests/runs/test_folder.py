@@ -101,3 +101,12 @@ def test_config_yaml_keeps_every_kind_of_value(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_run_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not the folder of a run"):
         RunFolder(tmp_path).read()
+
+
+def test_a_record_is_there_once(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_config(resolve([parse_yaml(TINY, "test")]), started_at="1", completed_at="2")
+    folder.add_record("completed_at", "3")
+    assert folder.config.read_text(encoding="utf-8").count("completed_at") == 1
+    assert folder.read()["completed_at"] == "3"
+    assert folder.read()["started_at"] == "1"

@@ -12,11 +12,20 @@ from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from safetensors.torch import load_file
 
 from saelens_matryoshka.runs import layers as layers_module
+from saelens_matryoshka.runs.catalogue import find_runs
 from saelens_matryoshka.runs.fields import Given
 from saelens_matryoshka.runs.folder import RunFolder
-from saelens_matryoshka.runs.keeper import Keeper, RunStopped
-from saelens_matryoshka.runs.layers import each_of, label_of, parse_layers, resolve_many, train_many
-from saelens_matryoshka.runs.metrics_log import read_metrics_log
+from saelens_matryoshka.runs.keeper import Keeper, RunStopped, Upkeep
+from saelens_matryoshka.runs.layers import (
+    each_of,
+    label_of,
+    parse_layers,
+    resolve_many,
+    resume_many,
+    train_many,
+)
+from saelens_matryoshka.runs.recorded import read_lines
+from saelens_matryoshka.runs.training import resume_run
 
 
 def _layer(**values: Any) -> dict[str, Given]:
@@ -102,7 +111,7 @@ def test_each_run_has_its_folder_with_settings_metrics_and_evaluation(tmp_path: 
         found = folder.read()
         assert found["completed_at"]
         assert found["layer"] == int(name[-1])
-        assert [line["step"] for line in read_metrics_log(folder.metrics_log)] == [1, 2, 4, 6]
+        assert [line["step"] for line in read_lines(folder.metrics_log)] == [1, 2, 4, 6]
         fvu = json.loads(folder.metrics.read_text())["prefixes"][-1]["fvu"]
         assert results[name].prefixes[-1].fvu == fvu
     assert train_many(_settings(), tmp_path / "p") == {}
@@ -128,8 +137,64 @@ def test_a_stopped_run_goes_on_with_the_same_call(tmp_path: Path, monkeypatch: p
             load_file(tmp_path / parent / name / SAE_WEIGHTS_FILENAME) for parent in ("p", "straight")
         )
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-        log = read_metrics_log(RunFolder(tmp_path / "p" / name).metrics_log)
+        log = read_lines(RunFolder(tmp_path / "p" / name).metrics_log)
         assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_runs_in_lockstep_are_resumed_together_as_they_were_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them is refused alone; `runs` says that they train; W&B goes on with its run."""
+    parent, statuses, wandb_ids = tmp_path / "p", [], []
+    monkeypatch.setattr("wandb.init", lambda **settings: wandb_ids.append(settings["id"]))
+    for name in ("log", "finish", "log_artifact"):
+        monkeypatch.setattr(f"wandb.{name}", lambda *_args, **_kwargs: None)
+
+    class Stopping(Keeper):
+        def __call__(self, trainer: Any, output: Any) -> None:
+            if trainer.n_training_steps == 4:
+                statuses.extend(run.status for run in find_runs(tmp_path))
+                self.stop.number = 15
+            super().__call__(trainer, output)
+
+    settings = {"log_to_wandb": True, "n_checkpoints": 5}
+    upkeep = Upkeep(keep=0, checkpoint_minutes=0, skip_bad_batches=2)
+    with monkeypatch.context() as patched:
+        patched.setattr(layers_module, "Keeper", Stopping)
+        with pytest.raises(RunStopped):
+            train_many(_settings(**settings), parent, log_every=3, upkeep=upkeep)
+    assert statuses == ["running", "running"]
+    assert [run.status for run in find_runs(tmp_path)] == ["interrupted", "interrupted"]
+    checkpoints = {path.name for path in (parent / "checkpoints").iterdir()}
+    assert len(checkpoints) == 3  # more than are kept by default
+
+    before = _files(parent)
+    with pytest.raises(ValueError, match=f"To go on: saelens-matryoshka train --resume {parent}$"):
+        resume_run(RunFolder(parent / "mlp-0"))
+    assert _files(parent) == before
+
+    assert list(resume_many(parent)) == ["mlp-0", "mlp-1"]
+    assert {path.name for path in (parent / "checkpoints").iterdir()} > checkpoints
+    log = read_lines(RunFolder(parent / "mlp-0").metrics_log)
+    assert [line["step"] for line in log] == [1, 3, 6]
+    assert len(wandb_ids) == 2
+    assert len(set(wandb_ids)) == 1
+    with pytest.raises(ValueError, match="holds finished runs"):
+        resume_many(parent)
+
+
+def test_a_run_of_its_own_is_not_gone_on_with_in_lockstep(tmp_path: Path) -> None:
+    settings = _settings("0")
+    folder = RunFolder(tmp_path / "p" / "mlp-0")
+    folder.path.mkdir(parents=True)
+    folder.write_config(settings["mlp-0"], started_at="2026-01-01T00:00:00+00:00")
+    with pytest.raises(ValueError, match="mlp-0 holds a run that is trained alone"):
+        train_many(settings, tmp_path / "p")
+    assert layers_module.runs_in(tmp_path / "p") == []
 
 
 def test_other_settings_in_a_folder_are_refused(tmp_path: Path) -> None:

@@ -68,6 +68,6 @@ def test_folder_that_cannot_be_written_into_is_told(tmp_path: Path, monkeypatch:
         def refused(*_: object) -> int:
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr("filelock._unix.os.open", refused)
+        monkeypatch.setattr("filelock.FileLock._acquire", refused)
     with pytest.raises(ValueError, match="read-only' cannot be locked.*Permission denied"), locked(folder):
         pass

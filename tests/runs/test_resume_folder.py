@@ -8,6 +8,8 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,12 @@ import pytest
 from typer.testing import CliRunner
 
 from saelens_matryoshka.cli import app
+from saelens_matryoshka.runs.fields import Given
 from saelens_matryoshka.runs.folder import RunFolder
 from saelens_matryoshka.runs.lock import locked
-from saelens_matryoshka.runs.metrics_log import read_metrics_log
-from saelens_matryoshka.runs.training import RunRunner
+from saelens_matryoshka.runs.recorded import read_lines
+from saelens_matryoshka.runs.settings import resolve
+from saelens_matryoshka.runs.training import RunRunner, resume_run
 
 FLAGS = [
     "--model_name",
@@ -53,7 +57,7 @@ def _cli(*words: str) -> Any:
 
 
 def _result(run: RunFolder) -> dict[str, Any]:
-    lines = read_metrics_log(run.metrics_log)
+    lines = read_lines(run.metrics_log)
     for line in lines:
         line.pop("seconds")
         line.pop("tokens_per_second")
@@ -98,6 +102,39 @@ def test_stopped_run_is_gone_on_with_from_its_folder(tmp_path: Path, monkeypatch
     assert _result(stopped) == _result(whole)
     assert stopped.read()["completed_at"]
     assert _result(whole)["log"][-1]["step"] == 10
+
+
+def test_a_damaged_log_is_refused_and_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder(tmp_path / "run")
+    with monkeypatch.context() as patched:
+        patched.setattr("saelens_matryoshka.runs.training.RunRunner", _Stopping)
+        assert _cli(*FLAGS, "--output_path", str(run.path)).exit_code == 143
+    lines = run.metrics_log.read_text().splitlines(keepends=True)
+    damaged = "".join([lines[0], "\x00" * 9 + "\n", *lines[2:]])
+    run.metrics_log.write_text(damaged)
+    found = _cli("--resume", str(run.path))
+    assert "metrics.jsonl, line 2: expected a JSON object" in str(found.exception)
+    assert run.metrics_log.read_text() == damaged
+
+
+def test_a_run_that_another_process_has_just_finished_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(tmp_path)
+    settings = {"model_name": "tiny", "mapping": "mlp", "layer": 2, "d_sae": 64, "k": 4}
+    run.write_config(resolve([{name: Given(value, "test") for name, value in settings.items()}]))
+    weights = run.path / "sae_weights.safetensors"
+    weights.write_bytes(b"of the other process")
+
+    @contextmanager
+    def locked_when_it_is_done(_: Path) -> Iterator[None]:
+        run.add_record("completed_at", "2026-01-01")
+        yield
+
+    monkeypatch.setattr("saelens_matryoshka.runs.training.locked", locked_when_it_is_done)
+    with pytest.raises(ValueError, match="holds a finished run"):
+        resume_run(run)
+    assert weights.read_bytes() == b"of the other process"
 
 
 def test_what_cannot_be_gone_on_with_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from sae_lens import SAE
 from safetensors.torch import load_file
 
 from saelens_matryoshka.runs.folder import RunFolder, run_folder
-from saelens_matryoshka.runs.metrics_log import read_metrics_log
+from saelens_matryoshka.runs.recorded import read_lines
 from saelens_matryoshka.runs.settings import Settings, parse_yaml, read_file, read_flags, resolve
 from saelens_matryoshka.runs.training import train_run
 
@@ -69,7 +69,7 @@ def test_config_yaml_has_the_settings_and_the_record(run: RunFolder) -> None:
 
 
 def test_metrics_are_logged_at_the_first_the_last_and_every_nth_step(run: RunFolder) -> None:
-    lines = read_metrics_log(run.metrics_log)
+    lines = read_lines(run.metrics_log)
     assert [line["step"] for line in lines] == [1, 4, 8, 10]
     assert [line["tokens"] for line in lines] == [128, 512, 1024, 1280]
     for line in lines:
@@ -103,13 +103,13 @@ def test_config_yaml_repeats_the_run_to_the_last_bit(run: RunFolder, tmp_path: P
     assert run.metrics.read_text() == again.metrics.read_text()
     timing = ("seconds", "tokens_per_second")
     logs = [
-        [{key: value for key, value in line.items() if key not in timing} for line in read_metrics_log(log)]
+        [{key: value for key, value in line.items() if key not in timing} for line in read_lines(log)]
         for log in (run.metrics_log, again.metrics_log)
     ]
     assert logs[0] == logs[1]
     other = RunFolder(tmp_path / "other")
     train_run(resolve([read_file(run.config), read_flags(["--seed", "1"])]), other, log_every=4)
-    assert read_metrics_log(other.metrics_log)[0]["loss"] != logs[0][0]["loss"]
+    assert read_lines(other.metrics_log)[0]["loss"] != logs[0][0]["loss"]
 
 
 def test_a_used_folder_is_refused_and_left_alone(run: RunFolder) -> None:

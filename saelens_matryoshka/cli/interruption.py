@@ -1,0 +1,40 @@
+"""Ctrl-C and SIGTERM in a command: it cleans up, says in a line what has become of its work, and ends."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM as an exception, so that what is half-written is removed before the process ends."""
+
+
+@contextmanager
+def interruptible(said: str) -> Iterator[None]:
+    """Around a command: an interruption is told in a line, and the exit code is 130 or 143.
+
+    Args:
+        said: What is kept and how to go on.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminate) if is_main else None
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        number = signal.SIGTERM if isinstance(interrupt, _Terminated) else signal.SIGINT
+        Console(stderr=True, highlight=False).print(f"\nInterrupted. {said}", markup=False, soft_wrap=True)
+        raise typer.Exit(128 + number) from None
+    finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: Any) -> None:  # noqa: ARG001
+    raise _Terminated

@@ -1,0 +1,150 @@
+"""Ctrl-C and SIGTERM in the commands that take long: the exit code, what is said, and what is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import saelens_matryoshka as sm
+import saelens_matryoshka.report.collect as collect
+from saelens_matryoshka.cli import main
+from saelens_matryoshka.formats import export
+from saelens_matryoshka.report import Samples
+from tests.cli.test_demo import COMMAND
+from tests.report.conftest import random_sae
+
+SAMPLES = ("--tokens", 1500, "--context", 5, "--top", 3)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A stock SAE of the embedded model in a folder."""
+    random_sae().save_model(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    def call_(*args: Any) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["saelens-matryoshka", *map(str, args)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        said = capsys.readouterr()
+        return int(stopped.value.code or 0), said.out + said.err
+
+    return call_
+
+
+def _files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+def _raising(number: int, function: Any, after: int = 0) -> Any:
+    """The function, in whose call number `after` a signal comes."""
+    calls = 0
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            signal.raise_signal(number)
+        return function(*args, **kwargs)
+
+    return interrupted
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_samples_and_report_go_on_where_they_were_stopped(
+    number: int, model: Path, call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call("samples", model, *SAMPLES, "--out", tmp_path / "whole")[0] == 0
+    before = _files(model)
+    with monkeypatch.context() as patched:
+        patched.setattr(collect, "hook_activations", _raising(number, collect.hook_activations, after=2))
+        for command, *args in (("samples", *SAMPLES), ("report", "--tokens", 1500)):
+            code, said = call(command, model, *args)
+            assert code == 128 + number
+            assert "tokens, as asked; they are kept in" in said
+            assert f"the same again: saelens-matryoshka {command} {model} --tokens 1500" in said
+            assert "Traceback" not in said
+            assert _files(model) - before == {"samples.unfinished"}
+    code, said = call("samples", model, *SAMPLES)
+    assert code == 0, said
+    assert "is of other settings" in said, "report has its own"
+    assert "n_top 20, not 3" in said
+    assert _files(model) - before == {"samples", "samples/samples.safetensors"}
+    found, whole = Samples.load(model / "samples"), Samples.load(tmp_path / "whole")
+    assert found.top_of(3) == whole.top_of(3)
+
+
+def test_the_same_call_after_an_interruption_gives_the_samples_of_one_without(
+    model: Path, call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call("samples", model, *SAMPLES, "--out", tmp_path / "whole")[0] == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            collect, "hook_activations", _raising(signal.SIGINT, collect.hook_activations, after=2)
+        )
+        assert call("samples", model, *SAMPLES)[0] == 130
+    code, said = call("samples", model, *SAMPLES)
+    assert code == 0
+    assert "Going on with" in said
+    found, whole = Samples.load(model / "samples"), Samples.load(tmp_path / "whole")
+    for latent in range(found.d_sae):
+        assert found.top_of(latent) == whole.top_of(latent)
+        assert found.intervals_of(latent) == whole.intervals_of(latent)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_evaluation_says_that_nothing_is_kept(
+    number: int, model: Path, call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler, before = signal.getsignal(signal.SIGTERM), _files(tmp_path)
+    for command in ("eval", "compare"):
+        name = "evaluate" if command == "eval" else "compare"
+        monkeypatch.setattr(sm, name, _raising(number, getattr(sm, name)))
+        code, said = call(command, model, "--tokens", 300, "--json", tmp_path / "numbers.json")
+        assert code == 128 + number
+        (line,) = [line for line in said.splitlines() if "Interrupted" in line]
+        assert "Nothing is kept of an evaluation that is not finished" in line
+        assert "Traceback" not in said
+        assert _files(tmp_path) == before
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_an_export_leaves_a_whole_folder_or_none(
+    model: Path, call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = _files(tmp_path)
+    monkeypatch.setattr(export, "write_card", _raising(signal.SIGTERM, export.write_card))
+    code, said = call("export", model, "--to", "saelens", "--out", tmp_path / "out")
+    assert code == 143
+    assert "whole or not at all" in said
+    assert _files(tmp_path) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["samples", "eval"])
+def test_a_real_signal_ends_the_process_with_its_code(command: str, model: Path) -> None:
+    before = _files(model)
+    args = [command, str(model), "--tokens", "5000000", *(["--ce-tokens", "0"] if command == "eval" else [])]
+    process = subprocess.Popen(
+        [*COMMAND, *args], env={**os.environ, "COLUMNS": "80"}, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        time.sleep(25)
+        assert process.poll() is None, "it was still to be at work"
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert _files(model) - before == ({"samples.unfinished"} if command == "samples" else set())

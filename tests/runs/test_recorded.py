@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from saelens_matryoshka.runs.recorded import read_evaluation, read_lines
+
+
+def test_only_a_last_line_may_be_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert read_lines(path) == []
+    good = json.dumps({"tokens": 9, "loss": 1.0}) + "\n"
+    path.write_text(good + "\n" + good + good[:-9])
+    assert read_lines(path) == 2 * [{"tokens": 9, "loss": 1.0}]
+    for bad in (
+        "[1, 2]",
+        good[:-9],
+        '{"tokens": "nine"}',
+        '{"loss": 1}',
+        "é".encode("latin-1").decode("latin-1"),
+    ):
+        path.write_text(good + bad + "\n" + good)
+        with pytest.raises(ValueError, match="line 2: expected a JSON object with its tokens"):
+            read_lines(path)
+
+
+@pytest.mark.parametrize("text", ["no json", "[]", '{"prefixes": []}', '{"prefixes": [{"width": 8}]}'])
+def test_what_is_no_evaluation_is_named(text: str, tmp_path: Path) -> None:
+    assert read_evaluation(tmp_path) is None
+    (tmp_path / "metrics.json").write_text(text)
+    with pytest.raises(ValueError, match=r"metrics\.json is no evaluation"):
+        read_evaluation(tmp_path)
+
+
+def test_what_is_no_finite_number_is_none(tmp_path: Path) -> None:
+    row = '{"width": 8, "fvu": NaN, "l0": -Infinity, "dead_fraction": 1e999, "kl": 0.5}'
+    (tmp_path / "evaluation.json").write_text(f'{{"prefixes": [{row}], "ce_clean": Infinity}}')
+    assert read_evaluation(tmp_path) == {
+        "prefixes": [{"width": 8, "fvu": None, "l0": None, "dead_fraction": None, "kl": 0.5}],
+        "ce_clean": None,
+    }
