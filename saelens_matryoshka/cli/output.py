@@ -71,8 +71,9 @@ def token_progress(console: Console) -> Iterator[Callable[[str, int, int], None]
 
         def update(what: str, done: int, total: int) -> None:
             if bar.tasks[0].description != what:
-                bar.reset(task, total=total, description=what)
-            bar.update(task, completed=done)
+                # what was done before, of work that goes on, does not count for the rate
+                bar.reset(task, total=total, completed=done, description=what)
+            bar.update(task, completed=min(done, total))
 
         yield update
 

@@ -22,7 +22,7 @@ from saelens_matryoshka.cli.inputs import (
     results_folder,
 )
 from saelens_matryoshka.cli.interruption import interruptible
-from saelens_matryoshka.cli.output import quieten, write_result
+from saelens_matryoshka.cli.output import Json, quieten, require_writable, token_progress, write_result
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -80,9 +80,7 @@ def samples(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
     device: Annotated[str | None, typer.Option(help="Default: cuda if there is one.")] = None,
-    json: Annotated[
-        Path | None, typer.Option("--json", help='Write a summary to this file; "-" prints it.')
-    ] = None,
+    json: Json = None,
 ) -> None:
     """Collect where every latent fires: its strongest examples, and random ones of every strength.
 
@@ -90,9 +88,12 @@ def samples(
     what is there, and only writes further formats. Called again after Ctrl-C, it goes on.
 
       saelens-matryoshka samples output/demo-tiny-layer-2 --tokens 200000
-      saelens-matryoshka samples output/transcoder --format json --format neuronpedia
-      saelens-matryoshka samples output/layer_8 --format circuit-tracer --features graphs/features
+      saelens-matryoshka samples output/transcoder --format json \\
+        --format neuronpedia
+      saelens-matryoshka samples output/layer_8 --format circuit-tracer \\
+        --features graphs/features
     """
+    require_writable(json)
     console = Console(stderr=True, highlight=False)
     quieten()
     device = pick_device(device)
@@ -174,14 +175,14 @@ def obtain_samples(
     if said := unfinished.found():
         console.print(said, markup=False, soft_wrap=True)
     started = time.monotonic()
-    with _told_how_to_go_on(console), _progress(console, settings["n_tokens"]) as progress:
+    with _told_how_to_go_on(console), token_progress(console) as progress:
         found = collect_samples(
             sae,
             language_model,
             text,
             **settings,
             batch_size_prompts=batch_size,
-            on_progress=progress,
+            on_progress=lambda done: progress("samples", done, settings["n_tokens"]),
             unfinished=unfinished,
         )
     seconds = round(unfinished.seconds + time.monotonic() - started, 1)
@@ -202,24 +203,6 @@ def _told_how_to_go_on(console: Console) -> Iterator[None]:
         again = shlex.join(["saelens-matryoshka", *sys.argv[1:]])
         console.print(f"{stopped}\nTo go on, the same again: {again}", markup=False, soft_wrap=True)
         raise typer.Exit(stopped.exit_code) from None
-
-
-@contextlib.contextmanager
-def _progress(console: Console, n_tokens: int) -> Iterator[Callable[[int], None]]:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("samples"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("samples", total=n_tokens, rate="")
-        first: tuple[float, int] | None = None
-
-        def update(done: int) -> None:
-            nonlocal first
-            first = first or (time.monotonic(), done)  # of a collection that goes on, not 0
-            rate = f"{(done - first[1]) / max(time.monotonic() - first[0], 1e-9):,.0f} tokens/s"
-            bar.update(task, completed=min(done, n_tokens), rate=rate)
-
-        yield update
 
 
 def _write_format(

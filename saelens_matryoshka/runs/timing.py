@@ -107,7 +107,7 @@ def measure_time(
         moving=_seconds_per_row_moved(cfg, rows),
         rows=rows,
         llm_batch_rows=cfg.store_batch_size_prompts * per_prompt,
-        n_steps=max(1, cfg.training_tokens // cfg.train_batch_size_tokens),
+        n_steps=-(-cfg.training_tokens // cfg.train_batch_size_tokens),
         tokens_per_step=cfg.train_batch_size_tokens,
         overlapping=bool(cfg.prefetch_llm_batches),
         scaled=step_scaled or forward_scaled,
