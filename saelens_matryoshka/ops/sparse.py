@@ -32,7 +32,7 @@ from saelens_matryoshka.widths import latent_levels
 # Values of [rows, levels, d_out] decoded at a time on a CPU, so that they stay in its cache.
 CPU_DECODE_VALUES = 1 << 20
 # The auxiliary loss is computed entry by entry where fewer than one in so many of the dead latents is chosen
-_SPARSE_AUX = 12
+SPARSE_AUX = 12
 
 
 class SparseStep:
@@ -434,7 +434,7 @@ def _aux_forward(
         if n_dead > budget:
             ranking = acts if norms is None else acts * norms[columns]
             chosen = largest_of_rows(ranking, budget, group)
-        is_sparse = chosen is not None and n_dead > _SPARSE_AUX * budget
+        is_sparse = chosen is not None and n_dead > SPARSE_AUX * budget
         if is_sparse:
             assert chosen is not None
             rows, places = chosen.nonzero(as_tuple=True)

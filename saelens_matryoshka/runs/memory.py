@@ -20,7 +20,7 @@ from torch._subclasses import FakeTensorMode
 from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig
 from saelens_matryoshka.architectures.calibration import CHUNK_VALUES, MAX_ROWS, ROWS_PER_BATCH
 from saelens_matryoshka.ops.encoder import BLOCK_VALUES
-from saelens_matryoshka.ops.sparse import CPU_DECODE_VALUES
+from saelens_matryoshka.ops.sparse import CPU_DECODE_VALUES, SPARSE_AUX
 from saelens_matryoshka.runs.buffer import BufferRows, buffer_rows
 from saelens_matryoshka.runs.language_models import ModelShape
 from saelens_matryoshka.runs.tracing import PeakMemory
@@ -252,6 +252,7 @@ def _step(cfg: LanguageModelSAERunnerConfig[Any], refilled: bool) -> list[Need]:
     decoded = batch * n_levels * d_out * size
     decoding = min(decoded, CPU_DECODE_VALUES * size) if on_cpu else 2 * decoded
     n_dead = int(DEAD_SHARE * sae.d_sae) if _may_have_dead(cfg) else 0
+    copies = 3 if n_dead > SPARSE_AUX * (sae.aux_k or max(d_out // 2, 1)) else 5
     reads = batch * (sae.d_in + d_out) * size
     return [
         Need("pre-activations", device, values * (pre_size + 1),
@@ -260,7 +261,7 @@ def _step(cfg: LanguageModelSAERunnerConfig[Any], refilled: bool) -> list[Need]:
         Need("outputs of the levels", device, decoded, afterwards if on_cpu else _STEP),
         Need("levels being decoded", device, decoding, (FORWARD,)),
         Need("batch and results", device, 2 * reads + int(sae.k * batch) * _ENTRY_BYTES, afterwards),
-        Need("dead latents", device, n_dead * (5 * batch + 2 * (sae.d_in + d_out)) * size, _STEP),
+        Need("dead latents", device, n_dead * (copies * batch + 2 * (sae.d_in + d_out)) * size, _STEP),
     ]  # fmt: skip
 
 

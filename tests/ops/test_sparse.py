@@ -125,7 +125,7 @@ def test_step_equals_reference_when_encoded_in_many_blocks(
 def test_step_equals_reference_when_few_of_the_dead_are_chosen(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sparse_module, "_SPARSE_AUX", 1)
+    monkeypatch.setattr(sparse_module, "SPARSE_AUX", 1)
     weights, x, y, objective, dead, last = _random_case(seed)
     objective = dataclasses.replace(objective, aux_coefficient=0.7, aux_k=1 + seed % 2)
     _assert_same((weights, x, y, objective, dead, last), SparseStep())

@@ -150,12 +150,14 @@ def test_the_buffer_is_followed_to_the_row(mix: float, buffer_size: int, llm_bat
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["sae", "transcoder", "dead"])
+@pytest.mark.parametrize("kind", ["sae", "transcoder", "dead", "dead, few chosen"])
 def test_the_step_takes_what_is_foretold(kind: str, dtype: str) -> None:
     d, d_sae, batch = 64, 4096, 1024
     sizes: dict[str, Any] = {
         "d_in": d, "d_sae": d_sae, "k": 8, "matryoshka_widths": [256, 1024, 4096], "dtype": dtype,
     }  # fmt: skip
+    if kind == "dead":
+        sizes["aux_k"] = 64
     config: Any = sm.MatryoshkaTrainingSAEConfig(**sizes)
     build: Any = sm.MatryoshkaTrainingSAE
     if kind == "transcoder":
@@ -165,12 +167,12 @@ def test_the_step_takes_what_is_foretold(kind: str, dtype: str) -> None:
     width = d if kind != "transcoder" else 2 * d
     batches = [torch.randn(batch, width) for _ in range(2)]
     trainer = trainer_for(sae, batches, dead_feature_window=1000)
-    if kind == "dead":
+    if kind.startswith("dead"):
         dead = torch.arange(d_sae) % 10 == 0
         trainer.n_forward_passes_since_fired[dead] = 2000
     with PeakMemory() as memory:
         trainer.step(batches[0])
-        if kind == "dead":
+        if kind.startswith("dead"):
             trainer.n_forward_passes_since_fired[dead] = 2000
         output = trainer.step(batches[1])
     assert output.loss.isfinite()
@@ -178,7 +180,7 @@ def test_the_step_takes_what_is_foretold(kind: str, dtype: str) -> None:
         config,
         train_batch_size_tokens=batch,
         training_tokens=100 * batch,
-        dead_feature_window=4 if kind == "dead" else 1000,
+        dead_feature_window=4 if kind.startswith("dead") else 1000,
         dtype=dtype,
     )
     trace = memory_module.ForwardTrace(weights=0, n_parameters=0, peak=0, widths=(d,))
