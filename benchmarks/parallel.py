@@ -80,8 +80,6 @@ def train(args: argparse.Namespace, shape: tuple[int, int] | None = None) -> dic
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     moved += _bytes_moved()
-    if size > 1 and shards == 1:
-        moved += sum(p.numel() * p.element_size() for p in sae.parameters())  # by DDP, in C++
     return {"seconds": statistics.median(seconds[WARM_UP:]), "moved": moved}
 
 
