@@ -303,7 +303,7 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
     def load_training_state(self, checkpoint_path: Path | str) -> None:
         """Load what `save_model` saved beside the weights."""
         path = Path(checkpoint_path) / TRAINING_STATE_FILENAME
-        if not path.exists():  # a checkpoint of an earlier version
+        if not path.exists():  # a checkpoint of SAELens's own class
             return
         with safe_open(path, framework="pt", device=str(self.device)) as file:
             state = json.loads(file.metadata()["state"])

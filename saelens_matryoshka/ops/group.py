@@ -39,10 +39,6 @@ class Group:
         """The sum of a number over blocks."""
         return n
 
-    def gather_rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        """All rows `[B, ...]` of the whole batch, of this block's `[B / row_blocks, ...]`."""
-        return tensor
-
     def gather_latents(self, values: torch.Tensor) -> torch.Tensor:
         """Values `[d_sae]` of all latents of the whole dictionary, of this block's `[m]`."""
         return values

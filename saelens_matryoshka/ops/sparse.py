@@ -221,7 +221,9 @@ class _NestedLoss(torch.autograd.Function):
             W_dec_grad += rate.to(W_dec.dtype)[:, None] * W_dec
         with torch.autocast(x.device.type, enabled=ctx.autocast):
             for part in aux.parts:
-                part.add_gradients(W_enc_grad, b_enc_grad, W_dec_grad, encoder_in, W_dec, grad_loss)
+                updates = part.gradients(encoder_in, W_dec, grad_loss)
+                for grad, update in zip((W_enc_grad, b_enc_grad, W_dec_grad), updates, strict=True):
+                    grad.index_add_(0, part.columns, update.to(grad.dtype))
             W_skip_grad = None
             if W_skip is not None:
                 W_skip_grad = (base_grad.T @ x.to(base_grad.dtype)).to(W_skip.dtype)
@@ -347,25 +349,20 @@ class _DenseAux(NamedTuple):
     error_grad: torch.Tensor
     """`[B, d_out]`, gradient of the loss by the dead latents' prediction"""
 
-    def add_gradients(
-        self,
-        W_enc_grad: torch.Tensor,
-        b_enc_grad: torch.Tensor,
-        W_dec_grad: torch.Tensor,
-        encoder_in: torch.Tensor,
-        W_dec: torch.Tensor,
-        grad_loss: torch.Tensor,
-    ) -> None:
+    def gradients(
+        self, encoder_in: torch.Tensor, W_dec: torch.Tensor, grad_loss: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of the dead latents' W_enc (by latent), b_enc and W_dec."""
         error_grad = self.error_grad * grad_loss
         act_grads = error_grad @ W_dec[self.columns].T
         if self.chosen is not None:
             act_grads = act_grads * self.chosen
-        for grad, update in (
-            (W_dec_grad, self.acts.T @ error_grad),
-            (W_enc_grad, act_grads.T @ encoder_in.to(act_grads.dtype)),
-            (b_enc_grad, act_grads.sum(dim=0, dtype=b_enc_grad.dtype)),
-        ):
-            grad.index_add_(0, self.columns, update.to(grad.dtype))
+        wide = torch.promote_types(act_grads.dtype, torch.float32)
+        return (
+            act_grads.T @ encoder_in.to(act_grads.dtype),
+            act_grads.sum(dim=0, dtype=wide),
+            self.acts.T @ error_grad,
+        )
 
 
 class _SparseAux(NamedTuple):
@@ -382,24 +379,18 @@ class _SparseAux(NamedTuple):
     error_grad: torch.Tensor
     """`[B, d_out]`, as above"""
 
-    def add_gradients(
-        self,
-        W_enc_grad: torch.Tensor,
-        b_enc_grad: torch.Tensor,
-        W_dec_grad: torch.Tensor,
-        encoder_in: torch.Tensor,
-        W_dec: torch.Tensor,
-        grad_loss: torch.Tensor,
-    ) -> None:
+    def gradients(
+        self, encoder_in: torch.Tensor, W_dec: torch.Tensor, grad_loss: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of the dead latents' W_enc (by latent), b_enc and W_dec."""
         entries = _EntriesByLatent.of(self.places, len(self.columns))
         rows, acts = self.rows[entries.order], self.acts[entries.order] * grad_loss
         act_grads = entries.dot(rows, self.error_grad, W_dec[self.columns]) * grad_loss
-        for grad, update in (
-            (W_dec_grad, entries.sum(rows, self.error_grad, acts)),
-            (W_enc_grad, entries.sum(rows, encoder_in, act_grads.to(encoder_in.dtype))),
-            (b_enc_grad, entries.total(act_grads)),
-        ):
-            grad.index_add_(0, self.columns, update.to(grad.dtype))
+        return (
+            entries.sum(rows, encoder_in, act_grads.to(encoder_in.dtype)),
+            entries.total(act_grads),
+            entries.sum(rows, self.error_grad, acts),
+        )
 
 
 class _Aux(NamedTuple):

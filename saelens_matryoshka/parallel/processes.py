@@ -84,10 +84,6 @@ class Processes(Group):
         return int(self.sum(torch.tensor(n, device=self.device), over))
 
     @override
-    def gather_rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        return torch.cat(self.gather(tensor, "rows"))
-
-    @override
     def gather_latents(self, values: torch.Tensor) -> torch.Tensor:
         if self.shards == 1:
             return values
