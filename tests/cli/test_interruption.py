@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ import saelens_matryoshka.report.collect as collect
 from saelens_matryoshka.cli import main
 from saelens_matryoshka.formats import export
 from saelens_matryoshka.report import Samples
-from tests.cli.test_demo import COMMAND
 from tests.report.conftest import random_sae
 
 SAMPLES = ("--tokens", 1500, "--context", 5, "--top", 3)
@@ -139,21 +136,52 @@ def test_an_export_leaves_a_whole_folder_or_none(
     assert _files(tmp_path) == before
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", ["samples", "eval"])
-def test_a_real_signal_ends_the_process_with_its_code(command: str, model: Path) -> None:
+AT_WORK = """
+import time
+from importlib import import_module
+from saelens_matryoshka.cli import main
+
+module = import_module({module!r})
+function = module.hook_activations
+
+
+def slow(*args, **kwargs):
+    print("at work", flush=True)
+    time.sleep(5)
+    return function(*args, **kwargs)
+
+
+module.hook_activations = slow
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "says", "leaves"),
+    [
+        ("samples", "saelens_matryoshka.report.collect", "Stopped after", {"samples.unfinished"}),
+        ("eval", "saelens_matryoshka.evaluation.evaluator", "Interrupted. ", set()),
+    ],
+)
+def test_a_signal_from_outside_ends_the_process_with_its_code(
+    command: str, module: str, says: str, leaves: set[str], model: Path
+) -> None:
     before = _files(model)
-    args = [command, str(model), "--tokens", "5000000", *(["--ce-tokens", "0"] if command == "eval" else [])]
     process = subprocess.Popen(
-        [*COMMAND, *args], env={**os.environ, "COLUMNS": "80"}, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", AT_WORK.format(module=module), command, str(model), "--tokens", "1500"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
-        time.sleep(25)
-        assert process.poll() is None, "it was still to be at work"
+        assert process.stdout is not None
+        while (line := process.stdout.readline()) != "at work\n":
+            assert line, f"it ended before it was at work: {process.communicate()[1]}"
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=60)[1]
     finally:
         process.kill()
     assert process.returncode == 130, said
+    assert says in said
     assert "Traceback" not in said
-    assert _files(model) - before == ({"samples.unfinished"} if command == "samples" else set())
+    assert _files(model) - before == leaves
