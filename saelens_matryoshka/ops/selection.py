@@ -10,7 +10,8 @@ searches its block, and the choice is made among the candidates of all (see `Gro
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ _MARGIN = 0.9
 # Rows from which the first cutoff is estimated, and how many more than k of their scores it lets through.
 _SAMPLE_ROWS = 64
 _SAMPLE_SLACK = 1.5
+# Values that one thread of a CPU compares at a time
+_SCAN_VALUES = 1 << 20
 
 
 class Selection(NamedTuple):
@@ -51,7 +54,7 @@ def select_batch(
     """The int(k·B) largest scores of the batch, if positive: of all blocks of it that a group holds.
 
     Args:
-        encoder: Gives the pre-activations `[B, d_sae]`.
+        encoder: Of the batch, `[B, d_sae]`.
         norms: Decoder norms `[d_sae]` the scores are multiplied by, or None.
         k: Entries per row on average.
         last_threshold: Scalar, the batch threshold of the step before, or None.
@@ -82,7 +85,8 @@ def select_batch(
 def select_token(encoder: Encoder, norms: torch.Tensor | None, k: int, *, group: Group = ALONE) -> Selection:
     """The k largest scores of each row, if positive. Arguments as in `select_batch`."""
     found: list[tuple[torch.Tensor, ...]] = []
-    for start, hidden_pre in encoder.blocks():
+    for start, product in encoder.blocks():
+        hidden_pre = product + encoder.b_enc
         scores = (hidden_pre if norms is None else hidden_pre * norms).relu()
         keep = largest_of_rows(scores, k, group, positive=True)
         rows, columns = keep.nonzero(as_tuple=True)
@@ -136,33 +140,50 @@ def _candidates(
     encoder: Encoder, norms: torch.Tensor | None, cutoff: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Flat index, pre-activation and score of the positive scores above the cutoff, row-major."""
-    # The comparison is made in the units of the pre-activations, so that the scores need not be stored, and
-    # low enough that rounding to their dtype dismisses none; what it lets through too much goes below.
+    # The product is compared with what would make the score the cutoff, so that the scores need not be
+    # stored, and low enough that rounding dismisses none; what it lets through too much goes below.
     bound = cutoff if norms is None else cutoff / norms.clamp(min=torch.finfo(norms.dtype).tiny)
-    found, found_pre = [], []
-    for start, hidden_pre in encoder.blocks():
-        dtype = hidden_pre.dtype
-        above = torch.gt(
-            hidden_pre,
-            (bound * (1 - 4 * torch.finfo(dtype).eps)).clamp(max=torch.finfo(dtype).max).to(dtype),
-            out=encoder.scratch("above", hidden_pre.device, tuple(hidden_pre.shape), torch.bool),
-        )
-        index = _nonzero(above)
+    bound = bound.clamp(max=torch.finfo(bound.dtype).max / 8)
+    lowest = bound - encoder.b_enc
+    rounding = 4 * torch.finfo(lowest.dtype).eps * (bound.abs() + encoder.b_enc.abs())
+    found, found_products = [], []
+    for start, product in encoder.blocks():
+        slack = rounding + 4 * torch.finfo(product.dtype).eps * lowest.abs()
+        index, products = _above(product, (lowest - slack).to(product.dtype))
         found.append(index + start * encoder.d_sae)
-        found_pre.append(hidden_pre.view(-1)[index])
-    index, pre = torch.cat(found), torch.cat(found_pre)
-    scores = pre if norms is None else pre * norms[index % encoder.d_sae]
-    above = _nonzero(scores > cutoff)
+        found_products.append(products)
+    index = torch.cat(found)
+    columns = index % encoder.d_sae
+    pre = torch.cat(found_products) + encoder.b_enc[columns]
+    scores = pre if norms is None else pre * norms[columns]
+    above = (scores > cutoff).nonzero().squeeze(1)
     return index[above], pre[above], scores[above]
 
 
-def _nonzero(mask: torch.Tensor) -> torch.Tensor:
-    """Flat indices of the true entries of a contiguous mask."""
-    if mask.device.type == "cpu":
-        # numpy skips the false ones faster than torch does
-        flat: Any = mask.view(-1).numpy()
-        return torch.from_numpy(np.flatnonzero(flat))
-    return mask.view(-1).nonzero().squeeze(1)
+def _above(values: torch.Tensor, bounds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flat indices, increasing, of the values `[rows, m]` above the bounds `[m]`, and these values."""
+    if values.device.type != "cpu" or values.dtype not in (torch.float32, torch.float64):
+        index = (values > bounds).view(-1).nonzero().squeeze(1)
+        return index, values.view(-1)[index]
+    # numpy compares, and skips what is false, faster than torch does, and faster yet where the values and the
+    # mask of a few rows stay in the cache; meanwhile it lets go of the interpreter.
+    table, limits = values.numpy(), bounds.numpy()
+    n_rows, width = table.shape
+    chunk = max(1, _SCAN_VALUES // width)
+
+    def scan(start: int) -> tuple[np.ndarray, np.ndarray]:
+        rows = table[start : start + chunk]
+        index = np.flatnonzero(rows > limits)
+        return index + start * width, rows.reshape(-1)[index]
+
+    starts, n_threads = range(0, n_rows, chunk), torch.get_num_threads()
+    if n_threads == 1 or len(starts) == 1:
+        found = [scan(start) for start in starts]
+    else:
+        with ThreadPoolExecutor(n_threads) as threads:
+            found = list(threads.map(scan, starts))
+    index, kept = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return torch.from_numpy(index), torch.from_numpy(kept)
 
 
 def _sampled_cutoff(encoder: Encoder, norms: torch.Tensor | None, k: float, group: Group) -> torch.Tensor:
