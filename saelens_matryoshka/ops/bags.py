@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import warnings
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -54,15 +53,3 @@ def _product_dtypes() -> tuple[torch.dtype, ...]:
         except RuntimeError:
             return ()
     return (torch.float32, torch.float64)
-
-
-def stable_order(values: torch.Tensor, bound: int) -> torch.Tensor:
-    """Where the values `[n]`, integers in [0, bound), are in increasing order, equal ones by index: `[n]`."""
-    if values.device.type != "cpu":
-        return torch.sort(values, stable=True).indices
-    # numpy sorts 16 bits by radix, several times faster than anything compares; digits from the lowest up
-    digits = values.numpy()
-    order = np.argsort(digits.astype(np.uint16), kind="stable")
-    for shift in range(16, max(bound - 1, 0).bit_length(), 16):
-        order = order[np.argsort((digits[order] >> shift).astype(np.uint16), kind="stable")]
-    return torch.from_numpy(order)

@@ -54,6 +54,8 @@ class Encoder:
 
     def dead_pre(self) -> torch.Tensor | None:
         """Pre-activations of the dead latents `[B, n_dead]`, after a pass over the blocks."""
+        if len(self._dead_pre) == 1:  # which cat would copy
+            return self._dead_pre[0]
         return torch.cat(self._dead_pre) if self._dead_pre else None
 
     def sample(self, n: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ import torch
 
 from saelens_matryoshka.ops.encoder import Encoder
 from saelens_matryoshka.ops.group import ALONE, Group
+from saelens_matryoshka.ops.order import kth_largest
 
 # How far below the last batch's threshold the candidates begin.
 _MARGIN = 0.9
@@ -194,4 +195,4 @@ def _sampled_cutoff(encoder: Encoder, norms: torch.Tensor | None, k: float, grou
     sample = encoder.sample(_SAMPLE_ROWS)
     scores = (sample if norms is None else sample * norms).relu().flatten()
     n = min(max(1, int(_SAMPLE_SLACK * k * len(sample))), scores.numel())
-    return group.min(scores.topk(n, sorted=False).values.min(), "all")
+    return group.min(kth_largest(scores, n).squeeze(), "all")

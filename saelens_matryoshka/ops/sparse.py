@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from saelens_matryoshka.ops.bags import bag_sums, stable_order
+from saelens_matryoshka.ops.bags import bag_sums
 from saelens_matryoshka.ops.encoder import Encoder
 from saelens_matryoshka.ops.group import ALONE, Group
+from saelens_matryoshka.ops.order import stable_order
 from saelens_matryoshka.ops.selection import Selection, largest_of_rows, select_batch, select_token
 from saelens_matryoshka.ops.step import NestedObjective, NestedStep, NestedWeights
 from saelens_matryoshka.widths import latent_levels
