@@ -10,23 +10,20 @@ searches its block, and the choice is made among the candidates of all (see `Gro
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from saelens_matryoshka.ops.encoder import Encoder
 from saelens_matryoshka.ops.group import ALONE, Group
 from saelens_matryoshka.ops.order import kth_largest
+from saelens_matryoshka.ops.scan import entries_above
 
 # How far below the last batch's threshold the candidates begin.
 _MARGIN = 0.9
 # Rows from which the first cutoff is estimated, and how many more than k of their scores it lets through.
 _SAMPLE_ROWS = 64
 _SAMPLE_SLACK = 1.5
-# Values that one thread of a CPU compares at a time
-_SCAN_VALUES = 1 << 20
 
 
 class Selection(NamedTuple):
@@ -150,7 +147,7 @@ def _candidates(
     found, found_products = [], []
     for start, product in encoder.blocks():
         slack = rounding + 4 * torch.finfo(product.dtype).eps * lowest.abs()
-        index, products = _above(product, (lowest - slack).to(product.dtype))
+        index, products = entries_above(product, (lowest - slack).to(product.dtype))
         found.append(index + start * encoder.d_sae)
         found_products.append(products)
     index = torch.cat(found)
@@ -159,32 +156,6 @@ def _candidates(
     scores = pre if norms is None else pre * norms[columns]
     above = (scores > cutoff).nonzero().squeeze(1)
     return index[above], pre[above], scores[above]
-
-
-def _above(values: torch.Tensor, bounds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flat indices, increasing, of the values `[rows, m]` above the bounds `[m]`, and these values."""
-    if values.device.type != "cpu" or values.dtype not in (torch.float32, torch.float64):
-        index = (values > bounds).view(-1).nonzero().squeeze(1)
-        return index, values.view(-1)[index]
-    # numpy compares, and skips what is false, faster than torch does, and faster yet where the values and the
-    # mask of a few rows stay in the cache; meanwhile it lets go of the interpreter.
-    table, limits = values.numpy(), bounds.numpy()
-    n_rows, width = table.shape
-    chunk = max(1, _SCAN_VALUES // width)
-
-    def scan(start: int) -> tuple[np.ndarray, np.ndarray]:
-        rows = table[start : start + chunk]
-        index = np.flatnonzero(rows > limits)
-        return index + start * width, rows.reshape(-1)[index]
-
-    starts, n_threads = range(0, n_rows, chunk), torch.get_num_threads()
-    if n_threads == 1 or len(starts) == 1:
-        found = [scan(start) for start in starts]
-    else:
-        with ThreadPoolExecutor(n_threads) as threads:
-            found = list(threads.map(scan, starts))
-    index, kept = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return torch.from_numpy(index), torch.from_numpy(kept)
 
 
 def _sampled_cutoff(encoder: Encoder, norms: torch.Tensor | None, k: float, group: Group) -> torch.Tensor:
