@@ -86,11 +86,6 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
         self._prepared = True
 
     @override
-    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
-        super().process_state_dict_for_saving(state_dict)
-        state_dict["W_enc"] = state_dict["W_enc"].contiguous()  # safetensors takes no other layout
-
-    @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         source, target = self.split_batch(step_input.sae_in)
         n_steps = step_input.n_training_steps
@@ -317,8 +312,19 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
 
     @override
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The tensors by name, as safetensors takes them, with the threshold calibrated.
+
+        W_enc is a copy in row-major layout, unlike the parameter; with `keep_vars=True` it is the parameter.
+        To change the weights, use the parameters or `load_state_dict`.
+        """
         self.calibrate_threshold()
         return super().state_dict(*args, **kwargs)
+
+    @override
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            destination[f"{prefix}W_enc"] = destination[f"{prefix}W_enc"].contiguous()
 
     @override
     @torch.no_grad()
@@ -343,7 +349,6 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
 
         Decoder rows get norm 1 and the threshold one entry per latent, whatever the selection was by.
         """
-        self.process_state_dict_for_saving(state_dict)
         dtype = state_dict["b_enc"].dtype
         wide = torch.promote_types(dtype, torch.float32)
         norms = state_dict["W_dec"].to(wide).norm(dim=-1).clamp(min=1e-8)
