@@ -30,6 +30,7 @@ from saelens_matryoshka.architectures.finite import FiniteGuard, describe_rows
 from saelens_matryoshka.ops import ALONE, Group, NestedStep, NestedStepFn, NestedWeights, SparseStep
 
 TRAINING_STATE_FILENAME = "training_state.safetensors"
+_BYTES = ".bytes"
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -81,9 +82,23 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
         super().process_state_dict_for_loading(state_dict)
         state_dict["W_enc"] = _by_latent(state_dict["W_enc"])
         for name, buffer in self.named_buffers():
-            if name in state_dict:  # SAELens's loader casts everything to the weights' dtype
+            if (saved := state_dict.pop(f"{name}{_BYTES}", None)) is not None:
+                exact = saved.to(torch.uint8, copy=True).view(buffer.dtype)
+                state_dict[name] = exact.reshape(buffer.shape)
+            elif name in state_dict:  # saved as the state dict alone
                 state_dict[name] = state_dict[name].to(buffer.dtype)
         self._prepared = True
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        """Add the bytes of threshold, scales and gain, which loading takes.
+
+        SAELens's loader casts all it reads to the weights' dtype, and every dtype has the whole numbers up
+        to 255.
+        """
+        super().process_state_dict_for_saving(state_dict)
+        for name, _ in self.named_buffers():
+            state_dict[f"{name}{_BYTES}"] = state_dict[name].reshape(-1).view(torch.uint8).clone()
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:

@@ -178,6 +178,8 @@ def test_threshold_stays_in_double_precision_whatever_the_weights_are(tmp_path: 
     resumed = _ours(dtype="bfloat16")
     resumed.load_weights_from_checkpoint(tmp_path)
     assert resumed.topk_threshold.item() == 1.00001
+    for dtype in ("float16", "bfloat16", "float32"):
+        assert TrainingSAE.load_from_disk(tmp_path, dtype=dtype).topk_threshold.item() == 1.00001
 
 
 def test_bfloat16_weights_train() -> None:
