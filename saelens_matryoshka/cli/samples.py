@@ -155,8 +155,9 @@ def obtain_samples(
     """
     import torch
 
+    from saelens_matryoshka.atomic import whole_folder
     from saelens_matryoshka.report.collect import collect_samples
-    from saelens_matryoshka.report.store import fingerprint, stored_samples, whole_folder
+    from saelens_matryoshka.report.store import fingerprint, stored_samples
     from saelens_matryoshka.report.unfinished import Unfinished
 
     text, described = load()
@@ -215,15 +216,18 @@ def _write_format(
     features: Path | None,
     overwrite: bool,
 ) -> Path:
+    from saelens_matryoshka.atomic import whole_folder
     from saelens_matryoshka.report.feature_files import require_new_layer, write_feature_files
     from saelens_matryoshka.report.logits import logit_effects
     from saelens_matryoshka.report.neuronpedia import write_neuronpedia
     from saelens_matryoshka.report.seed_files import write_seed_files
-    from saelens_matryoshka.report.store import whole_folder
     from saelens_matryoshka.report.text import TokenText
 
-    text = TokenText(getattr(language_model, "tokenizer", None))
     target, name = folder / chosen.value, Path(path.replace(":", "/")).name
+    goes_to_features = chosen is Format.circuit_tracer and features is not None
+    if target.exists() and not overwrite and not goes_to_features:
+        raise ValueError(f"{target} is there already: give --overwrite to replace it.")
+    text = TokenText(getattr(language_model, "tokenizer", None))
     if chosen is Format.json:
         with whole_folder(target, overwrite=overwrite) as new:
             write_seed_files(found, text, new)

@@ -8,11 +8,6 @@ samples/circuit-tracer/       --format circuit-tracer
 
 from __future__ import annotations
 
-import os
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,31 +58,6 @@ def differences(found: dict[str, Any], settings: dict[str, Any]) -> str:
         for name, value in settings.items()
         if found.get(name) != value
     )
-
-
-@contextmanager
-def whole_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to write into, which takes its place under its name once all is written.
-
-    Raises:
-        ValueError: there is something under that name, and it is not to be overwritten.
-    """
-    if not overwrite and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already: give --overwrite to replace it.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    new.mkdir()
-    try:
-        yield new
-        if folder.exists():
-            old = new.with_name(f"{new.name}.old")
-            os.replace(folder, old)
-            os.replace(new, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(new, folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def stored_with(folder: Path, sae: SAE[Any]) -> Samples | None:
