@@ -22,7 +22,6 @@ from typing import Any
 import pyarrow as pa
 import torch
 from datasets import Dataset
-from filelock import FileLock, Timeout
 from sae_lens import ActivationsStore
 from sae_lens.config import HfDataset
 from safetensors.torch import save_file
@@ -42,6 +41,7 @@ from saelens_matryoshka.cache.manifest import (
     describe_file,
 )
 from saelens_matryoshka.evaluation.tokens import special_token_ids
+from saelens_matryoshka.locks import alone
 from saelens_matryoshka.seams import split_off_prompts, token_device, token_sequences
 from saelens_matryoshka.sites import check_hook, make_readable, norm_frame, norm_gain, probe
 
@@ -83,7 +83,8 @@ def write_cache(
     try:
         manifest, gains = _describe(model, settings)
         folder.mkdir(parents=True, exist_ok=True)
-        with _only_writer(folder):
+        in_use = CacheError(f"{folder} is being written by another process.")
+        with alone(folder / _LOCK, in_use):
             _write(folder, model, settings, dataset, manifest, gains, progress)
     finally:
         model.train(was_training)
@@ -344,19 +345,6 @@ def _continued(folder: Path, ours: Manifest) -> Manifest:
     for leftover in folder.glob("*/.data-*"):
         leftover.unlink()
     return found
-
-
-@contextlib.contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder / _LOCK)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise CacheError(f"{folder} is being written by another process.") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _describe_dataset(folder: Path, split: Split, manifest: Manifest) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -101,31 +103,49 @@ def samples(
     with console.status("loading"):
         sae = load_sae(path, device)
         language_model = load_language_model_for(sae, model, device)
-    found = obtain_samples(
-        console,
-        folder,
-        sae,
-        language_model,
-        load=lambda: load_text(sae, dataset, split, skip, model=model),
-        overwrite=overwrite,
-        n_tokens=tokens,
-        n_top=top,
-        n_intervals=intervals,
-        per_interval=per_interval,
-        before=context,
-        after=context,
-        context_size=context_size,
-        batch_size_prompts=batch_size_prompts,
-        exclude_special_tokens=not special_tokens,
-        seed=seed,
-    )
-    written = [str(folder)]
-    for chosen in dict.fromkeys(format or []):
-        with console.status(f"writing {chosen.value}"):
-            written.append(
-                str(_write_format(chosen, found, sae, language_model, path, folder, features, overwrite))
-            )
+    with writing_samples(folder):
+        found = obtain_samples(
+            console,
+            folder,
+            sae,
+            language_model,
+            load=lambda: load_text(sae, dataset, split, skip, model=model),
+            overwrite=overwrite,
+            n_tokens=tokens,
+            n_top=top,
+            n_intervals=intervals,
+            per_interval=per_interval,
+            before=context,
+            after=context,
+            context_size=context_size,
+            batch_size_prompts=batch_size_prompts,
+            exclude_special_tokens=not special_tokens,
+            seed=seed,
+        )
+        written = [str(folder)]
+        for chosen in dict.fromkeys(format or []):
+            with console.status(f"writing {chosen.value}"):
+                written.append(
+                    str(_write_format(chosen, found, sae, language_model, path, folder, features, overwrite))
+                )
     _show(found, written, json)
+
+
+def writing_samples(folder: Path) -> AbstractContextManager[None]:
+    """Within, a folder of samples, and what is kept beside it, are this process's alone.
+
+    Raises:
+        ValueError: another process is at it.
+    """
+    from saelens_matryoshka.locks import alone
+
+    place = Path(os.path.realpath(folder))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    in_use = ValueError(
+        f"{str(folder)!r} is in use: another process is writing samples there. Wait for it, or stop it; or "
+        "choose another folder with --out."
+    )
+    return alone(place.with_name(f".{place.name}.lock"), in_use)
 
 
 def obtain_samples(
@@ -139,6 +159,8 @@ def obtain_samples(
     **settings: Any,
 ) -> Samples:
     """The samples stored in a folder, if of these settings; else they are collected and stored there.
+
+    Called within `writing_samples`.
 
     Args:
         console: For the progress bar.
