@@ -178,13 +178,14 @@ def obtain_samples(
     import torch
 
     from saelens_matryoshka.atomic import whole_folder
+    from saelens_matryoshka.fingerprint import hash_of_weights
     from saelens_matryoshka.report.collect import collect_samples
-    from saelens_matryoshka.report.store import fingerprint, stored_samples
-    from saelens_matryoshka.report.unfinished import Unfinished
+    from saelens_matryoshka.report.store import stored_samples
+    from saelens_matryoshka.unfinished import Unfinished
 
     text, described = load()
     batch_size = settings.pop("batch_size_prompts")
-    key = {**settings, "text": described, "weights": fingerprint(sae)}
+    key = {**settings, "text": described, "weights": hash_of_weights(sae)}
     if not overwrite and (found := stored_samples(folder, key)) is not None:
         console.print(f"samples are there: {folder}", markup=False)
         return found
@@ -218,7 +219,7 @@ def obtain_samples(
 
 @contextlib.contextmanager
 def _told_how_to_go_on(console: Console) -> Iterator[None]:
-    from saelens_matryoshka.runs.keeper import RunStopped
+    from saelens_matryoshka.stopping import RunStopped
 
     try:
         yield

@@ -320,7 +320,7 @@ def _resume(
 @contextmanager
 def told_how_to_go_on(folder: Path, console: Console) -> Iterator[None]:
     """Within, a run that stops says with which command it goes on."""
-    from saelens_matryoshka.runs.keeper import RunStopped
+    from saelens_matryoshka.stopping import RunStopped
 
     try:
         yield

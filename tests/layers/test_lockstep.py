@@ -18,7 +18,8 @@ from saelens_matryoshka.formats.export import export_models
 from saelens_matryoshka.layers import LockstepTrainer, ManyHookStore, train_layers
 from saelens_matryoshka.layers import lockstep as lockstep_module
 from saelens_matryoshka.runs.checkpoints import Checkpoints
-from saelens_matryoshka.runs.keeper import Keeper, RunStopped
+from saelens_matryoshka.runs.keeper import Keeper
+from saelens_matryoshka.stopping import RunStopped
 from tests.helpers import runner_config, transcoder_config
 
 
