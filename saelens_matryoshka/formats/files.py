@@ -22,9 +22,9 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 
+from saelens_matryoshka.plain_yaml import MAX_YAML_BYTES, PlainLoader
+
 MAX_CONFIG_BYTES = 4 << 20
-MAX_YAML_BYTES = 1 << 16
-"""YAML is read a thousand times more slowly than JSON"""
 # A compressed .npz of weights is about as large as the weights; this leaves room for many zeros.
 MAX_COMPRESSION = 20
 _MAX_MESSAGE = 1000
@@ -97,15 +97,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not a plain YAML file: {' '.join(str(error).split())}.") from None
     return _mapping(loaded, path)
-
-
-class PlainLoader(yaml.SafeLoader):
-    """Without aliases, by which a few lines stand for more than any memory holds once they are printed."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it has an alias (*name): write the value out")
-        return super().compose_node(parent, index)
 
 
 def _config_text(path: Path, limit: int) -> str:

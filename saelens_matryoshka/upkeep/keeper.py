@@ -14,8 +14,8 @@ from sae_lens.saes.sae import TrainStepOutput
 
 from saelens_matryoshka.architectures import NonFiniteActivationsError
 from saelens_matryoshka.ops import ALONE, Group
-from saelens_matryoshka.runs.checkpoints import CheckpointError, Checkpoints
 from saelens_matryoshka.stopping import RunStopped, StopRequest
+from saelens_matryoshka.upkeep.checkpoints import CheckpointError, Checkpoints
 
 T = TypeVar("T")
 
