@@ -275,9 +275,9 @@ def _wait_for(moment: str, run: RunFolder, pid: int, chance: random.Random) -> N
 
 def memory(folder: Path, n_steps: int) -> dict[str, Any]:
     """Resident memory of one process over many small steps, checkpoints among them."""
-    from saelens_matryoshka.runs.keeper import Upkeep
     from saelens_matryoshka.runs.settings import read_flags, resolve
     from saelens_matryoshka.runs.training import RunRunner, train_run
+    from saelens_matryoshka.upkeep.keeper import Upkeep
 
     batch = 32
     settings = SHARED | RUNS["transcoder"] | {"d_sae": 64, "k": 4, "matryoshka_widths": "16 64"}

@@ -1,16 +1,19 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a whole file or none, in a folder that is made if need be; text as UTF-8 with Unix line ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # not mkstemp: readable to its owner only
+    temporary = _aside(path)
     try:
         if isinstance(content, bytes):
             with temporary.open("xb") as file:
@@ -22,3 +25,41 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def whole_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to write into, which takes its place under its name once all is written, or disappears.
+
+    Raises:
+        FileExistsError: under that name is a file, or a folder that is not empty and not to be overwritten.
+    """
+    folder = Path(os.path.realpath(folder))
+    _require_room(folder, overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = _aside(folder)
+    new.mkdir()
+    try:
+        yield new
+        _require_room(folder, overwrite)
+        if folder.exists():  # Windows renames over no folder, not even over an empty one
+            old = _aside(folder)
+            os.replace(folder, old)
+            os.replace(new, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _require_room(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file: name a folder.")
+    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty: name another folder, or move that one away.")
+
+
+def _aside(path: Path) -> Path:
+    """A new name beside a path. (What `tempfile` makes is readable to its owner only.)"""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")

@@ -1,4 +1,4 @@
-"""Hashes that tell whether a result on disk is of the same weights, data and settings."""
+"""Hashes that tell whether a result on disk is of the same weights, data and settings, and what differs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from sae_lens import SAE
+
+_SHOWN = {"weights": "other weights"}
+"""of what is compared by its hash, how a difference is told"""
 
 
 def hash_of(value: Any) -> str:
@@ -23,3 +27,17 @@ def hash_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def hash_of_weights(sae: SAE[Any]) -> str:
+    """Of an SAE's weights: a result of others is not taken for its own."""
+    return hash_of_tensors(sae.state_dict())[:16]
+
+
+def differences(found: dict[str, Any], settings: dict[str, Any]) -> str:
+    """In words, which of the settings were others; empty if none."""
+    return ", ".join(
+        _SHOWN.get(name, f"{name} {found.get(name)!r}, not {value!r}")
+        for name, value in settings.items()
+        if found.get(name) != value
+    )

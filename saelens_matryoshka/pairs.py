@@ -8,7 +8,6 @@ carry the two together and cannot take them apart.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -16,11 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from sae_lens import ActivationsStore, LanguageModelSAERunnerConfig
 from sae_lens.config import HfDataset
-from sae_lens.util import get_special_token_ids
 from typing_extensions import override
 
+from saelens_matryoshka.evaluation.tokens import special_token_ids
 from saelens_matryoshka.seams import token_sequences
-from saelens_matryoshka.sites import Site
+from saelens_matryoshka.sites import Site, probe
 from saelens_matryoshka.store import ResumableStore
 
 if TYPE_CHECKING:
@@ -109,6 +108,7 @@ def multi_hook_store(
         head_indices: Where a hook has heads, the one to read; else all, flattened.
     """
     device = torch.device(cfg.act_store_device or cfg.device)
+    excluded = special_token_ids(model, cfg.exclude_special_tokens)
     store = store_class.from_config_multi_hook(
         model,
         dataset=override_dataset if override_dataset is not None else cfg.dataset_path,
@@ -129,7 +129,7 @@ def multi_hook_store(
         autocast_lm=cfg.autocast_lm,
         dataset_trust_remote_code=cfg.dataset_trust_remote_code,
         seqpos_slice=cfg.seqpos_slice,
-        exclude_special_tokens=_special_tokens(model, cfg.exclude_special_tokens, device),
+        exclude_special_tokens=None if excluded is None else excluded.to(device),
         disable_concat_sequences=cfg.disable_concat_sequences,
         sequence_separator_token=cfg.sequence_separator_token,
         activations_mixing_fraction=cfg.activations_mixing_fraction,
@@ -137,11 +137,6 @@ def multi_hook_store(
     )
     assert isinstance(store, store_class)
     return store
-
-
-def _special_tokens(model: Any, exclude: bool | list[int], device: torch.device) -> torch.Tensor | None:
-    ids = get_special_token_ids(model.tokenizer) if exclude is True else exclude
-    return torch.tensor(ids, dtype=torch.long, device=device) if ids else None
 
 
 def require_enough_text(store: ActivationsStore, cfg: LanguageModelSAERunnerConfig[Any]) -> None:
@@ -176,20 +171,11 @@ class HookProbe(NamedTuple):
     """source and target hold the same values"""
 
 
-@torch.no_grad()
 def probe_hooks(
     model: HookedRootModule, hook_name: str, hook_name_out: str, head_index: int | None = None
 ) -> HookProbe:
     """Run two tokens through the model and look at both hooks, in the order they fire."""
-    seen: dict[str, torch.Tensor] = {}
-
-    def look(name: str, activation: torch.Tensor, hook: Any) -> None:  # noqa: ARG001
-        seen.setdefault(name, activation.detach().float().cpu())
-
-    device = next(model.parameters()).device
-    tokens = torch.zeros((1, 2), dtype=torch.long, device=device)
-    names = dict.fromkeys([hook_name, hook_name_out])
-    model.run_with_hooks(tokens, fwd_hooks=[(name, functools.partial(look, name)) for name in names])
+    seen = probe(model, [hook_name, hook_name_out])
     order = list(seen)
     source, target = seen[hook_name], seen[hook_name_out]
     if head_index is not None:

@@ -11,9 +11,9 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, SAETrainer
@@ -64,9 +64,6 @@ _BAR_REFRESH_SECONDS = 0.5
 
 T = TypeVar("T", bound=ResumableStore)
 Observer = Callable[[SAETrainer[Any, Any], TrainStepOutput], None]
-_observers: WeakKeyDictionary[SAETrainer[Any, Any], list[Observer]] = WeakKeyDictionary()
-_prepared: WeakSet[SAETrainer[Any, Any]] = WeakSet()
-_changes: WeakKeyDictionary[SAETrainer[Any, Any], list[Callable[[], None]]] = WeakKeyDictionary()
 
 
 # ---- the store
@@ -210,26 +207,45 @@ def _differences(saved: dict[str, Any], ours: dict[str, Any], prefix: str = "") 
 # ---- the trainer
 
 
+@dataclass
+class _Additions:
+    """What we add to one trainer.
+
+    The trainer itself holds it: observers often refer to their trainer, and whatever else held them would
+    keep it, with its weights, alive for good.
+    """
+
+    observers: list[Observer] = field(default_factory=list)
+    changes: list[Callable[[], None]] = field(default_factory=list)
+    prepared: bool = False
+
+
+def _additions(trainer: SAETrainer[Any, Any]) -> _Additions:
+    return vars(trainer).setdefault("_saelens_matryoshka", _Additions())
+
+
 def observe(trainer: SAETrainer[Any, Any], observer: Observer) -> None:
     """Have `observer(trainer, step_output)` called after every step of a trainer of ours.
 
     The step is complete then, its counters too: what is saved there can be continued from. Observers are
     called in the order they were added, before the trainer trains.
     """
-    _observers.setdefault(trainer, []).append(observer)
+    _additions(trainer).observers.append(observer)
 
 
 def before_training(trainer: SAETrainer[Any, Any], change: Callable[[], None]) -> None:
     """Have `change()` called right before a trainer of ours trains, when all else is in its place."""
-    _changes.setdefault(trainer, []).append(change)
+    _additions(trainer).changes.append(change)
 
 
 def prepare_trainer(trainer: SAETrainer[Any, Any]) -> None:
     """Give a trainer of one of our architectures what the stock one lacks, before it trains."""
-    if trainer not in _prepared:  # a run that was interrupted may call `fit` again
+    ours = _additions(trainer)
+    if not ours.prepared:  # a run that was interrupted may call `fit` again
         _add_what_is_missing(trainer)
-        _prepared.add(trainer)
-    for change in _changes.pop(trainer, []):
+        ours.prepared = True
+    changes, ours.changes = ours.changes, []
+    for change in changes:
         change()
 
 
@@ -265,7 +281,7 @@ def complete_step(trainer: SAETrainer[Any, Any], step_output: TrainStepOutput) -
     """What is done after every step, when its counters have advanced."""
     if trainer.n_training_samples >= trainer.cfg.total_training_samples:
         trainer.sae.finite.settle()
-    for observer in _observers.get(trainer, []):
+    for observer in _additions(trainer).observers:
         observer(trainer, step_output)
 
 

@@ -32,6 +32,8 @@ from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
+from saelens_matryoshka.seams import token_device
+
 try:
     from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 except ImportError:  # a release of transformer-lens 3 without this list
@@ -237,6 +239,20 @@ def make_readable(model: Any, hook_name: str) -> None:
     module.register_forward_hook(get_hook_fn(hook_point))
     model.hook_dict[hook_name] = model.mod_dict[hook_name] = hook_point
     model.named_modules_dict[hook_name] = module
+
+
+@torch.no_grad()
+def probe(model: Any, hook_names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """What hooks give on two tokens, `[1, 2, ...]` in float32 on the CPU, in the order in which they fire."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def look(name: str, activation: torch.Tensor, hook: HookPoint) -> None:  # noqa: ARG001
+        seen.setdefault(name, activation.detach().float().cpu())
+
+    tokens = torch.zeros((1, 2), dtype=torch.long, device=token_device(model))
+    hooks = [(name, partial(look, name)) for name in dict.fromkeys(hook_names)]
+    model.run_with_hooks(tokens, fwd_hooks=hooks)
+    return seen
 
 
 def _unwrap(model: Any) -> Any:

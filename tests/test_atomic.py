@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from saelens_matryoshka import atomic
-from saelens_matryoshka.atomic import write_atomically
+from saelens_matryoshka.atomic import whole_folder, write_atomically
 
 
 def test_a_file_is_written_whole_into_a_folder_that_is_made(tmp_path: Path) -> None:
@@ -43,3 +43,50 @@ def test_a_text_is_in_utf_8_whatever_the_locale(tmp_path: Path) -> None:
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     subprocess.run([sys.executable, "-c", program], env=os.environ | ascii_only, check=True)
     assert path.read_bytes() == "\u2192\n".encode()
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    with pytest.raises(RuntimeError, match="stop"), whole_folder(out) as folder:  # noqa: PT012
+        (folder / "half").write_text("x")
+        raise RuntimeError("stop")
+    assert list((tmp_path / "deep").iterdir()) == []
+    out.mkdir()
+    with whole_folder(out) as folder:
+        (folder / "whole").write_text("x")
+    assert [path.name for path in out.iterdir()] == ["whole"]
+    assert out.stat().st_mode == (tmp_path / "deep").stat().st_mode
+    with pytest.raises(FileExistsError, match="not empty"), whole_folder(out):
+        pass
+    assert [path.name for path in out.iterdir()] == ["whole"]
+
+
+def test_a_folder_that_was_filled_meanwhile_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(FileExistsError, match="not empty"), whole_folder(out) as folder:  # noqa: PT012
+        (folder / "ours").write_text("x")
+        out.mkdir()
+        (out / "theirs").write_text("x")
+    assert [path.name for path in out.iterdir()] == ["theirs"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_an_overwritten_folder_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
+    out, link = tmp_path / "out", tmp_path / "link"
+    out.mkdir()
+    (out / "old").write_text("x")
+    link.symlink_to(out)
+    with pytest.raises(RuntimeError, match="stop"), whole_folder(link, overwrite=True):
+        raise RuntimeError("stop")
+    assert [path.name for path in out.iterdir()] == ["old"]
+    with whole_folder(link, overwrite=True) as folder:
+        (folder / "new").write_text("x")
+    assert [path.name for path in out.iterdir()] == ["new"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "link"}
+
+
+def test_a_file_is_no_place_for_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FileExistsError, match="is a file"), whole_folder(tmp_path / "file", overwrite=True):
+        pass
+    assert (tmp_path / "file").read_text() == "x"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ from transformer_lens import HookedTransformer
 
 import saelens_matryoshka as sm
 from saelens_matryoshka import tiny
+from saelens_matryoshka.runner import before_training, observe
 from tests import tiny_models
-from tests.helpers import runner_config, transcoder_config
+from tests.helpers import runner_config, sparse_batches, trainer_for, transcoder_config
 
 
 def _run(cfg: Any, model: Any, dataset: Any) -> Any:
@@ -410,3 +413,19 @@ def test_training_is_quiet(tiny_model: HookedTransformer, token_dataset: dataset
         warnings.simplefilter("always")
         _run(runner_config(transcoder_config()), tiny_model, token_dataset)
     assert not [w for w in caught if "saelens_matryoshka" in w.filename]
+
+
+def test_a_trainer_is_freed_though_its_observers_refer_to_it() -> None:
+    sae = sm.MatryoshkaTrainingSAE(
+        sm.MatryoshkaTrainingSAEConfig(d_in=16, d_sae=32, k=2, matryoshka_widths=[8, 32])
+    )
+    trainer = trainer_for(sae, sparse_batches(2, 16, 16))
+    seen: list[Any] = []
+    observe(trainer, lambda done, _, own=trainer: seen.append(done is own))
+    before_training(trainer, lambda own=trainer: seen.append(own.n_training_steps))
+    trainer.fit()
+    assert seen == [0, True, True]
+    freed = weakref.ref(trainer)
+    del trainer
+    gc.collect()
+    assert freed() is None

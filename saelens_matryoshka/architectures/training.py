@@ -30,6 +30,7 @@ from saelens_matryoshka.architectures.finite import FiniteGuard, describe_rows
 from saelens_matryoshka.ops import ALONE, Group, NestedStep, NestedStepFn, NestedWeights, SparseStep
 
 TRAINING_STATE_FILENAME = "training_state.safetensors"
+_BYTES = ".bytes"
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -81,14 +82,23 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
         super().process_state_dict_for_loading(state_dict)
         state_dict["W_enc"] = _by_latent(state_dict["W_enc"])
         for name, buffer in self.named_buffers():
-            if name in state_dict:  # SAELens's loader casts everything to the weights' dtype
+            if (saved := state_dict.pop(f"{name}{_BYTES}", None)) is not None:
+                exact = saved.to(torch.uint8, copy=True).view(buffer.dtype)
+                state_dict[name] = exact.reshape(buffer.shape)
+            elif name in state_dict:  # saved as the state dict alone
                 state_dict[name] = state_dict[name].to(buffer.dtype)
         self._prepared = True
 
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        """Add the bytes of threshold, scales and gain, which loading takes.
+
+        SAELens's loader casts all it reads to the weights' dtype, and every dtype has the whole numbers up
+        to 255.
+        """
         super().process_state_dict_for_saving(state_dict)
-        state_dict["W_enc"] = state_dict["W_enc"].contiguous()  # safetensors takes no other layout
+        for name, _ in self.named_buffers():
+            state_dict[f"{name}{_BYTES}"] = state_dict[name].reshape(-1).view(torch.uint8).clone()
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -317,8 +327,19 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
 
     @override
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The tensors by name, as safetensors takes them, with the threshold calibrated.
+
+        W_enc is a copy in row-major layout, unlike the parameter; with `keep_vars=True` it is the parameter.
+        To change the weights, use the parameters or `load_state_dict`.
+        """
         self.calibrate_threshold()
         return super().state_dict(*args, **kwargs)
+
+    @override
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            destination[f"{prefix}W_enc"] = destination[f"{prefix}W_enc"].contiguous()
 
     @override
     @torch.no_grad()
@@ -343,7 +364,6 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
 
         Decoder rows get norm 1 and the threshold one entry per latent, whatever the selection was by.
         """
-        self.process_state_dict_for_saving(state_dict)
         dtype = state_dict["b_enc"].dtype
         wide = torch.promote_types(dtype, torch.float32)
         norms = state_dict["W_dec"].to(wide).norm(dim=-1).clamp(min=1e-8)

@@ -7,7 +7,6 @@ killed process has left is kept, what is missing or damaged is made, and the res
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
@@ -23,7 +22,6 @@ from typing import Any
 import pyarrow as pa
 import torch
 from datasets import Dataset
-from filelock import FileLock, Timeout
 from sae_lens import ActivationsStore
 from sae_lens.config import HfDataset
 from safetensors.torch import save_file
@@ -43,8 +41,9 @@ from saelens_matryoshka.cache.manifest import (
     describe_file,
 )
 from saelens_matryoshka.evaluation.tokens import special_token_ids
+from saelens_matryoshka.locks import alone
 from saelens_matryoshka.seams import split_off_prompts, token_device, token_sequences
-from saelens_matryoshka.sites import check_hook, make_readable, norm_frame, norm_gain
+from saelens_matryoshka.sites import check_hook, make_readable, norm_frame, norm_gain, probe
 
 _LOCK = ".writing"
 
@@ -84,7 +83,8 @@ def write_cache(
     try:
         manifest, gains = _describe(model, settings)
         folder.mkdir(parents=True, exist_ok=True)
-        with _only_writer(folder):
+        in_use = CacheError(f"{folder} is being written by another process.")
+        with alone(folder / _LOCK, in_use):
             _write(folder, model, settings, dataset, manifest, gains, progress)
     finally:
         model.train(was_training)
@@ -239,7 +239,7 @@ class _Writing:
 
 def _describe(model: Any, settings: CacheSettings) -> tuple[Manifest, dict[str, torch.Tensor]]:
     """The manifest of a cache with nothing in it yet, and the norms' weights of its hooks."""
-    seen = _probe(model, settings.hook_names)
+    seen = {hook: rows.flatten(2) for hook, rows in probe(model, settings.hook_names).items()}
     hooks = {hook: Hook(rows.shape[-1], norm_frame(model, hook)) for hook, rows in seen.items()}
     gains: dict[str, torch.Tensor] = {}
     for hook, described in hooks.items():
@@ -267,18 +267,6 @@ def _describe(model: Any, settings: CacheSettings) -> tuple[Manifest, dict[str, 
         created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
     return manifest, gains
-
-
-def _probe(model: Any, hooks: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """What the hooks give on two tokens, `[2, d]`, in the order in which they fire."""
-    seen: dict[str, torch.Tensor] = {}
-
-    def look(name: str, activation: torch.Tensor, hook: Any) -> None:  # noqa: ARG001
-        seen.setdefault(name, activation.detach().flatten(2)[0].float().cpu())
-
-    tokens = torch.zeros((1, 2), dtype=torch.long, device=token_device(model))
-    model.run_with_hooks(tokens, fwd_hooks=[(name, functools.partial(look, name)) for name in hooks])
-    return seen
 
 
 def _fingerprint(model: Any) -> str:
@@ -357,19 +345,6 @@ def _continued(folder: Path, ours: Manifest) -> Manifest:
     for leftover in folder.glob("*/.data-*"):
         leftover.unlink()
     return found
-
-
-@contextlib.contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder / _LOCK)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise CacheError(f"{folder} is being written by another process.") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _describe_dataset(folder: Path, split: Split, manifest: Manifest) -> None:

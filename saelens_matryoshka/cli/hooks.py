@@ -46,7 +46,7 @@ def hooks(
     console = Console(stderr=on_stdout(json))
     quieten()
     with console.status("measuring"):
-        from saelens_matryoshka.evaluation.frames import measure_frames
+        from saelens_matryoshka.formats.frame_report import measure_frames
         from saelens_matryoshka.formats.saelens import open_folder
 
         sae = open_folder(transcoder.expanduser())

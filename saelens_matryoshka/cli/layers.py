@@ -63,8 +63,8 @@ def train_layers(
         write_numbers(dumps({"folder": str(parent), "runs": values}, default=str), json)
         return
     from saelens_matryoshka.cli.train import told_how_to_go_on
-    from saelens_matryoshka.runs.keeper import Upkeep
     from saelens_matryoshka.runs.settings import require_devices
+    from saelens_matryoshka.upkeep.keeper import Upkeep
 
     for one in settings.values():
         require_devices(one.cfg)

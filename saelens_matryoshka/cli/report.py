@@ -26,7 +26,7 @@ from saelens_matryoshka.cli.output import (
     require_writable,
     write_numbers,
 )
-from saelens_matryoshka.cli.samples import obtain_samples
+from saelens_matryoshka.cli.samples import obtain_samples, writing_samples
 
 
 def register(app: typer.Typer) -> None:
@@ -100,24 +100,25 @@ def report(
         place = folder / "samples" if folder.is_dir() else target.with_suffix(".samples")
         found = stored_with(place, sae)
         if found is None:
-            found = obtain_samples(
-                console,
-                place,
-                sae,
-                language_model,
-                load=lambda: load_text(sae, dataset, split, skip, model=model),
-                overwrite=False,
-                n_tokens=tokens,
-                n_top=20,
-                n_intervals=8,
-                per_interval=3,
-                before=20,
-                after=20,
-                context_size=context_size,
-                batch_size_prompts=batch_size_prompts,
-                exclude_special_tokens=True,
-                seed=0,
-            )
+            with writing_samples(place):
+                found = obtain_samples(
+                    console,
+                    place,
+                    sae,
+                    language_model,
+                    load=lambda: load_text(sae, dataset, split, skip, model=model),
+                    overwrite=False,
+                    n_tokens=tokens,
+                    n_top=20,
+                    n_intervals=8,
+                    per_interval=3,
+                    before=20,
+                    after=20,
+                    context_size=context_size,
+                    batch_size_prompts=batch_size_prompts,
+                    exclude_special_tokens=True,
+                    seed=0,
+                )
     with console.status("writing the page"):
         content = page_content(
             sae, folder, title or folder.resolve().name, samples=found, model=language_model

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -101,31 +103,49 @@ def samples(
     with console.status("loading"):
         sae = load_sae(path, device)
         language_model = load_language_model_for(sae, model, device)
-    found = obtain_samples(
-        console,
-        folder,
-        sae,
-        language_model,
-        load=lambda: load_text(sae, dataset, split, skip, model=model),
-        overwrite=overwrite,
-        n_tokens=tokens,
-        n_top=top,
-        n_intervals=intervals,
-        per_interval=per_interval,
-        before=context,
-        after=context,
-        context_size=context_size,
-        batch_size_prompts=batch_size_prompts,
-        exclude_special_tokens=not special_tokens,
-        seed=seed,
-    )
-    written = [str(folder)]
-    for chosen in dict.fromkeys(format or []):
-        with console.status(f"writing {chosen.value}"):
-            written.append(
-                str(_write_format(chosen, found, sae, language_model, path, folder, features, overwrite))
-            )
+    with writing_samples(folder):
+        found = obtain_samples(
+            console,
+            folder,
+            sae,
+            language_model,
+            load=lambda: load_text(sae, dataset, split, skip, model=model),
+            overwrite=overwrite,
+            n_tokens=tokens,
+            n_top=top,
+            n_intervals=intervals,
+            per_interval=per_interval,
+            before=context,
+            after=context,
+            context_size=context_size,
+            batch_size_prompts=batch_size_prompts,
+            exclude_special_tokens=not special_tokens,
+            seed=seed,
+        )
+        written = [str(folder)]
+        for chosen in dict.fromkeys(format or []):
+            with console.status(f"writing {chosen.value}"):
+                written.append(
+                    str(_write_format(chosen, found, sae, language_model, path, folder, features, overwrite))
+                )
     _show(found, written, json)
+
+
+def writing_samples(folder: Path) -> AbstractContextManager[None]:
+    """Within, a folder of samples, and what is kept beside it, are this process's alone.
+
+    Raises:
+        ValueError: another process is at it.
+    """
+    from saelens_matryoshka.locks import alone
+
+    place = Path(os.path.realpath(folder))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    in_use = ValueError(
+        f"{str(folder)!r} is in use: another process is writing samples there. Wait for it, or stop it; or "
+        "choose another folder with --out."
+    )
+    return alone(place.with_name(f".{place.name}.lock"), in_use)
 
 
 def obtain_samples(
@@ -139,6 +159,8 @@ def obtain_samples(
     **settings: Any,
 ) -> Samples:
     """The samples stored in a folder, if of these settings; else they are collected and stored there.
+
+    Called within `writing_samples`.
 
     Args:
         console: For the progress bar.
@@ -155,13 +177,15 @@ def obtain_samples(
     """
     import torch
 
+    from saelens_matryoshka.atomic import whole_folder
+    from saelens_matryoshka.fingerprint import hash_of_weights
     from saelens_matryoshka.report.collect import collect_samples
-    from saelens_matryoshka.report.store import fingerprint, stored_samples, whole_folder
-    from saelens_matryoshka.report.unfinished import Unfinished
+    from saelens_matryoshka.report.store import stored_samples
+    from saelens_matryoshka.unfinished import Unfinished
 
     text, described = load()
     batch_size = settings.pop("batch_size_prompts")
-    key = {**settings, "text": described, "weights": fingerprint(sae)}
+    key = {**settings, "text": described, "weights": hash_of_weights(sae)}
     if not overwrite and (found := stored_samples(folder, key)) is not None:
         console.print(f"samples are there: {folder}", markup=False)
         return found
@@ -195,7 +219,7 @@ def obtain_samples(
 
 @contextlib.contextmanager
 def _told_how_to_go_on(console: Console) -> Iterator[None]:
-    from saelens_matryoshka.runs.keeper import RunStopped
+    from saelens_matryoshka.stopping import RunStopped
 
     try:
         yield
@@ -215,15 +239,18 @@ def _write_format(
     features: Path | None,
     overwrite: bool,
 ) -> Path:
+    from saelens_matryoshka.atomic import whole_folder
     from saelens_matryoshka.report.feature_files import require_new_layer, write_feature_files
     from saelens_matryoshka.report.logits import logit_effects
     from saelens_matryoshka.report.neuronpedia import write_neuronpedia
     from saelens_matryoshka.report.seed_files import write_seed_files
-    from saelens_matryoshka.report.store import whole_folder
     from saelens_matryoshka.report.text import TokenText
 
-    text = TokenText(getattr(language_model, "tokenizer", None))
     target, name = folder / chosen.value, Path(path.replace(":", "/")).name
+    goes_to_features = chosen is Format.circuit_tracer and features is not None
+    if target.exists() and not overwrite and not goes_to_features:
+        raise ValueError(f"{target} is there already: give --overwrite to replace it.")
+    text = TokenText(getattr(language_model, "tokenizer", None))
     if chosen is Format.json:
         with whole_folder(target, overwrite=overwrite) as new:
             write_seed_files(found, text, new)

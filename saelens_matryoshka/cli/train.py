@@ -191,7 +191,7 @@ def train(
     if help_all:
         _print_all_help(context)
         return
-    from saelens_matryoshka.runs.keeper import Upkeep
+    from saelens_matryoshka.upkeep.keeper import Upkeep
 
     given = {"keep": keep, "checkpoint_minutes": checkpoint_minutes, "skip_bad_batches": skip_bad_batches}
     upkeep = {field: value for field, value in given.items() if value is not None}
@@ -320,7 +320,7 @@ def _resume(
 @contextmanager
 def told_how_to_go_on(folder: Path, console: Console) -> Iterator[None]:
     """Within, a run that stops says with which command it goes on."""
-    from saelens_matryoshka.runs.keeper import RunStopped
+    from saelens_matryoshka.stopping import RunStopped
 
     try:
         yield

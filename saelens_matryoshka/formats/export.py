@@ -6,6 +6,7 @@ Both read everything, check everything, write beside the target folder and renam
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from typing import Any
 
 from huggingface_hub.utils import validate_repo_id
 
+from saelens_matryoshka.atomic import whole_folder
 from saelens_matryoshka.file_names import unreserved
 from saelens_matryoshka.formats.card import write_card
 from saelens_matryoshka.formats.coder import SparseCoder, build, from_saelens
-from saelens_matryoshka.formats.files import FormatError, new_folder, require_new
+from saelens_matryoshka.formats.files import FormatError
 from saelens_matryoshka.formats.layout import block_hook
 from saelens_matryoshka.formats.registry import FORMATS, Unstated, Writer, get_format, load
 from saelens_matryoshka.formats.sources import Folder, Source, open_source
@@ -71,7 +73,7 @@ def import_models(
         FormatError: there is nothing, it is not what its format says, or SAELens has no class for it.
         FileExistsError: `out` is not empty.
     """
-    require_new(out)
+    _require_new(out)
     source, inside = open_source(src)
     inside = "/".join(part for part in (inside, item) if part)
     found = get_format(format).items(source, inside)
@@ -86,7 +88,7 @@ def import_models(
         build(coder).save_model(folder)
         return coder.without_weights()
 
-    with new_folder(out) as folder:
+    with whole_folder(out) as folder:
         # One at a time: a set of large models need not fit into memory.
         places = [folder] if len(found) == 1 else [folder / str(index) for index in range(len(found))]
         coders = [import_one(name, place) for name, place in zip(found, places, strict=True)]
@@ -172,7 +174,7 @@ def export_models(
         FormatError: the format cannot carry a model, or a prefix is wider than a model.
         FileExistsError: `out` is not empty.
     """
-    require_new(out)
+    _require_new(out)
     make_writer = get_format(format).writer
     if make_writer is None:
         writable = [name for name, other in FORMATS.items() if other.writer]
@@ -201,7 +203,7 @@ def export_models(
                 place = partial / set_name / name if several else partial / set_name
                 (place / EVALUATION).write_text(json.dumps(rows, indent=2))
 
-    with new_folder(out) as partial:
+    with whole_folder(out) as partial:
         writers: dict[int | None, Writer] = {}
         for width, set_name in names.items():
             (partial / set_name).mkdir(exist_ok=True)
@@ -243,3 +245,25 @@ def upload(folder: Path, repo_id: str, *, private: bool = False) -> str:
         repo_id=repo_id, folder_path=folder, commit_message=f"Upload {folder.name} with saelens-matryoshka"
     )
     return str(commit.commit_url)
+
+
+# ---- both
+
+
+def _require_new(out: Path) -> None:
+    """Refuse to write over anything.
+
+    Raises:
+        FileExistsError: `out` is a file, or a folder that is not empty.
+        NotADirectoryError: something above it is a file.
+        PermissionError: what is above it is read-only.
+    """
+    above = next(folder for folder in Path(os.path.abspath(out)).parents if folder.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(f"--out {out} cannot be made: {above} is a file.")
+    if not os.access(above, os.W_OK):
+        raise PermissionError(f"--out {out} cannot be made: {above} is read-only.")
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise FileExistsError(f"--out {out} exists and is no folder: name another one.")
+    if out.is_dir() and any(out.iterdir()):
+        raise FileExistsError(f"--out {out} is not empty: name another folder, or move that one away.")

@@ -1,4 +1,4 @@
-"""Reading files that others made, and writing folders that are whole or not there.
+"""Reading files that others made.
 
 A file is hostile until proven otherwise. Sizes and shapes come out of a file's header and are checked before
 its tensors are read into memory; pickles are read with `weights_only=True`, and only where what they declare
@@ -7,17 +7,13 @@ is what the file holds; whatever is wrong is one `FormatError` that names the fi
 
 from __future__ import annotations
 
-import contextlib
 import json
 import lzma
 import math
-import os
 import pickle
-import shutil
-import tempfile
 import zipfile
 import zlib
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,9 +22,9 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 
+from saelens_matryoshka.plain_yaml import MAX_YAML_BYTES, PlainLoader
+
 MAX_CONFIG_BYTES = 4 << 20
-MAX_YAML_BYTES = 1 << 16
-"""YAML is read a thousand times more slowly than JSON"""
 # A compressed .npz of weights is about as large as the weights; this leaves room for many zeros.
 MAX_COMPRESSION = 20
 _MAX_MESSAGE = 1000
@@ -101,15 +97,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not a plain YAML file: {' '.join(str(error).split())}.") from None
     return _mapping(loaded, path)
-
-
-class PlainLoader(yaml.SafeLoader):
-    """Without aliases, by which a few lines stand for more than any memory holds once they are printed."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it has an alias (*name): write the value out")
-        return super().compose_node(parent, index)
 
 
 def _config_text(path: Path, limit: int) -> str:
@@ -344,54 +331,3 @@ def _finite(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Ten
             raise FormatError(f"{path}: tensor {name!r} has NaN or infinite values.")
         copies[name] = tensor.clone(memory_format=torch.contiguous_format)
     return copies
-
-
-# ---- writing
-
-
-@contextlib.contextmanager
-def new_folder(out: Path) -> Generator[Path, None, None]:
-    """A folder to write into, which becomes `out` if all goes well and disappears if not.
-
-    Raises:
-        FileExistsError: `out` is a file, or a folder that is not empty.
-    """
-    require_new(out)
-    out = Path(os.path.abspath(out))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    try:
-        yield partial
-        # mkdtemp's folder is for its owner alone
-        partial.chmod(0o777 & ~_umask())
-        require_new(out)
-        if out.is_dir():  # empty; Windows renames over no folder, not even over such a one
-            out.rmdir()
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def require_new(out: Path) -> None:
-    """Refuse to write over anything.
-
-    Raises:
-        FileExistsError: `out` is a file, or a folder that is not empty.
-        NotADirectoryError: something above it is a file.
-        PermissionError: what is above it is read-only.
-    """
-    above = next(folder for folder in Path(os.path.abspath(out)).parents if folder.exists())
-    if not above.is_dir():
-        raise NotADirectoryError(f"--out {out} cannot be made: {above} is a file.")
-    if not os.access(above, os.W_OK):
-        raise PermissionError(f"--out {out} cannot be made: {above} is read-only.")
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise FileExistsError(f"--out {out} exists and is no folder: name another one.")
-    if out.is_dir() and any(out.iterdir()):
-        raise FileExistsError(f"--out {out} is not empty: name another folder, or move that one away.")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -47,9 +47,9 @@ from saelens_matryoshka.runner import (
     prepare_trainer,
     require_own_output_path,
 )
-from saelens_matryoshka.runs.keeper import Keeper
-from saelens_matryoshka.runs.wandb_guard import wandb_cannot_stop_it
 from saelens_matryoshka.seams import defer_checkpoints, replace_progress_bar, set_sae_metadata
+from saelens_matryoshka.upkeep.keeper import Keeper
+from saelens_matryoshka.upkeep.wandb_guard import wandb_cannot_stop_it
 
 # Fields of the runner config that say how the shared rows are made and served.
 _SHARED = (

@@ -31,8 +31,8 @@ from saelens_matryoshka.parallel.dictionary import load_trainer_state, shard
 from saelens_matryoshka.parallel.processes import Processes
 from saelens_matryoshka.parallel.trainer import parallelize, writing
 from saelens_matryoshka.runner import before_training
-from saelens_matryoshka.runs.keeper import Keeper
 from saelens_matryoshka.seams import replacing_load_trainer_state
+from saelens_matryoshka.upkeep.keeper import Keeper
 
 Sharding = Literal["dictionary"]
 

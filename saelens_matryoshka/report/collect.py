@@ -22,7 +22,7 @@ from saelens_matryoshka.evaluation.tokens import special_token_ids, token_batche
 from saelens_matryoshka.prefixes import inference_model
 from saelens_matryoshka.report.collector import HISTOGRAM_BINS, Collector
 from saelens_matryoshka.report.samples import Samples
-from saelens_matryoshka.report.unfinished import Unfinished
+from saelens_matryoshka.unfinished import Unfinished
 
 
 @torch.no_grad()

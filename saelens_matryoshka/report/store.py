@@ -8,25 +8,13 @@ samples/circuit-tracer/       --format circuit-tracer
 
 from __future__ import annotations
 
-import os
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sae_lens import SAE
 
-from saelens_matryoshka.fingerprint import hash_of_tensors
+from saelens_matryoshka.fingerprint import differences, hash_of_weights
 from saelens_matryoshka.report.samples import Samples, has_samples
-
-_SHOWN = {"weights": "other weights"}
-
-
-def fingerprint(sae: SAE[Any]) -> str:
-    """Of an SAE's weights: samples of others are not taken for its own."""
-    return hash_of_tensors(sae.state_dict())[:16]
 
 
 def stored_samples(
@@ -39,7 +27,7 @@ def stored_samples(
 
     Args:
         folder: Where they are.
-        settings: All that must agree; "weights" is the `fingerprint`.
+        settings: All that must agree; "weights" is the `hash_of_weights`.
         instead: What the user can do if they do not.
 
     Raises:
@@ -56,40 +44,6 @@ def stored_samples(
     return samples
 
 
-def differences(found: dict[str, Any], settings: dict[str, Any]) -> str:
-    """In words, which of the settings were others; empty if none."""
-    return ", ".join(
-        _SHOWN.get(name, f"{name} {found.get(name)!r}, not {value!r}")
-        for name, value in settings.items()
-        if found.get(name) != value
-    )
-
-
-@contextmanager
-def whole_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to write into, which takes its place under its name once all is written.
-
-    Raises:
-        ValueError: there is something under that name, and it is not to be overwritten.
-    """
-    if not overwrite and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already: give --overwrite to replace it.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    new.mkdir()
-    try:
-        yield new
-        if folder.exists():
-            old = new.with_name(f"{new.name}.old")
-            os.replace(folder, old)
-            os.replace(new, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(new, folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
 def stored_with(folder: Path, sae: SAE[Any]) -> Samples | None:
     """The samples in a folder, whatever their settings, if they are of these weights; None if there are none.
 
@@ -97,4 +51,4 @@ def stored_with(folder: Path, sae: SAE[Any]) -> Samples | None:
         ValueError: they are of other weights.
     """
     instead = "collect them again with `saelens-matryoshka samples ... --overwrite`, or remove them"
-    return stored_samples(folder, {"weights": fingerprint(sae)}, instead=instead)
+    return stored_samples(folder, {"weights": hash_of_weights(sae)}, instead=instead)

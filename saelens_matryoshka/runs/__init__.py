@@ -1,1 +1,1 @@
-"""Training runs: their settings, folders and checkpoints."""
+"""Training runs: their settings, their folders, and what starts and continues them."""

@@ -17,7 +17,7 @@ import yaml
 
 from saelens_matryoshka.atomic import write_atomically
 from saelens_matryoshka.file_names import is_reserved, unreserved
-from saelens_matryoshka.formats.files import PlainLoader
+from saelens_matryoshka.plain_yaml import PlainLoader
 from saelens_matryoshka.runs.fields import Given
 from saelens_matryoshka.runs.lock import LOCK
 from saelens_matryoshka.runs.settings import RECORDS, Settings

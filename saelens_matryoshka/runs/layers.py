@@ -17,10 +17,8 @@ import torch
 
 from saelens_matryoshka.evaluation.result import EvalResult
 from saelens_matryoshka.layers import train_layers
-from saelens_matryoshka.runs.checkpoints import Checkpoints, warn_of_other_versions
 from saelens_matryoshka.runs.fields import Given
 from saelens_matryoshka.runs.folder import RunFolder, now, require_name, versions
-from saelens_matryoshka.runs.keeper import Keeper, Upkeep
 from saelens_matryoshka.runs.lock import locked
 from saelens_matryoshka.runs.metrics_log import MetricsLog
 from saelens_matryoshka.runs.settings import Settings, SettingsSource, resolve
@@ -31,6 +29,8 @@ from saelens_matryoshka.runs.training import (
     upkeep_record,
     wandb_in,
 )
+from saelens_matryoshka.upkeep.checkpoints import Checkpoints, warn_of_other_versions
+from saelens_matryoshka.upkeep.keeper import Keeper, Upkeep
 
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 _LONGEST_LABEL = 60

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import filelock
 
+from saelens_matryoshka.locks import alone
+
 LOCK = ".lock"
 
 
@@ -28,27 +30,14 @@ def is_locked(folder: Path) -> bool:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run's folder, which exists, for this process alone.
-
-    The lock is the operating system's: it goes with the process, however that ends. The file stays.
+    """Hold a run's folder, which exists, for this process alone: see `alone`.
 
     Raises:
         ValueError: another process holds it, or it cannot be made.
     """
-    lock = filelock.FileLock(folder / LOCK)
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        raise ValueError(
-            f"{str(folder)!r} is in use: another process is training in it. Wait for it, or stop it; or "
-            "choose another --name."
-        ) from None
-    except (OSError, NotImplementedError) as error:
-        raise ValueError(
-            f"{str(folder)!r} cannot be locked ({getattr(error, 'strerror', None) or error}): a run needs a "
-            "folder that it can write into."
-        ) from None
-    try:
+    in_use = ValueError(
+        f"{str(folder)!r} is in use: another process is training in it. Wait for it, or stop it; or "
+        "choose another --name."
+    )
+    with alone(folder / LOCK, in_use):
         yield
-    finally:
-        lock.release()

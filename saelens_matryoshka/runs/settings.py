@@ -20,7 +20,7 @@ from sae_lens.constants import DTYPE_MAP
 from sae_lens.training.optim import get_lr_scheduler
 
 from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig, recommended_runner_fields
-from saelens_matryoshka.formats.files import MAX_YAML_BYTES, PlainLoader
+from saelens_matryoshka.plain_yaml import MAX_YAML_BYTES, PlainLoader
 from saelens_matryoshka.runs.fields import (
     OUR_CONFIGS,
     Field,

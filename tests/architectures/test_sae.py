@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sae_lens import (
     TrainingSAE,
 )
 from sae_lens.synthetic import SyntheticModelConfig, SyntheticSAERunner, SyntheticSAERunnerConfig
+from safetensors.torch import save_file
 
 import saelens_matryoshka as sm
 from saelens_matryoshka.ops import reference_step
@@ -147,6 +149,22 @@ def test_checkpoint_weights_load_again(tmp_path: Path) -> None:
     assert sae.W_enc.T.is_contiguous()
 
 
+def test_state_dict_is_saved_and_loaded_by_torch_and_safetensors(tmp_path: Path) -> None:
+    sae, wrapped = _ours(), torch.nn.Sequential(_ours())
+    torch.nn.init.normal_(sae.W_enc)
+    save_file(sae.state_dict(), tmp_path / "sae_weights.safetensors")
+    (tmp_path / "cfg.json").write_text(json.dumps(sae.cfg.to_dict()))
+    loaded = TrainingSAE.load_from_disk(tmp_path)
+    wrapped.load_state_dict({f"0.{name}": tensor for name, tensor in sae.state_dict().items()})
+    for state in (loaded.state_dict(prefix="0."), wrapped.state_dict()):
+        for name, tensor in sae.state_dict().items():
+            assert torch.equal(state[f"0.{name}"], tensor), name
+            assert state[f"0.{name}"].is_contiguous()
+    assert sae.state_dict(keep_vars=True)["W_enc"] is sae.W_enc
+    assert loaded.W_enc.T.is_contiguous()
+    assert wrapped[0].W_enc.T.is_contiguous()
+
+
 def test_threshold_stays_in_double_precision_whatever_the_weights_are(tmp_path: Path) -> None:
     sae = _ours(dtype="bfloat16")
     sae.to(torch.bfloat16)
@@ -160,6 +178,8 @@ def test_threshold_stays_in_double_precision_whatever_the_weights_are(tmp_path: 
     resumed = _ours(dtype="bfloat16")
     resumed.load_weights_from_checkpoint(tmp_path)
     assert resumed.topk_threshold.item() == 1.00001
+    for dtype in ("float16", "bfloat16", "float32"):
+        assert TrainingSAE.load_from_disk(tmp_path, dtype=dtype).topk_threshold.item() == 1.00001
 
 
 def test_bfloat16_weights_train() -> None:

@@ -126,6 +126,22 @@ def test_resuming_does_not_start_from_the_data_again(tmp_path: Path) -> None:
     torch.testing.assert_close(run_steps(trainer_for(loaded, pairs), pairs[2:3])[0].loss, expected)
 
 
+def test_gain_and_scales_are_loaded_unrounded_whatever_the_weights_are(tmp_path: Path) -> None:
+    transcoder = _transcoder(input_gain="norm_weight", dtype="bfloat16")
+    transcoder.set_input_gain(1 + torch.rand(D_IN) / 100, torch.rand(D_IN) * 1e-5)
+    transcoder.source_scale.fill_(torch.pi)
+    transcoder.save_model(tmp_path)
+    loaded = TrainingSAE.load_from_disk(tmp_path)
+    assert loaded.W_dec.dtype == torch.bfloat16
+    for name, buffer in transcoder.named_buffers():
+        assert torch.equal(loaded.get_buffer(name), buffer), name
+    direct, again = tmp_path / "direct", tmp_path / "again"
+    transcoder.save_inference_model(direct)
+    loaded.save_inference_model(again)
+    weights = "sae_weights.safetensors"
+    assert (direct / weights).read_bytes() == (again / weights).read_bytes()
+
+
 def test_saving_without_the_gain_is_refused(tmp_path: Path) -> None:
     transcoder = _transcoder(input_gain="norm_weight")
     with pytest.raises(ValueError, match="set_input_gain"):

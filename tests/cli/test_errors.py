@@ -11,7 +11,7 @@ from rich.console import Console
 
 from saelens_matryoshka import cli
 from saelens_matryoshka.cli.train import told_how_to_go_on
-from saelens_matryoshka.runs.keeper import RunStopped
+from saelens_matryoshka.stopping import RunStopped
 
 QUOTED = ["shape [3, 4] does not fit", "C:\\[/] x", "a\\[bold]b", "[/bold]"]
 

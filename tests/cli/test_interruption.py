@@ -80,12 +80,12 @@ def test_samples_and_report_go_on_where_they_were_stopped(
             assert "tokens, as asked; they are kept in" in said
             assert f"the same again: saelens-matryoshka {command} {model} --tokens 1500" in said
             assert "Traceback" not in said
-            assert _files(model) - before == {"samples.unfinished"}
+            assert _files(model) - before == {"samples.unfinished", ".samples.lock"}
     code, said = call("samples", model, *SAMPLES)
     assert code == 0, said
     assert "is of other settings" in said, "report has its own"
     assert "n_top 20, not 3" in said
-    assert _files(model) - before == {"samples", "samples/samples.safetensors"}
+    assert _files(model) - before == {"samples", "samples/samples.safetensors", ".samples.lock"}
     found, whole = Samples.load(model / "samples"), Samples.load(tmp_path / "whole")
     assert found.top_of(3) == whole.top_of(3)
 
@@ -159,7 +159,12 @@ main()
 @pytest.mark.parametrize(
     ("command", "module", "says", "leaves"),
     [
-        ("samples", "saelens_matryoshka.report.collect", "Stopped after", {"samples.unfinished"}),
+        (
+            "samples",
+            "saelens_matryoshka.report.collect",
+            "Stopped after",
+            {"samples.unfinished", ".samples.lock"},
+        ),
         ("eval", "saelens_matryoshka.evaluation.evaluator", "Interrupted. ", set()),
     ],
 )

@@ -12,6 +12,7 @@ import torch
 
 import saelens_matryoshka.report.collect as collect
 from saelens_matryoshka.cli import main
+from saelens_matryoshka.cli.samples import writing_samples
 from saelens_matryoshka.evaluation.result import EvalResult, PrefixMetrics
 from saelens_matryoshka.report import Samples
 from saelens_matryoshka.report.feature_files import LOCK
@@ -101,7 +102,7 @@ def test_a_call_that_fails_leaves_no_folder(run: Path, call: Any, monkeypatch: p
     monkeypatch.setattr(Samples, "save", failing)
     before = sorted(path.name for path in run.iterdir())
     assert call("samples", run, *FEW)[0] == 1
-    assert sorted(path.name for path in run.iterdir()) == before
+    assert sorted(path.name for path in run.iterdir() if path.name != ".samples.lock") == before
 
 
 def test_feature_files_of_several_layers_go_into_one_folder(run: Path, call: Any, tmp_path: Path) -> None:
@@ -192,6 +193,18 @@ def test_bad_input_gets_one_clear_error_and_no_page(case: str, run: Path, call: 
     assert BAD[case] in " ".join(said.split())
     assert "Traceback" not in said
     assert not (run / "report.html").exists()
+
+
+@pytest.mark.parametrize("command", [("samples", *FEW, "--overwrite"), ("report", "--tokens", 1500)])
+def test_two_processes_do_not_write_the_same_samples(command: tuple[Any, ...], run: Path, call: Any) -> None:
+    name, *options = command
+    with writing_samples(run / "samples"):
+        code, said = call(name, run, *options)
+    assert code == 1
+    assert "is in use: another process is writing samples there" in " ".join(said.split())
+    assert not (run / "samples").exists()
+    assert not (run / "report.html").exists()
+    assert call(name, run, *options)[0] == 0
 
 
 def test_special_tokens_are_left_out_by_default(run: Path, call: Any) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from saelens_matryoshka.formats import Folder, FormatError, build, open_source
 from saelens_matryoshka.formats.export import export_models
-from saelens_matryoshka.formats.files import MAX_CONFIG_BYTES, new_folder, read_safetensors
+from saelens_matryoshka.formats.files import MAX_CONFIG_BYTES, read_safetensors
 from saelens_matryoshka.formats.registry import FORMATS, load
 from saelens_matryoshka.formats.sources import hub_uri, safe_relative
 from tests.formats.coders import D, random_coder
@@ -510,23 +510,6 @@ def test_what_is_no_source_at_all_is_said_so(tmp_path: Path) -> None:
         open_source(str(tmp_path / "missing"))
     with pytest.raises(FormatError, match="neither a file nor a folder"):
         open_source("no-such-thing")
-
-
-def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
-    out = tmp_path / "deep" / "out"
-    with pytest.raises(RuntimeError, match="stop"), new_folder(out) as folder:  # noqa: PT012
-        (folder / "half").write_text("x")
-        raise RuntimeError("stop")
-    assert list((tmp_path / "deep").iterdir()) == []
-    with new_folder(out) as folder:
-        (folder / "whole").write_text("x")
-    assert [path.name for path in out.iterdir()] == ["whole"]
-    with pytest.raises(FileExistsError, match="not empty"), new_folder(out):
-        pass
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(FileExistsError, match="no folder"), new_folder(tmp_path / "file"):
-        pass
-    assert [path.name for path in out.iterdir()] == ["whole"]
 
 
 def test_a_big_endian_array_is_read(tmp_path: Path) -> None:

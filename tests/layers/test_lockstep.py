@@ -17,8 +17,9 @@ import saelens_matryoshka as sm
 from saelens_matryoshka.formats.export import export_models
 from saelens_matryoshka.layers import LockstepTrainer, ManyHookStore, train_layers
 from saelens_matryoshka.layers import lockstep as lockstep_module
-from saelens_matryoshka.runs.checkpoints import Checkpoints
-from saelens_matryoshka.runs.keeper import Keeper, RunStopped
+from saelens_matryoshka.stopping import RunStopped
+from saelens_matryoshka.upkeep.checkpoints import Checkpoints
+from saelens_matryoshka.upkeep.keeper import Keeper
 from tests.helpers import runner_config, transcoder_config
 
 

@@ -14,7 +14,7 @@ from saelens_matryoshka.adam import fuse_adam
 from saelens_matryoshka.parallel import Job
 from saelens_matryoshka.parallel.dictionary import load_trainer_state, whole
 from saelens_matryoshka.parallel.trainer import parallelize, writing
-from saelens_matryoshka.runs.checkpoints import Checkpoints
+from saelens_matryoshka.upkeep.checkpoints import Checkpoints
 from tests.helpers import runner_config, sparse_batches, trainer_for
 from tests.parallel.processes import group_of, run_in_processes
 from tests.parallel.test_training import BATCH, D_SAE, N_STEPS, D, sae_of

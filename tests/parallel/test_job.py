@@ -67,17 +67,29 @@ def test_a_job_trains_and_the_first_process_writes(tmp_path: Path) -> None:
     assert b"held_out/ce_recovered_w256" in logged.read_bytes()
 
 
+def last_saved(run: Path) -> int:
+    """The step of a run's newest checkpoint; 0 if there is none."""
+    return max((int(path.name) // 256 for path in run.glob("checkpoints/[0-9]*")), default=0)
+
+
+def wait_for_checkpoint(run: Path, job: subprocess.Popen[str]) -> None:
+    """Wait until a job has written a checkpoint."""
+    before, until = last_saved(run), time.monotonic() + 200
+    while last_saved(run) == before:
+        assert time.monotonic() < until
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
-def test_a_killed_shard_ends_the_job_which_any_number_of_processes_resumes(tmp_path: Path) -> None:
+def test_a_killed_shard_or_sigterm_ends_the_job_which_any_number_of_processes_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     often = ["--checkpoint-minutes", "0.0001", "--shard", "dictionary"]
     job = start(2, tmp_path, *TRAIN, "--training_tokens", "25600", *often)
     run = tmp_path / "results" / "tiny" / "mlp-2" / "run"
     try:
-        until = time.monotonic() + 200
-        while not list(run.glob("checkpoints/[0-9]*")):
-            assert time.monotonic() < until
-            assert job.poll() is None, job.communicate()[0]
-            time.sleep(0.2)
+        wait_for_checkpoint(run, job)
         workers = [
             process
             for process in psutil.Process(job.pid).children(recursive=True)
@@ -92,10 +104,22 @@ def test_a_killed_shard_ends_the_job_which_any_number_of_processes_resumes(tmp_p
     assert "The last good checkpoint is" in said
     assert "--resume" in said
 
-    again = ["--resume", str(run.relative_to(tmp_path)), "--shard", "dictionary"]
-    job = start(2, tmp_path, "train", *again)
-    said, _ = job.communicate(timeout=300)
-    assert job.returncode == 0, said
+    again = ["train", "--resume", str(run.relative_to(tmp_path))]
+    job = start(2, tmp_path, *again, *often)
+    try:
+        wait_for_checkpoint(run, job)
+        job.send_signal(signal.SIGTERM)  # to torchrun, as a scheduler sends it
+        said, _ = job.communicate(timeout=100)
+    finally:
+        job.kill()
+    assert job.returncode != 0
+    assert f"Stopped after step {last_saved(run)}, as asked" in said
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["step"] == last_saved(run) < 100
+
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, again)
+    assert done.exit_code == 0, done.output
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 101))
     assert lines[-1]["tokens"] == 25600

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from saelens_matryoshka import tiny
 from saelens_matryoshka.cli import app
 from saelens_matryoshka.runs import training
-from saelens_matryoshka.runs.keeper import Keeper
+from saelens_matryoshka.upkeep.keeper import Keeper
 from tests.parallel.processes import run_job
 
 STEPS, STOP, BATCH = 8, 5, 300  # of which 100 rows are kept for the threshold, which 3 does not divide

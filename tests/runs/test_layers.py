@@ -15,7 +15,6 @@ from saelens_matryoshka.runs import layers as layers_module
 from saelens_matryoshka.runs.catalogue import find_runs
 from saelens_matryoshka.runs.fields import Given
 from saelens_matryoshka.runs.folder import RunFolder
-from saelens_matryoshka.runs.keeper import Keeper, RunStopped, Upkeep
 from saelens_matryoshka.runs.layers import (
     each_of,
     label_of,
@@ -26,6 +25,8 @@ from saelens_matryoshka.runs.layers import (
 )
 from saelens_matryoshka.runs.recorded import read_lines
 from saelens_matryoshka.runs.training import resume_run
+from saelens_matryoshka.stopping import RunStopped
+from saelens_matryoshka.upkeep.keeper import Keeper, Upkeep
 
 
 def _layer(**values: Any) -> dict[str, Given]:

@@ -19,9 +19,10 @@ from transformer_lens import HookedTransformer
 
 import saelens_matryoshka as sm
 from saelens_matryoshka import tiny
-from saelens_matryoshka.runs.checkpoints import Checkpoints
-from saelens_matryoshka.runs.keeper import Keeper, RunStopped
 from saelens_matryoshka.runs.training import RunRunner
+from saelens_matryoshka.stopping import RunStopped
+from saelens_matryoshka.upkeep.checkpoints import Checkpoints
+from saelens_matryoshka.upkeep.keeper import Keeper
 from tests.helpers import runner_config, transcoder_config
 
 BATCH, N_STEPS = 96, 14

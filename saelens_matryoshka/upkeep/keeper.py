@@ -14,19 +14,10 @@ from sae_lens.saes.sae import TrainStepOutput
 
 from saelens_matryoshka.architectures import NonFiniteActivationsError
 from saelens_matryoshka.ops import ALONE, Group
-from saelens_matryoshka.runs.checkpoints import CheckpointError, Checkpoints
-from saelens_matryoshka.runs.signals import StopRequest
+from saelens_matryoshka.stopping import RunStopped, StopRequest
+from saelens_matryoshka.upkeep.checkpoints import CheckpointError, Checkpoints
 
 T = TypeVar("T")
-
-
-class RunStopped(RuntimeError):
-    """A run has stopped before its end, and can be continued. The message says from where."""
-
-    def __init__(self, message: str, exit_code: int = 1) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-        """130 after SIGINT and 143 after SIGTERM, as a shell reports processes they end; else 1"""
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import torch
 from transformer_lens import HookedTransformer
 
 from saelens_matryoshka import Site, find_site, tiny
-from saelens_matryoshka.evaluation.frames import Candidate, FrameReport, candidate_sites, measure_frames
 from saelens_matryoshka.formats import SparseCoder, build
+from saelens_matryoshka.formats.frame_report import Candidate, FrameReport, candidate_sites, measure_frames
 from tests import tiny_models
 from tests.formats.coders import random_coder
 

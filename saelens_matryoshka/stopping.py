@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a wish to stop after the step."""
+"""SIGINT and SIGTERM as a wish to stop after the step, and the stop itself, from which the work goes on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,15 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+
+class RunStopped(RuntimeError):
+    """Work has stopped before its end, and can be continued. The message says from where."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+        """130 after SIGINT and 143 after SIGTERM, as a shell reports processes they end; else 1"""
 
 
 class StopRequest:

@@ -17,8 +17,8 @@ import torch
 from sae_lens import SAETrainer
 
 import saelens_matryoshka as sm
-from saelens_matryoshka.runs import checkpoints as module
-from saelens_matryoshka.runs.checkpoints import (
+from saelens_matryoshka.upkeep import checkpoints as module
+from saelens_matryoshka.upkeep.checkpoints import (
     MANIFEST,
     CheckpointError,
     Checkpoints,

@@ -1,0 +1,38 @@
+"""Files by which one process at a time does something."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+
+
+@contextmanager
+def alone(file: Path, in_use: Exception) -> Iterator[None]:
+    """Hold a lock file, in a folder that exists, for this process alone.
+
+    The lock is the operating system's: it goes with the process, however that ends. The file stays.
+
+    Args:
+        file: Which is made.
+        in_use: Raised if another process holds it.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    lock = filelock.FileLock(file)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise in_use from None
+    except (OSError, NotImplementedError) as error:
+        raise ValueError(
+            f"{str(file.parent)!r} cannot be locked ({getattr(error, 'strerror', None) or error}): choose a "
+            "folder that can be written into."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
