@@ -23,6 +23,7 @@ from saelens_matryoshka.cli.inputs import (
 )
 from saelens_matryoshka.cli.interruption import interruptible
 from saelens_matryoshka.cli.output import Json, quieten, require_writable, token_progress, write_result
+from saelens_matryoshka.valid_json import dumps
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -259,8 +260,6 @@ def _layer(sae: SAE[Any]) -> int:
 
 
 def _show(found: Samples, written: list[str], json: Path | None) -> None:
-    import json as json_module
-
     from rich.table import Table
 
     fired = int((found.fired > 0).sum())
@@ -280,4 +279,4 @@ def _show(found: Samples, written: list[str], json: Path | None) -> None:
     table.add_row("examples", f"{summary['n_examples']:,}")
     for place in written:
         table.add_row("written", place)
-    write_result(table, json_module.dumps(summary, indent=2), found.about["text"], json)
+    write_result(table, dumps(summary, indent=2), found.about["text"], json)

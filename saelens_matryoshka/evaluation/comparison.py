@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from saelens_matryoshka.evaluation.evaluator import evaluate, hooks_and_frame
 from saelens_matryoshka.evaluation.result import EvalResult, metrics_row, metrics_table
 from saelens_matryoshka.evaluation.tokens import token_batches
 from saelens_matryoshka.prefixes import inference_model
+from saelens_matryoshka.valid_json import dumps
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Comparison:
         return {name: result.to_dict() for name, result in self.results.items()}
 
     def to_json(self) -> str:
-        """`to_dict` as indented JSON."""
-        return json.dumps(self.to_dict(), indent=2)
+        """`to_dict` as indented JSON, with null for NaN."""
+        return dumps(self.to_dict(), indent=2)
 
     def tables(self) -> Group:
         """A table per model, one row per prefix, for rich; fits 80 columns."""
