@@ -49,6 +49,7 @@ def evaluate(
     batch_size_prompts: int = 8,
     exclude_special_tokens: bool | list[int] = True,
     model_kwargs: Mapping[str, Any] | None = None,
+    with_redundancy: bool = True,
     group: Group = ALONE,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> EvalResult:
@@ -67,6 +68,7 @@ def evaluate(
         exclude_special_tokens: Leave BOS, EOS, padding and the like (or the given ids) out of all
             metrics; at their positions the target is not replaced.
         model_kwargs: Passed on when the language model is called.
+        with_redundancy: Compute `decoder_redundancy` too: it takes a product of d_sae² by d_out.
         group: The processes that have the dictionary in shards, of which `sae` is this one's. Each runs its
             language model on the same text, and all return the same.
         on_progress: Called with what is measured, and the numbers of tokens done and to do.
@@ -96,7 +98,7 @@ def evaluate(
         _each(run.add_next_token, list(_first(batches, n_ce_tokens)), "cross-entropy", on_progress)
     finally:
         model.train(was_training)
-    return run.result()
+    return run.result(with_redundancy=with_redundancy)
 
 
 def _first(batches: Iterable[torch.Tensor], n_tokens: int) -> Iterator[torch.Tensor]:
@@ -125,7 +127,11 @@ def _each(
 
 @torch.no_grad()
 def evaluate_activations(
-    sae: SAE[Any], model: Any, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]
+    sae: SAE[Any],
+    model: Any,
+    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    *,
+    with_redundancy: bool = True,
 ) -> EvalResult:
     """The metrics that need no language model: all but cross-entropy and KL.
 
@@ -133,11 +139,12 @@ def evaluate_activations(
         sae: As in `evaluate`.
         model: Says in which frame the source is; it is not run.
         pairs: Sources `[n, d_in]` and targets `[n, d_out]`, on the SAE's device and in its dtype.
+        with_redundancy: As in `evaluate`.
     """
     run = _Evaluation(inference_model(sae), model, {})
     for source, target in pairs:
         run.add_pairs(source, target)
-    return run.result()
+    return run.result(with_redundancy=with_redundancy)
 
 
 class _Evaluation:
@@ -205,7 +212,7 @@ class _Evaluation:
             logits = self._logits(tokens, (self.target_hook, hook_fn))
             sums.add(logits[counted.to(logits.device)], clean, labels)
 
-    def result(self) -> EvalResult:
+    def result(self, *, with_redundancy: bool) -> EvalResult:
         with_ce = self.clean.n_tokens > 0
         clean = self.clean.mean_ce() if with_ce else None
         zero = self.zero.mean_ce() if with_ce else None
@@ -215,7 +222,7 @@ class _Evaluation:
         cosine = self.reconstruction.mean_cosine().tolist()
         explained_variance = self.reconstruction.explained_variance()
         redundancy: list[float] | list[None] = [None] * len(self.widths)
-        if self.group is ALONE:
+        if with_redundancy and self.group is ALONE:
             redundancy = decoder_redundancy(self.sae.W_dec, self.widths)
         firing = self.firing.gathered(self.group)
         for level, (width, sums) in enumerate(zip(self.widths, self.prefixes, strict=True)):

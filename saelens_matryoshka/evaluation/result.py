@@ -38,8 +38,8 @@ class PrefixMetrics:
     density: list[int]
     """live latents by the log10 of the share of tokens they fire on, per interval of `density_edges`"""
     decoder_redundancy: float | None
-    """share of latents with another decoder row of the prefix at a cosine above 0.9; None while several
-    processes train, each of which would need all rows"""
+    """share of latents with another decoder row of the prefix at a cosine above 0.9; None where it was not
+    asked for, as during training, or the dictionary is in shards, each of which would need all rows"""
     ce: float | None
     """cross-entropy of the language model with the prefix's output in place of the target, nats"""
     ce_recovered: float | None
