@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import shlex
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +18,7 @@ from saelens_matryoshka.cli.inputs import (
     pick_device,
     results_folder,
 )
-from saelens_matryoshka.cli.interruption import interruptible
+from saelens_matryoshka.cli.interruption import interruptible, told_to_call_again
 from saelens_matryoshka.cli.output import Json, quieten, require_writable, token_progress, write_result
 from saelens_matryoshka.valid_json import dumps
 
@@ -177,7 +174,7 @@ def obtain_samples(
     if said := unfinished.found():
         console.print(said, markup=False, soft_wrap=True)
     started = time.monotonic()
-    with _told_how_to_go_on(console), token_progress(console) as progress:
+    with told_to_call_again(console), token_progress(console) as progress:
         found = collect_samples(
             sae,
             language_model,
@@ -193,18 +190,6 @@ def obtain_samples(
         found.save(new)
     unfinished.remove()
     return found
-
-
-@contextlib.contextmanager
-def _told_how_to_go_on(console: Console) -> Iterator[None]:
-    from saelens_matryoshka.stopping import RunStopped
-
-    try:
-        yield
-    except RunStopped as stopped:
-        again = shlex.join(["saelens-matryoshka", *sys.argv[1:]])
-        console.print(f"{stopped}\nTo go on, the same again: {again}", markup=False, soft_wrap=True)
-        raise typer.Exit(stopped.exit_code) from None
 
 
 def _write_format(
