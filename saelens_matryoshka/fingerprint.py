@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
-_SHOWN = {"weights": "other weights"}
+_SHOWN = {
+    "weights": "other weights",
+    "config": "another configuration",
+    "model_weights": "other weights of the language model",
+}
 """of what is compared by its hash, how a difference is told"""
 
 
@@ -32,6 +36,17 @@ def hash_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
 def hash_of_weights(sae: SAE[Any]) -> str:
     """Of an SAE's weights: a result of others is not taken for its own."""
     return hash_of_tensors(sae.state_dict())[:16]
+
+
+def hash_of_model(model: Any) -> str:
+    """Of the ends of every parameter: enough to tell one checkpoint of a language model from another."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        ends = torch.cat([flat[:64], flat[-64:]]).float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(ends.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def differences(found: dict[str, Any], settings: dict[str, Any]) -> str:

@@ -15,10 +15,12 @@ from sae_lens import (
     TrainingSAE,
     llm_sae_training_runner,
 )
+from sae_lens.evals import ExplainedVarianceCalculator
 from sae_lens.training import activations_store
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
 from saelens_matryoshka import seams
+from saelens_matryoshka.evaluation import metrics
 
 
 def test_seam_runner_builds_its_store_with_from_config() -> None:
@@ -55,6 +57,16 @@ def test_seam_store_yields_what_get_activations_gives() -> None:
     assert "self.get_activations(batch_tokens)" in source
     assert "reshape(-1, d_in)" in source
     assert callable(ActivationsStore.get_multi_hook_activations)
+
+
+def test_seam_sums_of_explained_variance_are_numbers_and_tensors() -> None:
+    """If this fails, an evaluation that goes on loses sums of SAELens's ExplainedVarianceCalculator."""
+    calculator, restored = ExplainedVarianceCalculator(), ExplainedVarianceCalculator()
+    calculator.add_batch(torch.randn(5, 3), torch.randn(5, 3))
+    metrics.restore(restored, metrics.state_of(calculator))
+    assert restored.compute() == calculator.compute() != ExplainedVarianceCalculator().compute()
+    for value in vars(calculator).values():
+        assert isinstance(value, int | float | torch.Tensor)
 
 
 def test_seam_saving_goes_through_the_processed_state_dict() -> None:

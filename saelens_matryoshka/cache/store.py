@@ -112,11 +112,11 @@ class CachedActivationsStore(ResumableStore):
             self._ahead.clear()
             self.batches.position = int(saved["position"])
 
-    def evaluate(self, sae: SAE[Any]) -> EvalResult | None:
+    def evaluate(self, sae: SAE[Any], *, with_redundancy: bool = True) -> EvalResult | None:
         """FVU, L0 and dead latents of every prefix on the held-out rows; None if there are none."""
         if not self.cache.manifest.held_out:
             return None
-        return evaluate_cached(sae, self.cache)
+        return evaluate_cached(sae, self.cache, with_redundancy=with_redundancy)
 
 
 def is_cache(path: str | Path | None) -> bool:
@@ -172,12 +172,13 @@ def reading_of(cfg: LanguageModelSAERunnerConfig[Any], cache: ActivationCache) -
     return Reading(cache.site(cfg.hook_name, with_gain=with_gain), cfg.sae.hook_name_out)
 
 
-def evaluate_cached(sae: SAE[Any], cache: ActivationCache) -> EvalResult:
+def evaluate_cached(sae: SAE[Any], cache: ActivationCache, *, with_redundancy: bool = True) -> EvalResult:
     """FVU, L0 and dead latents of every prefix on the held-out rows of a cache.
 
     Args:
         sae: SAE or transcoder, ours or stock, that reads the raw hook.
         cache: Of the language model it was trained on.
+        with_redundancy: As in `sm.evaluate`.
 
     Raises:
         ValueError: the cache has no such hook or no held-out rows, or is of another frame.
@@ -194,4 +195,4 @@ def evaluate_cached(sae: SAE[Any], cache: ActivationCache) -> EvalResult:
         for rows in cache.held_out(hooks, _HELD_OUT_BATCH, device=sae.device, dtype=sae.dtype):
             yield rows[source], rows[target]
 
-    return evaluate_activations(sae, CachedModel(cache), pairs())
+    return evaluate_activations(sae, CachedModel(cache), pairs(), with_redundancy=with_redundancy)

@@ -41,6 +41,7 @@ from saelens_matryoshka.cache.manifest import (
     describe_file,
 )
 from saelens_matryoshka.evaluation.tokens import special_token_ids
+from saelens_matryoshka.fingerprint import hash_of_model
 from saelens_matryoshka.locks import alone
 from saelens_matryoshka.seams import split_off_prompts, token_device, token_sequences
 from saelens_matryoshka.sites import check_hook, make_readable, norm_frame, norm_gain, probe
@@ -258,7 +259,7 @@ def _describe(model: Any, settings: CacheSettings) -> tuple[Manifest, dict[str, 
         settings=settings.identity(),
         hooks=hooks,
         same_tensors=same,
-        model_fingerprint=_fingerprint(model),
+        model_fingerprint=hash_of_model(model),
         excluded_token_ids=[] if excluded is None else excluded.tolist(),
         prompts_per_shard=max(1, settings.shard_bytes // prompt_bytes),
         versions={
@@ -267,17 +268,6 @@ def _describe(model: Any, settings: CacheSettings) -> tuple[Manifest, dict[str, 
         created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
     return manifest, gains
-
-
-def _fingerprint(model: Any) -> str:
-    """Of the ends of every parameter: enough to tell one checkpoint of a model from another."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        ends = torch.cat([flat[:64], flat[-64:]]).float().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(ends.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _store(model: Any, settings: CacheSettings, dataset: HfDataset | None) -> ActivationsStore:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +12,7 @@ from rich.console import Console
 
 from saelens_matryoshka.cli.interruption import interruptible
 from saelens_matryoshka.cli.output import Json, on_stdout, quieten, require_writable, write_numbers
+from saelens_matryoshka.valid_json import dumps
 
 if TYPE_CHECKING:
     from saelens_matryoshka.cache import Manifest

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +14,7 @@ from rich.console import Console
 from saelens_matryoshka.atomic import write_atomically
 from saelens_matryoshka.cli.inputs import TINY, load_language_model, open_dataset, pick_device
 from saelens_matryoshka.cli.output import Json, on_stdout, quieten, require_writable, write_numbers
+from saelens_matryoshka.valid_json import dumps
 
 _TINY = "the embedded tiny model"
 _CONTEXT_SIZE = 256

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +25,7 @@ from saelens_matryoshka.cli.output import (
     require_writable,
     write_numbers,
 )
+from saelens_matryoshka.valid_json import dumps
 
 _ENDPOINT = "The chat model"
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,7 +17,7 @@ from saelens_matryoshka.cli.inputs import (
     load_text,
     pick_device,
 )
-from saelens_matryoshka.cli.interruption import interruptible
+from saelens_matryoshka.cli.interruption import interruptible, told_to_call_again
 from saelens_matryoshka.cli.output import (
     OUTPUT,
     TEXT,
@@ -25,6 +27,11 @@ from saelens_matryoshka.cli.output import (
     token_progress,
     write_result,
 )
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+
+    from saelens_matryoshka.unfinished import Unfinished
 
 Model = Annotated[
     str | None,
@@ -73,7 +80,7 @@ def register(app: typer.Typer) -> None:
     app.command("compare")(compare)
 
 
-@interruptible("Nothing is kept of an evaluation that is not finished: call it again.")
+@interruptible("Call it again: it goes on from what was kept last, if anything was.")
 def evaluate(
     path: Annotated[str, typer.Argument(help="A folder saved by SAELens, or RELEASE:SAE_ID.")],
     model: Model = None,
@@ -92,6 +99,8 @@ def evaluate(
 ) -> None:
     """Evaluate every prefix: FVU, L0, dead latents, CE recovered, KL.
 
+    Called again after Ctrl-C, it goes on.
+
       saelens-matryoshka eval results/tiny/mlp-2/first
       saelens-matryoshka eval results/tiny/mlp-2/first --plot prefixes.png
       saelens-matryoshka eval gpt2-small-res-jb:blocks.8.hook_resid_pre \\
@@ -108,23 +117,24 @@ def evaluate(
         sae = load_sae(path, device)
         language_model = load_language_model_for(sae, model, device)
         text, described = load_text(sae, dataset, split, skip, model=model)
-    with token_progress(console) as on_progress:
+        settings: dict[str, Any] = {
+            "n_tokens": tokens,
+            "n_ce_tokens": ce_tokens,
+            "context_size": context_size,
+            "batch_size_prompts": batch_size_prompts,
+            "exclude_special_tokens": not special_tokens,
+        }
+        unfinished = _unfinished("eval", {path: sae}, language_model, {**settings, "text": described})
+    with _going_on(unfinished, console) as on_progress:
         result = sm.evaluate(
-            sae,
-            language_model,
-            text,
-            n_tokens=tokens,
-            n_ce_tokens=ce_tokens,
-            context_size=context_size,
-            batch_size_prompts=batch_size_prompts,
-            exclude_special_tokens=not special_tokens,
-            on_progress=on_progress,
+            sae, language_model, text, **settings, on_progress=on_progress, unfinished=unfinished
         )
     write_result(result.table(), result.to_json(), described, json)
     _write({Path(path.rstrip("/")).name: result}, plot, table, console)
+    unfinished.remove()
 
 
-@interruptible("Nothing is kept of an evaluation that is not finished: call it again.")
+@interruptible("Call it again: it goes on from what was kept last, if anything was.")
 def compare(
     paths: Annotated[list[str], typer.Argument(help="Folders saved by SAELens, or RELEASE:SAE_ID.")],
     model: Model = None,
@@ -143,7 +153,8 @@ def compare(
 ) -> None:
     """Evaluate several models of one target on the same tokens.
 
-    Each is measured in its own frame: what they read may differ, what they predict may not.
+    Each is measured in its own frame: what they read may differ, what they predict may not. Called again
+    after Ctrl-C, it goes on.
 
       saelens-matryoshka compare output/a output/b --plot both.png
       saelens-matryoshka compare output/a \\
@@ -163,20 +174,52 @@ def compare(
         _require_one_language_model(saes, model)
         language_model = load_language_model_for(first, model, device)
         text, described = load_text(first, dataset, split, skip, model=model)
-    with token_progress(console) as on_progress:
+        settings: dict[str, Any] = {
+            "n_tokens": tokens,
+            "n_ce_tokens": ce_tokens,
+            "context_size": context_size,
+            "batch_size_prompts": batch_size_prompts,
+            "exclude_special_tokens": not special_tokens,
+        }
+        models = dict(zip(paths, saes.values(), strict=True))
+        unfinished = _unfinished("compare", models, language_model, {**settings, "text": described})
+    with _going_on(unfinished, console) as on_progress:
         result = sm.compare(
-            saes,
-            language_model,
-            text,
-            n_tokens=tokens,
-            n_ce_tokens=ce_tokens,
-            context_size=context_size,
-            batch_size_prompts=batch_size_prompts,
-            exclude_special_tokens=not special_tokens,
-            on_progress=on_progress,
+            saes, language_model, text, **settings, on_progress=on_progress, unfinished=unfinished
         )
     write_result(result.tables(), result.to_json(), described, json)
     _write(result.results, plot, table, console)
+    unfinished.remove()
+
+
+def _unfinished(
+    command: str, saes: dict[str, SAE[Any]], language_model: Any, settings: dict[str, Any]
+) -> Unfinished:
+    """Where the state of an evaluation is kept: a published model has no folder to keep it beside."""
+    import torch
+
+    from saelens_matryoshka.fingerprint import hash_of, hash_of_model, hash_of_weights
+    from saelens_matryoshka.unfinished import Unfinished
+
+    depends_on = {
+        **settings,
+        "weights": [hash_of_weights(sae) for sae in saes.values()],
+        "config": [hash_of({**sae.cfg.to_dict(), "device": None}) for sae in saes.values()],
+        "model": getattr(getattr(language_model, "cfg", None), "model_name", None),
+        "model_weights": hash_of_model(language_model),
+        "device": [torch.device(sae.device).type for sae in saes.values()],
+    }
+    places = [str(Path(path).resolve()) if Path(path).exists() else path for path in saes]
+    return Unfinished.in_cache(command, places, depends_on)
+
+
+@contextmanager
+def _going_on(unfinished: Unfinished, console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """Around an evaluation: what was kept of it is told, and so is how to go on if it is interrupted."""
+    if said := unfinished.found():
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
+    with told_to_call_again(console), token_progress(console) as on_progress:
+        yield on_progress
 
 
 def _require_writable(plot: Path | None, table: Path | None) -> None:

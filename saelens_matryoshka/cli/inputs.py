@@ -160,14 +160,15 @@ def load_text(
         model: Name of the language model, where it is not the one in the SAE's metadata.
     """
     metadata = sae.cfg.metadata
+    skipped = f", from document {skip:,} on" if skip else ""
     if dataset is None and is_tiny(model or metadata.model_name):
         from saelens_matryoshka.tiny import text
 
-        return _after(text.dataset("held_out"), skip), "held-out standard library files"
+        return _after(text.dataset("held_out"), skip), f"held-out standard library files{skipped}"
     name = metadata.dataset_path if dataset is None else dataset
     if not name:
         raise ValueError("--dataset is needed: this model's metadata do not say what it was trained on.")
-    described = f"{name}, split {split}" + (f", from document {skip:,} on" if skip else "")
+    described = f"{name}, split {split}{skipped}"
     if dataset is None:
         described += " (its training data: give --dataset or --skip for text it has not seen)"
     return _after(open_dataset(name, split), skip), described

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +36,20 @@ def interruptible(said: str) -> Iterator[None]:
     finally:
         if is_main:
             signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def told_to_call_again(console: Console) -> Iterator[None]:
+    """Within, what stops with its state kept says that the same command goes on."""
+    from saelens_matryoshka.stopping import RunStopped
+
+    try:
+        yield
+    except RunStopped as stopped:
+        again = shlex.join(["saelens-matryoshka", *sys.argv[1:]])
+        said = f"{stopped}\nTo go on, the same again: {again}"
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(stopped.exit_code) from None
 
 
 def _terminate(number: int, frame: Any) -> None:  # noqa: ARG001

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from datetime import datetime
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from rich import box
 from rich.console import Console
 
 from saelens_matryoshka.cli.output import on_stdout, write_numbers
+from saelens_matryoshka.valid_json import dumps
 
 if TYPE_CHECKING:
     from saelens_matryoshka.runs.settings import Settings, SettingsSource

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +26,7 @@ from saelens_matryoshka.cli.output import (
     write_numbers,
 )
 from saelens_matryoshka.cli.samples import obtain_samples, writing_samples
+from saelens_matryoshka.valid_json import dumps
 
 
 def register(app: typer.Typer) -> None:

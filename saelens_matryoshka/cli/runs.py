@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 from rich.console import Console
 
 from saelens_matryoshka.cli.output import Json, on_stdout, require_writable, write_numbers
+from saelens_matryoshka.valid_json import dumps
 
 
 def register(app: typer.Typer) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shlex
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from enum import Enum
 from pathlib import Path
@@ -23,8 +20,9 @@ from saelens_matryoshka.cli.inputs import (
     pick_device,
     results_folder,
 )
-from saelens_matryoshka.cli.interruption import interruptible
+from saelens_matryoshka.cli.interruption import interruptible, told_to_call_again
 from saelens_matryoshka.cli.output import Json, quieten, require_writable, token_progress, write_result
+from saelens_matryoshka.valid_json import dumps
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -199,7 +197,7 @@ def obtain_samples(
     if said := unfinished.found():
         console.print(said, markup=False, soft_wrap=True)
     started = time.monotonic()
-    with _told_how_to_go_on(console), token_progress(console) as progress:
+    with told_to_call_again(console), token_progress(console) as progress:
         found = collect_samples(
             sae,
             language_model,
@@ -215,18 +213,6 @@ def obtain_samples(
         found.save(new)
     unfinished.remove()
     return found
-
-
-@contextlib.contextmanager
-def _told_how_to_go_on(console: Console) -> Iterator[None]:
-    from saelens_matryoshka.stopping import RunStopped
-
-    try:
-        yield
-    except RunStopped as stopped:
-        again = shlex.join(["saelens-matryoshka", *sys.argv[1:]])
-        console.print(f"{stopped}\nTo go on, the same again: {again}", markup=False, soft_wrap=True)
-        raise typer.Exit(stopped.exit_code) from None
 
 
 def _write_format(
@@ -285,8 +271,6 @@ def _layer(sae: SAE[Any]) -> int:
 
 
 def _show(found: Samples, written: list[str], json: Path | None) -> None:
-    import json as json_module
-
     from rich.table import Table
 
     fired = int((found.fired > 0).sum())
@@ -306,4 +290,4 @@ def _show(found: Samples, written: list[str], json: Path | None) -> None:
     table.add_row("examples", f"{summary['n_examples']:,}")
     for place in written:
         table.add_row("written", place)
-    write_result(table, json_module.dumps(summary, indent=2), found.about["text"], json)
+    write_result(table, dumps(summary, indent=2), found.about["text"], json)

@@ -6,7 +6,6 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -22,6 +21,7 @@ from saelens_matryoshka.cli.output import (
     write_numbers,
 )
 from saelens_matryoshka.cli.settings import read_sources
+from saelens_matryoshka.valid_json import dumps
 
 if TYPE_CHECKING:
     from rich.table import Table

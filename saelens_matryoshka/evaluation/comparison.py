@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +12,13 @@ from rich.markup import escape
 from sae_lens import SAE
 from sae_lens.config import HfDataset
 
-from saelens_matryoshka.evaluation.evaluator import evaluate, hooks_and_frame
+from saelens_matryoshka.evaluation.evaluator import Evaluation
+from saelens_matryoshka.evaluation.passes import Passes, Progress
 from saelens_matryoshka.evaluation.result import EvalResult, metrics_row, metrics_table
 from saelens_matryoshka.evaluation.tokens import token_batches
 from saelens_matryoshka.prefixes import inference_model
+from saelens_matryoshka.unfinished import Unfinished
+from saelens_matryoshka.valid_json import dumps
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Comparison:
         return {name: result.to_dict() for name, result in self.results.items()}
 
     def to_json(self) -> str:
-        """`to_dict` as indented JSON."""
-        return json.dumps(self.to_dict(), indent=2)
+        """`to_dict` as indented JSON, with null for NaN."""
+        return dumps(self.to_dict(), indent=2)
 
     def tables(self) -> Group:
         """A table per model, one row per prefix, for rich; fits 80 columns."""
@@ -49,15 +51,20 @@ class Comparison:
         return Group(*parts)
 
 
+@torch.no_grad()
 def compare(
     saes: Mapping[str, SAE[Any]],
     model: Any,
     dataset: HfDataset | str | torch.Tensor,
     *,
     n_tokens: int = 100_000,
+    n_ce_tokens: int = 20_000,
     context_size: int | None = None,
     batch_size_prompts: int = 8,
-    **settings: Any,
+    exclude_special_tokens: bool | list[int] = True,
+    model_kwargs: Mapping[str, Any] | None = None,
+    on_progress: Progress | None = None,
+    unfinished: Unfinished | None = None,
 ) -> Comparison:
     """Evaluate several SAEs or transcoders, each in its own frame, on the same tokens.
 
@@ -66,18 +73,26 @@ def compare(
         model: The language model of all of them.
         dataset: As for `evaluate`; tokenised the way the first model's training data were.
         n_tokens: Tokens for all metrics but cross-entropy and KL.
+        n_ce_tokens: Tokens for cross-entropy and KL; 0 leaves them out.
         context_size: Tokens per prompt. None: the shortest that any of them was trained with.
         batch_size_prompts: Prompts per forward pass.
-        settings: Passed on to `evaluate`.
+        exclude_special_tokens: As for `evaluate`.
+        model_kwargs: Passed on when the language model is called.
+        on_progress: As for `evaluate`, of one model after the other.
+        unfinished: As for `evaluate`: where the sums of all models are kept until the end.
 
     Raises:
+        RunStopped: SIGINT or SIGTERM has come, and the state is kept in `unfinished`.
         ValueError: they predict different hooks, so that their numbers do not compare, or one of them does
             not fit the language model or its frame.
     """
     if not saes:
         raise ValueError("saes is empty: give at least one model to compare.")
     models = {name: inference_model(sae) for name, sae in saes.items()}
-    targets = {name: hooks_and_frame(sae, model)[1] for name, sae in models.items()}
+    evaluations = {
+        name: Evaluation(sae, model, exclude_special_tokens, model_kwargs) for name, sae in models.items()
+    }
+    targets = {name: evaluation.target_hook for name, evaluation in evaluations.items()}
     if len(set(targets.values())) > 1:
         said = "; ".join(f"{name} predicts {target!r}" for name, target in targets.items())
         raise ValueError(
@@ -91,12 +106,7 @@ def compare(
     sizes = [sae.cfg.metadata.context_size for sae in models.values() if sae.cfg.metadata.context_size]
     context_size = context_size or min(sizes, default=None)
     batches = token_batches(first, model, dataset, n_tokens, context_size, batch_size_prompts)
-    tokens = torch.cat(list(batches))
+    Passes(list(evaluations.values()), list(batches), n_ce_tokens).run(on_progress, unfinished)
     return Comparison(
-        {
-            name: evaluate(
-                sae, model, tokens, n_tokens=n_tokens, batch_size_prompts=batch_size_prompts, **settings
-            )
-            for name, sae in models.items()
-        }
+        {name: evaluation.result(with_redundancy=True) for name, evaluation in evaluations.items()}
     )

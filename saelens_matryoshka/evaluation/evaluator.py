@@ -11,7 +11,7 @@ Nothing is trained or moved: a training object is converted to the inference mod
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,11 +26,13 @@ from saelens_matryoshka.evaluation.metrics import (
     ReconstructionSums,
     decoder_redundancy,
 )
+from saelens_matryoshka.evaluation.passes import Passes, Progress
 from saelens_matryoshka.evaluation.result import EvalResult, PrefixMetrics
 from saelens_matryoshka.evaluation.tokens import special_token_ids, token_batches
 from saelens_matryoshka.ops import ALONE, Group
 from saelens_matryoshka.prefixes import inference_model, matryoshka_widths, predict_prefixes
 from saelens_matryoshka.sites import check_hook, norm_frame
+from saelens_matryoshka.unfinished import Unfinished
 
 # Values of feature activations, and of logits, that are held at a time.
 _ACTIVATION_VALUES = 1 << 26
@@ -49,8 +51,10 @@ def evaluate(
     batch_size_prompts: int = 8,
     exclude_special_tokens: bool | list[int] = True,
     model_kwargs: Mapping[str, Any] | None = None,
+    with_redundancy: bool = True,
     group: Group = ALONE,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: Progress | None = None,
+    unfinished: Unfinished | None = None,
 ) -> EvalResult:
     """Metrics of every prefix.
 
@@ -67,65 +71,43 @@ def evaluate(
         exclude_special_tokens: Leave BOS, EOS, padding and the like (or the given ids) out of all
             metrics; at their positions the target is not replaced.
         model_kwargs: Passed on when the language model is called.
+        with_redundancy: Compute `decoder_redundancy` too: it takes a product of d_sae² by d_out.
         group: The processes that have the dictionary in shards, of which `sae` is this one's. Each runs its
             language model on the same text, and all return the same.
         on_progress: Called with what is measured, and the numbers of tokens done and to do.
+        unfinished: Where the sums are kept until the end, and taken from if they are there: an evaluation
+            that was ended goes on, and gives the same numbers. The caller removes it once they are safe.
+            None: nowhere. Not for a group.
 
     Returns:
         The metrics, with what they were measured on.
 
     Raises:
+        RunStopped: SIGINT or SIGTERM has come, and the state is kept in `unfinished`.
         ValueError: the model has no such hook, its norms are folded otherwise than those of the model the
             SAE was trained on, or the dataset has no tokens.
     """
-    if n_ce_tokens < 0:
-        raise ValueError(f"n_ce_tokens={n_ce_tokens} must be at least 0.")
+    if unfinished is not None and group is not ALONE:
+        raise ValueError("unfinished: what each of several processes has is not kept. Leave it out.")
     if isinstance(dataset, torch.Tensor) and context_size not in (None, dataset.shape[-1]):
         raise ValueError(
             f"context_size={context_size}, but the tokens given are prompts of {dataset.shape[-1]}: cut "
             "them, or leave context_size out."
         )
     sae = inference_model(sae)
-    run = _Evaluation(sae, model, dict(model_kwargs or {}), group)
-    run.excluded = special_token_ids(model, exclude_special_tokens)
+    evaluation = Evaluation(sae, model, exclude_special_tokens, model_kwargs, group)
     batches = list(token_batches(sae, model, dataset, n_tokens, context_size, batch_size_prompts))
-    was_training = model.training
-    model.eval()
-    try:
-        _each(run.add_reconstruction, batches, "reconstruction", on_progress)
-        _each(run.add_next_token, list(_first(batches, n_ce_tokens)), "cross-entropy", on_progress)
-    finally:
-        model.train(was_training)
-    return run.result()
-
-
-def _first(batches: Iterable[torch.Tensor], n_tokens: int) -> Iterator[torch.Tensor]:
-    """Batches of the prompts with the first `n_tokens` tokens."""
-    for tokens in batches:
-        if n_tokens <= 0:
-            return
-        part = tokens[: -(-n_tokens // tokens.shape[1])]
-        n_tokens -= part.numel()
-        yield part
-
-
-def _each(
-    add: Callable[[torch.Tensor], None],
-    batches: Sequence[torch.Tensor],
-    what: str,
-    on_progress: Callable[[str, int, int], None] | None,
-) -> None:
-    done, total = 0, sum(tokens.numel() for tokens in batches)
-    for tokens in batches:
-        add(tokens)
-        done += tokens.numel()
-        if on_progress is not None:
-            on_progress(what, done, total)
+    Passes([evaluation], batches, n_ce_tokens).run(on_progress, unfinished)
+    return evaluation.result(with_redundancy=with_redundancy)
 
 
 @torch.no_grad()
 def evaluate_activations(
-    sae: SAE[Any], model: Any, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]
+    sae: SAE[Any],
+    model: Any,
+    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    *,
+    with_redundancy: bool = True,
 ) -> EvalResult:
     """The metrics that need no language model: all but cross-entropy and KL.
 
@@ -133,31 +115,45 @@ def evaluate_activations(
         sae: As in `evaluate`.
         model: Says in which frame the source is; it is not run.
         pairs: Sources `[n, d_in]` and targets `[n, d_out]`, on the SAE's device and in its dtype.
+        with_redundancy: As in `evaluate`.
     """
-    run = _Evaluation(inference_model(sae), model, {})
+    evaluation = Evaluation(inference_model(sae), model, exclude_special_tokens=False)
     for source, target in pairs:
-        run.add_pairs(source, target)
-    return run.result()
+        evaluation.add_pairs(source, target)
+    return evaluation.result(with_redundancy=with_redundancy)
 
 
-class _Evaluation:
-    """The sums of one evaluation, and how a batch of tokens is added to them."""
+class Evaluation:
+    """The sums of one evaluation, and how a batch of tokens is added to them. See `evaluate`."""
 
-    def __init__(self, sae: SAE[Any], model: Any, model_kwargs: dict[str, Any], group: Group = ALONE) -> None:
-        self.sae, self.model, self.model_kwargs, self.group = sae, model, model_kwargs, group
+    def __init__(
+        self,
+        sae: SAE[Any],
+        model: Any,
+        exclude_special_tokens: bool | list[int],
+        model_kwargs: Mapping[str, Any] | None = None,
+        group: Group = ALONE,
+    ) -> None:
+        self.sae, self.model, self.model_kwargs, self.group = sae, model, dict(model_kwargs or {}), group
         self.source_hook, self.target_hook, self.frame = hooks_and_frame(sae, model)
         # By the name asked for: a TransformerBridge's names may be aliases of the hook's own.
         self.read_hooks = list(dict.fromkeys([self.source_hook, self.target_hook]))
         self.source_head: int | None = sae.cfg.metadata.hook_head_index
         self.target_head = self.source_head if self.target_hook == self.source_hook else None
         self.widths = matryoshka_widths(sae)
-        self.excluded: torch.Tensor | None = None
+        self.excluded = special_token_ids(model, exclude_special_tokens)
         device = torch.device(sae.device)
         d_out = sae.W_dec.shape[-1]
         self.reconstruction = ReconstructionSums(len(self.widths), d_out, device)
         self.firing = FiringCounts(len(sae.W_dec), device)
         self.clean, self.zero, self.mean = NextTokenSums(), NextTokenSums(), NextTokenSums()
         self.prefixes = [NextTokenSums() for _ in self.widths]
+
+    @property
+    def sums(self) -> dict[str, Any]:
+        """All that changes when a batch is added, for `state_of` and `restore`."""
+        names = ("reconstruction", "firing", "clean", "zero", "mean", "prefixes")
+        return {name: getattr(self, name) for name in names}
 
     def add_reconstruction(self, tokens: torch.Tensor) -> None:
         keep = self._evaluated(tokens)
@@ -205,7 +201,7 @@ class _Evaluation:
             logits = self._logits(tokens, (self.target_hook, hook_fn))
             sums.add(logits[counted.to(logits.device)], clean, labels)
 
-    def result(self) -> EvalResult:
+    def result(self, *, with_redundancy: bool) -> EvalResult:
         with_ce = self.clean.n_tokens > 0
         clean = self.clean.mean_ce() if with_ce else None
         zero = self.zero.mean_ce() if with_ce else None
@@ -215,7 +211,7 @@ class _Evaluation:
         cosine = self.reconstruction.mean_cosine().tolist()
         explained_variance = self.reconstruction.explained_variance()
         redundancy: list[float] | list[None] = [None] * len(self.widths)
-        if self.group is ALONE:
+        if with_redundancy and self.group is ALONE:
             redundancy = decoder_redundancy(self.sae.W_dec, self.widths)
         firing = self.firing.gathered(self.group)
         for level, (width, sums) in enumerate(zip(self.widths, self.prefixes, strict=True)):

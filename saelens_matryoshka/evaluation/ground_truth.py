@@ -17,7 +17,6 @@ signs); then
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -36,6 +35,7 @@ from scipy.optimize import linear_sum_assignment
 
 from saelens_matryoshka.evaluation.metrics import FiringCounts, ReconstructionSums
 from saelens_matryoshka.prefixes import inference_model, matryoshka_widths, predict_prefixes
+from saelens_matryoshka.valid_json import dumps
 from saelens_matryoshka.widths import latent_levels
 
 MIN_COSINE = 0.8
@@ -113,8 +113,8 @@ class GroundTruthResult:
         return dataclasses.asdict(self)
 
     def to_json(self) -> str:
-        """`to_dict` as indented JSON."""
-        return json.dumps(self.to_dict(), indent=2)
+        """`to_dict` as indented JSON, with null for NaN."""
+        return dumps(self.to_dict(), indent=2)
 
 
 class CoFiring:

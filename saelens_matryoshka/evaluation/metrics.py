@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -166,3 +167,39 @@ def decoder_redundancy(W_dec: torch.Tensor, widths: Sequence[int]) -> list[float
                 nearest = cosines[:inside, :width].amax(dim=-1)
                 found[level] += (nearest > REDUNDANT_COSINE).sum()
     return [count / width for count, width in zip(found.tolist(), widths, strict=True)]
+
+
+def state_of(sums: Any) -> dict[str, torch.Tensor]:
+    """All numbers that sums are made of, by name.
+
+    Args:
+        sums: One of the classes here, or a dict or list of them.
+    """
+    state: dict[str, torch.Tensor] = {}
+    for name, value in _parts(sums):
+        if isinstance(value, torch.Tensor):
+            state[name] = value
+        elif isinstance(value, int | float):
+            state[name] = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.long)
+        elif value is not None:
+            state |= {f"{name}.{inner}": tensor for inner, tensor in state_of(value).items()}
+    return state
+
+
+def restore(sums: Any, state: Mapping[str, torch.Tensor], prefix: str = "") -> None:
+    """Make sums, made with the same arguments, those that gave this state, to the last bit."""
+    for name, value in _parts(sums):
+        found = state.get(prefix + name)
+        if found is None:
+            restore(value, state, f"{prefix}{name}.")
+        elif isinstance(value, int | float):
+            setattr(sums, name, found.item())
+        else:  # of None, what SAELens makes of it, which is on the CPU
+            device = value.device if isinstance(value, torch.Tensor) else found.device
+            setattr(sums, name, found.to(device, copy=True))
+
+
+def _parts(sums: Any) -> list[tuple[str, Any]]:
+    if isinstance(sums, list):
+        return [(str(index), part) for index, part in enumerate(sums)]
+    return [] if sums is None else list((sums if isinstance(sums, dict) else vars(sums)).items())

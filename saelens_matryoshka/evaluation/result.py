@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from rich import box
 from rich.table import Table
 
 from saelens_matryoshka.evaluation.metrics import DENSITY_EDGES
+from saelens_matryoshka.valid_json import dumps
+
+T = TypeVar("T")
+_OF_CE = frozenset({"ce", "kl", "ce_clean", "ce_zero", "ce_mean"})
+"""None where no cross-entropy was measured, and only there"""
 
 
 @dataclass(frozen=True)
@@ -32,8 +38,8 @@ class PrefixMetrics:
     density: list[int]
     """live latents by the log10 of the share of tokens they fire on, per interval of `density_edges`"""
     decoder_redundancy: float | None
-    """share of latents with another decoder row of the prefix at a cosine above 0.9; None while several
-    processes train, each of which would need all rows"""
+    """share of latents with another decoder row of the prefix at a cosine above 0.9; None where it was not
+    asked for, as during training, or the dictionary is in shards, each of which would need all rows"""
     ce: float | None
     """cross-entropy of the language model with the prefix's output in place of the target, nats"""
     ce_recovered: float | None
@@ -84,8 +90,16 @@ class EvalResult:
         return result
 
     def to_json(self) -> str:
-        """`to_dict` as indented JSON."""
-        return json.dumps(self.to_dict(), indent=2)
+        """`to_dict` as indented JSON, with null for NaN."""
+        return dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> EvalResult:
+        """What `to_json` gave, NaN where a number that was measured is null."""
+        record = json.loads(text)
+        with_ce = record["n_ce_tokens"] > 0
+        rows = [_from_dict(PrefixMetrics, row, with_ce=with_ce) for row in record["prefixes"]]
+        return _from_dict(cls, {**record, "prefixes": rows}, with_ce=with_ce)
 
     def table(self) -> Table:
         """One row per prefix, for rich; fits 80 columns."""
@@ -106,6 +120,14 @@ class EvalResult:
             )
         table.caption = caption
         return table
+
+
+def _from_dict(kind: type[T], record: dict[str, Any], *, with_ce: bool) -> T:
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    measured = {one.name for one in fields if one.type == "float"} | (_OF_CE if with_ce else set())
+    values = {one.name: record[one.name] for one in fields}
+    missing = {name: math.nan for name in measured & values.keys() if values[name] is None}
+    return kind(**values | missing)
 
 
 def metrics_table(title: str, *, with_ce: bool) -> Table:

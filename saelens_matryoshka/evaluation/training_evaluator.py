@@ -95,9 +95,9 @@ class HeldOutEvaluator:
         # The prefetcher's thread runs the same language model, whose hooks we are about to change.
         paused = getattr(data_provider, "paused", nullcontext)
         with paused():
-            return logged_metrics(self.result(model, sae.group))
+            return logged_metrics(self.result(model, sae.group, with_redundancy=False))
 
-    def result(self, model: SAE[Any], group: Group = ALONE) -> EvalResult:
+    def result(self, model: SAE[Any], group: Group = ALONE, *, with_redundancy: bool = True) -> EvalResult:
         """Every prefix of an inference model, or of a group's shards of one, on the held-out prompts."""
         return evaluate(
             model,
@@ -108,6 +108,7 @@ class HeldOutEvaluator:
             batch_size_prompts=self.batch_size_prompts,
             exclude_special_tokens=self.exclude_special_tokens,
             model_kwargs=self.model_kwargs,
+            with_redundancy=with_redundancy,
             group=group,
         )
 
@@ -116,7 +117,8 @@ class HeldOutEvaluator:
 class CachedEvaluator:
     """The same on a cache's held-out rows: what needs no language model."""
 
-    result: Callable[[SAE[Any]], EvalResult | None]
+    result: Callable[..., EvalResult | None]
+    """as `CachedActivationsStore.evaluate`"""
 
     def __call__(
         self,
@@ -124,7 +126,7 @@ class CachedEvaluator:
         data_provider: Any,  # noqa: ARG002  (held-out rows are read apart from the stream)
         activation_scaler: ActivationScaler,
     ) -> dict[str, Any]:
-        result = self.result(_as_saved(sae, activation_scaler))
+        result = self.result(_as_saved(sae, activation_scaler), with_redundancy=False)
         return {} if result is None else logged_metrics(result)
 
 

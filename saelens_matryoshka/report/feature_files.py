@@ -26,6 +26,7 @@ from saelens_matryoshka.atomic import write_atomically
 from saelens_matryoshka.report.logits import LogitEffects
 from saelens_matryoshka.report.samples import Example, Samples
 from saelens_matryoshka.report.text import TokenText
+from saelens_matryoshka.valid_json import dumps
 
 INDEX = "index.json.gz"
 LOCK = ".lock"
@@ -76,7 +77,7 @@ def write_feature_files(
         with temporary.open("xb") as file:
             for latent in range(samples.d_sae):
                 feature = _feature(samples, text, latent, logits, transcoder_id)
-                packed = zlib.compress(json.dumps(feature, ensure_ascii=False).encode())
+                packed = zlib.compress(dumps(feature, ensure_ascii=False).encode())
                 file.write(struct.pack("<I", len(packed)) + packed)
                 offsets.append(file.tell())
         with filelock.FileLock(folder / LOCK):

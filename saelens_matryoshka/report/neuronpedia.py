@@ -8,7 +8,6 @@ ends are fractions of a power of two); correlations between latents and with neu
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from sae_lens import SAE
 from saelens_matryoshka.report.logits import LogitEffects
 from saelens_matryoshka.report.samples import Example, Samples
 from saelens_matryoshka.report.text import TokenText
+from saelens_matryoshka.valid_json import dumps
 
 _LATENTS_PER_FILE = 128
 _ALIGNED_NEURONS = 3
@@ -76,7 +76,7 @@ def write_neuronpedia(
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    path.write_text(dumps(value, ensure_ascii=False), encoding="utf-8")
 
 
 def _aligned_neurons(W_dec: torch.Tensor) -> list[dict[str, list[Any]]]:

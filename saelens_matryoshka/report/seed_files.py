@@ -9,13 +9,13 @@ those of the stored samples, `activation_count` and `all_time_max` of all tokens
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 from saelens_matryoshka.report.samples import Example, Samples
 from saelens_matryoshka.report.text import TokenText
+from saelens_matryoshka.valid_json import dumps
 
 
 def write_seed_files(samples: Samples, text: TokenText, folder: Path) -> None:
@@ -35,7 +35,7 @@ def write_seed_files(samples: Samples, text: TokenText, folder: Path) -> None:
             "top_samples": [_sample(latent, example, text) for example in examples],
         }
         path = folder / f"feature_{latent:05d}_samples.json"
-        path.write_text(json.dumps(written, indent=2, ensure_ascii=False), encoding="utf-8")
+        path.write_text(dumps(written, indent=2, ensure_ascii=False), encoding="utf-8")
     stored = sum(row["num_samples"] for row in stats.values())
     strongest = sorted(stats, key=lambda latent: stats[latent]["all_time_max"], reverse=True)
     summary = {
@@ -54,7 +54,7 @@ def write_seed_files(samples: Samples, text: TokenText, folder: Path) -> None:
             for latent, row in stats.items()
         },
     }
-    (folder / "collection_summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    (folder / "collection_summary.json").write_text(dumps(summary, indent=2), encoding="utf-8")
 
 
 def _statistics(samples: Samples, latent: int, examples: list[Example]) -> dict[str, Any]:

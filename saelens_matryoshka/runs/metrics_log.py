@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from sae_lens.saes.sae import TrainStepOutput
 from saelens_matryoshka.atomic import write_atomically
 from saelens_matryoshka.runner import mean_l0
 from saelens_matryoshka.runs.recorded import read_lines
+from saelens_matryoshka.valid_json import dumps
 
 
 class MetricsLog:
@@ -23,6 +22,7 @@ class MetricsLog:
     A line has `step` and `tokens` (completed), `seconds` and `tokens_per_second` of training, and of that
     step's batch, in the space the step trains in: `loss`, `mse_loss`, `aux_loss`, `fvu`, `fvu_per_prefix`
     (by width), `l0`, `dead` (share of the latents), `threshold`; `lr` is the next step's, as SAELens logs it.
+    What is no finite number, of a batch that was left out, is null.
 
     Reading them waits for the GPU, so it is done at the first step, every `every` steps, and at the last.
     A log that is there already is continued: lines of steps that are now done again are dropped.
@@ -63,22 +63,21 @@ class MetricsLog:
             "tokens_per_second": None if rate is None else round(rate, 1),
         }
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(dumps(line) + "\n")
 
     def _continue(self, step: int) -> None:
         """Keep the lines before a step that has just been done."""
         kept = [line for line in self._before if line["step"] < step]
         self._seconds = kept[-1]["seconds"] if kept else 0.0
         if self.path.exists():
-            write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            write_atomically(self.path, "".join(dumps(line) + "\n" for line in kept))
 
 
 @torch.no_grad()
 def _values(trainer: SAETrainer[Any, Any], output: TrainStepOutput) -> dict[str, Any]:
-    def read(value: Any) -> float | None:
+    def read(value: Any) -> float:
         value = value() if callable(value) else value
-        value = value.item() if isinstance(value, torch.Tensor) else value
-        return value if math.isfinite(value) else None  # of a batch that was left out
+        return value.item() if isinstance(value, torch.Tensor) else value
 
     metrics = output.metrics
     return {

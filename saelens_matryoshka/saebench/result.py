@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from saelens_matryoshka.saebench.evals import EVALS
+from saelens_matryoshka.valid_json import dumps
 
 _COLUMNS = 5  # prefixes side by side, so that a table fits into 80 columns
 
@@ -80,8 +80,8 @@ class SAEBenchResult:
         }
 
     def to_json(self) -> str:
-        """`to_dict` as indented JSON."""
-        return json.dumps(self.to_dict(), indent=2)
+        """`to_dict` as indented JSON, with null for NaN."""
+        return dumps(self.to_dict(), indent=2)
 
     def table(self) -> Group:
         """Figures by eval, prefixes side by side, each under the L0 it was had at; for rich."""

@@ -42,6 +42,7 @@ from saelens_matryoshka.saebench.views import (
     output_view,
     pair_view,
 )
+from saelens_matryoshka.valid_json import dumps
 
 
 class Bench:
@@ -183,7 +184,7 @@ class Bench:
             "subject": self._subject,
             "fingerprint": self._fingerprint(item, width, options),
         }
-        write_atomically(self._file(item, width, ".json"), json.dumps(record, indent=2))
+        write_atomically(self._file(item, width, ".json"), dumps(record, indent=2))
         return result
 
     def _bench(

@@ -149,10 +149,13 @@ def test_held_out_rows_give_the_numbers_of_an_evaluation_on_their_tokens(
         assert ours.ce is None
 
 
-def test_the_trainer_evaluates_on_held_out_rows_and_changes_nothing(cache_folder: Path) -> None:
+def test_the_trainer_evaluates_on_held_out_rows_and_changes_nothing(
+    cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sae = _run(_config(cache_folder), cache_folder)
     store = cached_store(_config(cache_folder), CachedModel(open_cache(cache_folder)))
     before, position = sae.topk_threshold.clone(), store.batches.position
+    monkeypatch.delattr("saelens_matryoshka.evaluation.evaluator.decoder_redundancy")  # it is not logged
     logged = CachedEvaluator(store.evaluate)(sae, store, ActivationScaler())
     assert 0 < logged["held_out/fvu_w256"] < 2
     assert "held_out/kl_w256" not in logged

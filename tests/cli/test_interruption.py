@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 import saelens_matryoshka as sm
 import saelens_matryoshka.report.collect as collect
 from saelens_matryoshka.cli import main
+from saelens_matryoshka.evaluation.evaluator import Evaluation
 from saelens_matryoshka.formats import export
 from saelens_matryoshka.report import Samples
 from tests.report.conftest import random_sae
@@ -34,6 +38,13 @@ def model(tmp_path: Path) -> Path:
     """A stock SAE of the embedded model in a folder."""
     random_sae().save_model(tmp_path / "model")
     return tmp_path / "model"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the state of evaluations is kept."""
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    return tmp_path / "assets" / "saelens_matryoshka"
 
 
 @pytest.fixture
@@ -108,21 +119,90 @@ def test_the_same_call_after_an_interruption_gives_the_samples_of_one_without(
         assert found.intervals_of(latent) == whole.intervals_of(latent)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_evaluation_says_that_nothing_is_kept(
-    number: int, model: Path, call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("command", "number", "n_batches"),
+    # in the second pass; in the first pass of the second model
+    [("eval", signal.SIGINT, 5), ("eval", signal.SIGTERM, 5), ("compare", signal.SIGTERM, 8)],
+)
+def test_the_same_call_after_an_interruption_gives_the_numbers_of_an_evaluation_without(
+    command: str,
+    number: int,
+    n_batches: int,
+    model: Path,
+    call: Any,
+    tmp_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    handler, before = signal.getsignal(signal.SIGTERM), _files(tmp_path)
-    for command in ("eval", "compare"):
-        name = "evaluate" if command == "eval" else "compare"
-        monkeypatch.setattr(sm, name, _raising(number, getattr(sm, name)))
-        code, said = call(command, model, "--tokens", 300, "--json", tmp_path / "numbers.json")
-        assert code == 128 + number
-        (line,) = [line for line in said.splitlines() if "Interrupted" in line]
-        assert "Nothing is kept of an evaluation that is not finished" in line
-        assert "Traceback" not in said
-        assert _files(tmp_path) == before
+    random_sae(120).save_model(tmp_path / "second")
+    models = [model] if command == "eval" else [model, tmp_path / "second"]
+    args = (command, *models, "--tokens", 700, "--ce-tokens", 300, "--json")
+    handler = signal.getsignal(signal.SIGTERM)
+    assert call(*args, tmp_path / "whole.json")[0] == 0
+    before = _files(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(Evaluation, "_evaluated", _raising(number, Evaluation._evaluated, after=n_batches))
+        code, said = call(*args, tmp_path / "numbers.json")
+    assert code == 128 + number
+    (kept,) = cache.iterdir()
+    assert f"tokens, as asked; they are kept in {kept}" in said
+    assert f"the same again: saelens-matryoshka {command} {model}" in said
+    assert "Traceback" not in said
+    new = {path for path in _files(tmp_path) - before if (tmp_path / path).is_file()}
+    assert new == {kept.relative_to(tmp_path).as_posix()}
     assert signal.getsignal(signal.SIGTERM) is handler
+    code, said = call(*args, tmp_path / "numbers.json")
+    assert code == 0, said
+    assert f"Going on with {kept}" in said
+    assert (tmp_path / "numbers.json").read_text() == (tmp_path / "whole.json").read_text()
+    assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "said_so"),
+    [
+        (("--tokens", 800), "n_tokens 700, not 800"),
+        (("--skip", 1), "from document 1 on"),
+        (("--special-tokens",), "exclude_special_tokens True, not False"),
+        ("weights", "other weights"),
+        ("config", "another configuration"),
+    ],
+    ids=str,
+)
+def test_an_evaluation_of_other_settings_or_weights_begins_anew_and_says_so(
+    change: Any, said_so: str, model: Path, call: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args: tuple[Any, ...] = ("eval", model, "--tokens", 700, "--ce-tokens", 0, "--json")
+    with monkeypatch.context() as patched:
+        patched.setattr(Evaluation, "_evaluated", _raising(signal.SIGINT, Evaluation._evaluated))
+        assert call(*args)[0] == 130
+    (kept,) = cache.iterdir()
+    sae = random_sae()
+    if change == "weights":
+        sae.b_dec.data += 0.1
+    elif change == "config":
+        sae.cfg.metadata.matryoshka_widths = [96]
+    if isinstance(change, str):
+        sae.save_model(model)
+    else:
+        args += change
+    code, said = call(*args)
+    assert code == 0
+    assert f"{kept} is of other settings (" in said
+    assert said_so in said
+    assert "starting anew" in said
+    assert not list(cache.iterdir())
+
+
+def test_an_evaluation_that_is_ended_at_once_says_how_to_go_on(
+    model: Path, call: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sm, "evaluate", _raising(signal.SIGTERM, sm.evaluate))
+    code, said = call("eval", model, "--tokens", 300)
+    assert code == 143
+    assert "Interrupted. Call it again: it goes on from what was kept last, if anything was." in said
+    assert "Traceback" not in said
+    assert not cache.exists()
 
 
 def test_an_export_leaves_a_whole_folder_or_none(
@@ -157,26 +237,22 @@ main()
 
 
 @pytest.mark.parametrize(
-    ("command", "module", "says", "leaves"),
+    ("command", "module", "leaves"),
     [
-        (
-            "samples",
-            "saelens_matryoshka.report.collect",
-            "Stopped after",
-            {"samples.unfinished", ".samples.lock"},
-        ),
-        ("eval", "saelens_matryoshka.evaluation.evaluator", "Interrupted. ", set()),
+        ("samples", "saelens_matryoshka.report.collect", "model/samples.unfinished"),
+        ("eval", "saelens_matryoshka.evaluation.evaluator", "assets/saelens_matryoshka/eval-*.unfinished"),
     ],
 )
 def test_a_signal_from_outside_ends_the_process_with_its_code(
-    command: str, module: str, says: str, leaves: set[str], model: Path
+    command: str, module: str, leaves: str, model: Path, tmp_path: Path
 ) -> None:
-    before = _files(model)
+    before = _files(tmp_path)
     process = subprocess.Popen(
         [sys.executable, "-c", AT_WORK.format(module=module), command, str(model), "--tokens", "1500"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env={**os.environ, "HF_ASSETS_CACHE": str(tmp_path / "assets")},
     )
     try:
         assert process.stdout is not None
@@ -187,6 +263,8 @@ def test_a_signal_from_outside_ends_the_process_with_its_code(
     finally:
         process.kill()
     assert process.returncode == 130, said
-    assert says in said
+    assert "Stopped after" in said
     assert "Traceback" not in said
-    assert _files(model) - before == leaves
+    new = (path for path in _files(tmp_path) - before if (tmp_path / path).is_file())
+    (left,) = (path for path in new if not path.endswith(".lock"))
+    assert fnmatch(left, leaves)

@@ -81,6 +81,9 @@ def test_a_second_call_takes_what_is_there_and_mixes_nothing(
     code, said = call("samples", run, "--tokens", 3000)
     assert code == 1
     assert "n_tokens 1500, not 3000" in " ".join(said.split())
+    code, said = call("samples", run, *FEW, "--skip", 2)
+    assert code == 1
+    assert "from document 2 on" in " ".join(said.split())
     assert (run / "samples" / "samples.safetensors").read_bytes() == before
 
     sae = random_sae()

@@ -121,6 +121,17 @@ def test_every_prefix_is_logged_and_the_whole_under_the_names_of_saelens(
     assert sum("metrics/fvu_w32" in entry for entry in logged) == 4
 
 
+def test_training_does_not_compute_the_redundancy_that_it_does_not_log(
+    tiny_model: HookedTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae = sm.MatryoshkaTrainingSAE(_sae_config())
+    sae.cfg.metadata.hook_name = "blocks.2.hook_resid_post"
+    evaluator = HeldOutEvaluator(tiny_model, torch.randint(3, 1000, (4, 16)), 4, False, {})
+    assert evaluator.result(sm.inference_model(sae)).prefixes[0].decoder_redundancy is not None
+    monkeypatch.delattr("saelens_matryoshka.evaluation.evaluator.decoder_redundancy")
+    assert "held_out/fvu_w256" in evaluator(sae, None, ActivationScaler())
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("streaming", [False, True])
 def test_held_out_prompts_are_never_trained_on_in_any_epoch(
@@ -189,7 +200,7 @@ def test_what_is_evaluated_is_what_the_end_of_training_would_save(architecture: 
     if hasattr(sae, "W_skip"):
         sae.W_skip.data.normal_()
     seen = []
-    evaluator = CachedEvaluator(seen.append)  # type: ignore[arg-type]
+    evaluator = CachedEvaluator(lambda model, **_: seen.append(model))
     before = {name: value.clone() for name, value in sae.state_dict().items()}
     evaluator(sae, None, ActivationScaler(scaling_factor=0.25))
     for name, value in sae.state_dict().items():

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+
+from saelens_matryoshka.evaluation.comparison import Comparison
+from saelens_matryoshka.evaluation.result import EvalResult, PrefixMetrics
+
+PREFIX = PrefixMetrics(16, 0.1, 0.9, 0.95, 3.5, 2, [1, 2], 0.25, 3.1, 0.8, 0.7, 0.05)
+RESULT = EvalResult([PREFIX], 500, 200, "in", "out", "raw", 4.0, 2.5, 5.5, 4.5)
+
+
+def _changed(result: dict[str, Any], prefix: dict[str, Any]) -> EvalResult:
+    return dataclasses.replace(RESULT, prefixes=[dataclasses.replace(PREFIX, **prefix)], **result)
+
+
+@pytest.mark.parametrize(
+    ("result", "prefix"),
+    [
+        ({}, {}),
+        ({"ce_clean": math.nan}, {"fvu": math.nan, "l0": math.nan, "kl": math.nan, "ce": math.nan}),
+        ({}, {"decoder_redundancy": None, "ce_recovered": None}),
+        (
+            {"n_ce_tokens": 0, "train_l0": None, "ce_clean": None, "ce_zero": None, "ce_mean": None},
+            {"fvu": math.nan, "ce": None, "kl": None, "ce_recovered": None, "ce_recovered_mean": None},
+        ),
+    ],
+)
+def test_json_gives_the_result_back_and_never_has_nan(result: dict[str, Any], prefix: dict[str, Any]) -> None:
+    given = _changed(result, prefix)
+    text = given.to_json()
+    assert "NaN" not in text
+    assert repr(EvalResult.from_json(text)) == repr(given)  # NaN is equal to nothing
+    assert json.loads(Comparison({"a": given}).to_json())["a"] == json.loads(text)
