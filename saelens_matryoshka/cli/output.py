@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated
+from textwrap import fill
+from typing import IO, Annotated, Any
 
+import rich.console
 import typer
-from rich.console import Console, RenderableType
+from rich.cells import cell_len
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -30,6 +32,28 @@ Json = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+
+
+class Console(rich.console.Console):
+    """The terminal, where a word that is longer than a line, a path mostly, stays whole and can be copied."""
+
+    def __init__(self, *, stderr: bool = False, file: IO[str] | None = None) -> None:
+        super().__init__(stderr=stderr, file=file, highlight=False, emoji=False)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich's, but that lines with such a word are left to the terminal to wrap."""
+        words = (word for one in objects if isinstance(one, str | Text) for word in str(one).split())
+        if any(cell_len(word) > self.width for word in words):
+            options["soft_wrap"] = True
+        super().print(*objects, **options)
+
+    def tell(self, error: str) -> None:
+        """Print an error, in lines that end between words."""
+        told = f"error: {error}".splitlines()
+        lines = [fill(line, self.width, break_long_words=False, break_on_hyphens=False) for line in told]
+        text = Text("\n".join(lines))
+        text.stylize("bold red", 0, len("error:"))
+        self.print(text, soft_wrap=True)
 
 
 def with_json_targets(arguments: Sequence[str]) -> list[str]:
@@ -86,13 +110,13 @@ def write_numbers(numbers: str, json: Path | None) -> None:
         print(numbers)
         return
     write_atomically(json, numbers + "\n")
-    Console(highlight=False).print(f"written: {json}", markup=False)
+    Console().print(f"written: {json}", markup=False)
 
 
-def write_result(shown: RenderableType, numbers: str, described: str, json: Path | None) -> None:
+def write_result(shown: rich.console.RenderableType, numbers: str, described: str, json: Path | None) -> None:
     """Print a result, with the text it was measured on, and write its numbers if asked to."""
     if not on_stdout(json):
-        console = Console(highlight=False)
+        console = Console()
         console.print(shown)
         console.print(f"text: {described}", markup=False)
     write_numbers(numbers, json)
