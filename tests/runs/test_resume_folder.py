@@ -141,6 +141,7 @@ def test_what_cannot_be_gone_on_with_is_refused(tmp_path: Path) -> None:
     def error(*words: str) -> str:
         found = _cli(*words)
         assert isinstance(found.exception, ValueError), found.output
+        assert not found.output, "it says that it goes on before it knows"
         return str(found.exception)
 
     assert "is not the folder of a run" in error("--resume", str(tmp_path))
