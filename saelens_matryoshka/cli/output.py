@@ -49,11 +49,16 @@ class Console(rich.console.Console):
 
     def tell(self, error: str) -> None:
         """Print an error, in lines that end between words."""
-        told = f"error: {error}".splitlines()
-        lines = [fill(line, self.width, break_long_words=False, break_on_hyphens=False) for line in told]
-        text = Text("\n".join(lines))
+        text = Text("\n".join(_filled(line, self.width) for line in f"error: {error}".splitlines()))
         text.stylize("bold red", 0, len("error:"))
         self.print(text, soft_wrap=True)
+
+
+def _filled(line: str, width: int) -> str:
+    """A line as several; one that is indented, a command, as it is."""
+    if line.startswith(" "):
+        return line
+    return fill(line, width, break_long_words=False, break_on_hyphens=False)
 
 
 def with_json_targets(arguments: Sequence[str]) -> list[str]:
