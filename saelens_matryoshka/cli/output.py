@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -166,5 +167,10 @@ def message(error: BaseException) -> str:
             "the Hugging Face hub cannot be reached, and the model is not in this machine's cache (HF_HOME, "
             "else ~/.cache/huggingface). Try again online, or copy the cache from a machine that has it. "
             "`--preset tiny` needs no network."
+        )
+    if found := re.match("Couldn't reach ('.*') on the Hub", str(error)):
+        return (
+            f"dataset {found[1]} is no folder here, and the Hugging Face hub cannot be reached to look for it. "
+            "A text file's name must end in .txt, .jsonl, .parquet or .csv."
         )
     return str(error) or type(error).__name__

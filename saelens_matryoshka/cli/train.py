@@ -79,7 +79,8 @@ def train(
         int | None,
         typer.Option(
             help="Of --shard dictionary: how many, e.g. the GPUs of a node. Every so many processes have a "
-            "copy, and their part of the rows. Default: as many as processes."
+            "copy, and their part of the rows. Default: as many as processes.",
+            rich_help_panel=_SCALE,
         ),
     ] = None,
     layers_: Annotated[

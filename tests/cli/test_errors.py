@@ -5,28 +5,29 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import datasets
 import pytest
 import typer
 
 from saelens_matryoshka import cli
-from saelens_matryoshka.cli.output import Console
+from saelens_matryoshka.cli.output import Console, message
 from saelens_matryoshka.cli.train import told_how_to_go_on
 from saelens_matryoshka.runs.keeper import RunStopped
 
 QUOTED = ["shape [3, 4] does not fit", "C:\\[/] x", "a\\[bold]b", "[/bold]"]
 
 
-@pytest.mark.parametrize("message", QUOTED)
+@pytest.mark.parametrize("said", QUOTED)
 def test_an_error_is_told_word_for_word(
-    message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def failing() -> None:
-        raise ValueError(message)
+        raise ValueError(said)
 
     monkeypatch.setattr(cli, "app", failing)
     with pytest.raises(SystemExit):
         cli.main()
-    assert capsys.readouterr().err == f"error: {message}\n"
+    assert capsys.readouterr().err == f"error: {said}\n"
 
 
 def test_a_path_or_a_command_is_told_whole_however_long_it_is(
@@ -57,9 +58,17 @@ def test_a_path_or_a_command_is_told_whole_however_long_it_is(
     ]
 
 
-@pytest.mark.parametrize("message", QUOTED)
-def test_why_a_run_stopped_is_told_word_for_word(message: str) -> None:
+def test_a_dataset_that_cannot_be_looked_for_is_named_with_what_to_do() -> None:
+    with pytest.raises(ConnectionError) as raised:
+        datasets.load_dataset("user/nothing")
+    said = message(raised.value)
+    assert said.startswith("dataset 'user/nothing' is no folder here, and the Hugging Face hub cannot be")
+    assert ".jsonl" in said
+
+
+@pytest.mark.parametrize("said", QUOTED)
+def test_why_a_run_stopped_is_told_word_for_word(said: str) -> None:
     told = io.StringIO()
     with pytest.raises(typer.Exit), told_how_to_go_on(Path("results/x"), Console(file=told)):
-        raise RunStopped(message)
-    assert f"\n{message}\nTo go on: saelens-matryoshka train --resume results/x\n" in told.getvalue()
+        raise RunStopped(said)
+    assert f"\n{said}\nTo go on: saelens-matryoshka train --resume results/x\n" in told.getvalue()
