@@ -170,7 +170,7 @@ def message(error: BaseException) -> str:
         )
     if found := re.match("Couldn't reach ('.*') on the Hub", str(error)):
         return (
-            f"dataset {found[1]} is no folder here, and the Hugging Face hub cannot be reached to look for it. "
-            "A text file's name must end in .txt, .jsonl, .parquet or .csv."
+            f"dataset {found[1]} is no folder here, and the Hugging Face hub cannot be reached to look for "
+            "it. A text file's name must end in .txt, .jsonl, .parquet or .csv."
         )
     return str(error) or type(error).__name__
