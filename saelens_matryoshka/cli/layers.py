@@ -137,9 +137,7 @@ def _show(
         )
     if results:
         console.print(table)
-    export = f"saelens-matryoshka export {shlex.quote(str(parent))} --to circuit-tracer --out graphs"
-    console.print(
-        f"Saved in {parent}, a folder each.\nAs a circuit-tracer set: {export}",
-        soft_wrap=True,
-        markup=False,
-    )
+    console.print(f"Saved in {parent}, a folder each.", soft_wrap=True, markup=False)
+    if set(names) == {f"mlp-{layer}" for layer in range(len(names))}:
+        export = f"saelens-matryoshka export {shlex.quote(str(parent))} --to circuit-tracer --out graphs"
+        console.print(f"As a circuit-tracer set: {export}", soft_wrap=True, markup=False)

@@ -320,7 +320,7 @@ def going_on(what: str, console: Console) -> Callable[[int], None]:
 
     def say(n_steps: int) -> None:
         where = f"after step {n_steps:,}" if n_steps else "from its start: it has no checkpoint"
-        console.print(f"[bold]Going on[/] with {escape(what)}, {where}")
+        console.print(f"[bold]Going on[/] with {escape(what)}, {where}", soft_wrap=True)
 
     return say
 

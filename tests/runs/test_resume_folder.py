@@ -94,7 +94,9 @@ def test_stopped_run_is_gone_on_with_from_its_folder(tmp_path: Path, monkeypatch
         (stopped.path / "sae_weights.safetensors").write_bytes(b"half")
         patched.setattr(_Stopping, "step", 7)
         patched.setattr(_Stopping, "number", signal.SIGINT)
-        assert _cli("--resume", str(stopped.path)).exit_code == 130
+        found = _cli("--resume", str(stopped.path))
+        assert found.exit_code == 130
+        assert f"Going on with {stopped.path}, after step 4\n" in found.output
     assert [path.name for path in stopped.checkpoints.iterdir()] == [str(7 * 128)]
     assert not stopped.read().get("completed_at")
     found = _cli("--resume", str(stopped.path), "--json")
