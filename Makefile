@@ -18,7 +18,7 @@ demo: setup
 	$(BIN)/saelens-matryoshka demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8
 
 test-interop: setup
 	$(BIN)/nox --non-interactive

@@ -1,11 +1,13 @@
 """Adam in one pass: the optimizer SAELens's trainer has made, switched to torch's fused kernel.
 
 The update is the same. Unfused, Adam goes over weights, gradients and moments once per arithmetic
-operation; fused, once.
+operation; fused, once. And the memory of the gradients may be kept from step to step.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +33,36 @@ def fuse_adam(optimizer: torch.optim.Optimizer) -> None:
             if moment.shape == parameter.shape and moment.stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
     _step_on_contiguous_views(optimizer)
+
+
+def hand_back_gradients(optimizer: torch.optim.Optimizer, give_back: Callable[[torch.Tensor], None]) -> None:
+    """Have `zero_grad` hand over the gradients that nobody else holds, before it forgets them.
+
+    On a CPU, fresh memory costs more than what is written to it: the system clears it page by page.
+
+    Args:
+        optimizer: Its `zero_grad` is replaced.
+        give_back: Called with each such gradient, contiguous.
+    """
+    stock = optimizer.zero_grad
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        if set_to_none:
+            gradient = torch.empty(0)
+            alone = _holders(gradient)
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    gradient, parameter.grad = parameter.grad, None
+                    if type(gradient) is torch.Tensor and _holders(gradient) == alone:
+                        give_back(_contiguous_view(gradient))
+        stock(set_to_none)
+
+    optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
+
+
+def _holders(tensor: torch.Tensor) -> tuple[int, int]:
+    """How many references to it there are in Python, and in torch, where each view of it is one."""
+    return sys.getrefcount(tensor), tensor._use_count()  # type: ignore[attr-defined]
 
 
 def _step_on_contiguous_views(optimizer: torch.optim.Adam) -> None:

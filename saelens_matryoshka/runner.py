@@ -24,7 +24,7 @@ from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.prefetch import PrefetchingIterator
 from tqdm.auto import tqdm
 
-from saelens_matryoshka.adam import fuse_adam
+from saelens_matryoshka.adam import fuse_adam, hand_back_gradients
 from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig
 from saelens_matryoshka.cache.store import CachedActivationsStore, cached_store, is_cache
 from saelens_matryoshka.evaluation.training_evaluator import (
@@ -32,6 +32,7 @@ from saelens_matryoshka.evaluation.training_evaluator import (
     HeldOutEvaluator,
     hold_out_prompts,
 )
+from saelens_matryoshka.ops import SparseStep
 from saelens_matryoshka.pairs import (
     paired_store,
     probe_hooks,
@@ -234,6 +235,8 @@ def prepare_trainer(trainer: SAETrainer[Any, Any]) -> None:
 
 def _add_what_is_missing(trainer: SAETrainer[Any, Any]) -> None:
     fuse_adam(trainer.optimizer)
+    if isinstance(trainer.sae.step_fn, SparseStep):
+        hand_back_gradients(trainer.optimizer, trainer.sae.step_fn.give_back)
     trainer.sae.finite.watch(trainer.optimizer, [trainer.sae.b_enc, trainer.sae.b_dec])
     save_if_due = defer_checkpoints(trainer)
     replace_progress_bar(trainer, functools.partial(_after_step, trainer, save_if_due, [0.0]))

@@ -8,6 +8,9 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # There are as many processes as cores: threads of theirs would only wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import datasets
 import hypothesis

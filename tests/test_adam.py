@@ -6,7 +6,7 @@ import inspect
 import pytest
 import torch
 
-from saelens_matryoshka.adam import fuse_adam
+from saelens_matryoshka.adam import fuse_adam, hand_back_gradients
 
 
 def _parameters() -> list[torch.nn.Parameter]:
@@ -86,3 +86,39 @@ def test_other_optimizers_are_left_alone() -> None:
     before = copy.deepcopy(optimizer.state_dict())
     fuse_adam(optimizer)
     assert optimizer.state_dict() == before
+
+
+def test_gradients_are_handed_back_contiguous_and_only_those_that_nobody_else_holds() -> None:
+    parameters = _parameters()
+    optimizer = torch.optim.Adam(parameters, lr=0.01)
+    got: list[int] = []
+    hand_back_gradients(
+        optimizer, lambda gradient: got.append(gradient.data_ptr()) or _is_contiguous(gradient)
+    )
+    addresses = []
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)  # as parameters are: the encoder's is transposed
+        addresses.append(parameter.grad.data_ptr())
+    optimizer.zero_grad()
+    assert got == addresses
+    assert all(parameter.grad is None for parameter in parameters)
+
+    got.clear()
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    held, view = parameters[0].grad, parameters[1].grad[0]
+    optimizer.zero_grad()
+    assert len(got) == 1, "the bias's only"
+    assert held is not None
+    assert held.sum() == held.numel()
+    assert view.sum() == view.numel()
+
+    got.clear()
+    parameters[0].grad = torch.ones_like(parameters[0])
+    optimizer.zero_grad(set_to_none=False)
+    assert not got, "it is still the parameter's"
+    assert torch.equal(parameters[0].grad, torch.zeros_like(parameters[0]))
+
+
+def _is_contiguous(gradient: torch.Tensor) -> None:
+    assert gradient.is_contiguous()

@@ -12,10 +12,11 @@ BLOCK_VALUES = 1 << 27
 
 
 class Encoder:
-    """Pre-activations `x W_enc + b_enc` of a batch, without autograd.
+    """The product `x W_enc` of a batch, without autograd; pre-activations are it plus `b_enc`.
 
-    Each pass over `blocks` also collects the columns of the dead latents. A second pass computes the
-    product again only if it was made in several blocks.
+    The bias is left to whoever reads an entry: added to all of them, it would be a second pass over the
+    largest tensor of a step. Each pass over `blocks` also collects the columns of the dead latents. A second
+    pass computes the product again only if it was made in several blocks.
     """
 
     def __init__(
@@ -26,15 +27,14 @@ class Encoder:
         dead_columns: torch.Tensor | None,
         scratch: Callable[..., torch.Tensor | None],
     ) -> None:
-        self.n_rows, self.d_sae = len(encoder_in), W_enc.shape[1]
-        self.scratch = scratch
-        self._encoder_in, self._W_enc, self._b_enc = encoder_in, W_enc, b_enc
+        self.n_rows, self.d_sae, self.b_enc = len(encoder_in), W_enc.shape[1], b_enc
+        self._encoder_in, self._W_enc, self._scratch = encoder_in, W_enc, scratch
         self._dead_columns = dead_columns if dead_columns is not None and len(dead_columns) else None
         self._dead_pre: list[torch.Tensor] = []
         self._whole: torch.Tensor | None = None
 
     def blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """Blocks of rows: the index of the first, and their pre-activations `[rows, d_sae]`.
+        """Blocks of rows: the index of the first, and their products `[rows, d_sae]`.
 
         A block is overwritten by the next.
         """
@@ -44,25 +44,27 @@ class Encoder:
         block_rows = min(self.n_rows, max(1, BLOCK_VALUES // self.d_sae))
         self._dead_pre = []
         for start in range(0, self.n_rows, block_rows):
-            hidden_pre = self._encode(self._encoder_in[start : start + block_rows])
+            product = self._multiply(self._encoder_in[start : start + block_rows])
             if self._dead_columns is not None:
-                self._dead_pre.append(hidden_pre.index_select(1, self._dead_columns))
+                dead = product.index_select(1, self._dead_columns)
+                self._dead_pre.append(dead + self.b_enc[self._dead_columns])
             if block_rows == self.n_rows:
-                self._whole = hidden_pre
-            yield start, hidden_pre
+                self._whole = product
+            yield start, product
 
     def dead_pre(self) -> torch.Tensor | None:
         """Pre-activations of the dead latents `[B, n_dead]`, after a pass over the blocks."""
+        if len(self._dead_pre) == 1:  # which cat would copy
+            return self._dead_pre[0]
         return torch.cat(self._dead_pre) if self._dead_pre else None
 
     def sample(self, n: int) -> torch.Tensor:
         """Pre-activations of about n rows, spread over the batch."""
         rows = self._encoder_in[:: max(1, self.n_rows // n)]
-        return torch.addmm(self._b_enc, rows, self._W_enc)
+        return torch.addmm(self.b_enc, rows, self._W_enc)
 
-    def _encode(self, rows: torch.Tensor) -> torch.Tensor:
+    def _multiply(self, rows: torch.Tensor) -> torch.Tensor:
         out = None
         if not torch.is_autocast_enabled(rows.device.type):  # which chooses the dtype itself
-            shape = (len(rows), self.d_sae)
-            out = self.scratch("hidden_pre", rows.device, shape, self._W_enc.dtype)
-        return torch.addmm(self._b_enc, rows, self._W_enc, out=out)
+            out = self._scratch("product", rows.device, (len(rows), self.d_sae), self._W_enc.dtype)
+        return torch.mm(rows, self._W_enc, out=out)

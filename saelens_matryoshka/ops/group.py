@@ -13,6 +13,8 @@ from typing import Literal
 
 import torch
 
+from saelens_matryoshka.ops.order import kth_largest
+
 Over = Literal["rows", "latents", "all"]
 """Which blocks: those with other rows of the same latents, with other latents of the same rows, or all"""
 
@@ -45,7 +47,7 @@ class Group:
 
     def kth_largest(self, values: torch.Tensor, n: int) -> torch.Tensor:
         """The n-th largest (from 1) of the values `[m]` of all blocks together; there are as many."""
-        return values.topk(n, sorted=False).values.min()
+        return kth_largest(values, n).squeeze()
 
     def largest(
         self,
@@ -82,8 +84,7 @@ class Group:
             The thresholds `[rows, 1]`, and how many values of each row this block may keep `[rows]`: all that
             are larger and, by lower index, as many of those equal to the threshold as there is room for.
         """
-        thresholds = values.topk(n, dim=-1).values[:, -1:]
-        return thresholds, torch.full((len(values),), n, device=values.device)
+        return kth_largest(values, n), torch.full((len(values),), n, device=values.device)
 
 
 ALONE = Group()

@@ -10,13 +10,14 @@ searches its block, and the choice is made among the candidates of all (see `Gro
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from saelens_matryoshka.ops.encoder import Encoder
 from saelens_matryoshka.ops.group import ALONE, Group
+from saelens_matryoshka.ops.order import kth_largest
+from saelens_matryoshka.ops.scan import entries_above
 
 # How far below the last batch's threshold the candidates begin.
 _MARGIN = 0.9
@@ -51,7 +52,7 @@ def select_batch(
     """The int(k·B) largest scores of the batch, if positive: of all blocks of it that a group holds.
 
     Args:
-        encoder: Gives the pre-activations `[B, d_sae]`.
+        encoder: Of the batch, `[B, d_sae]`.
         norms: Decoder norms `[d_sae]` the scores are multiplied by, or None.
         k: Entries per row on average.
         last_threshold: Scalar, the batch threshold of the step before, or None.
@@ -82,7 +83,8 @@ def select_batch(
 def select_token(encoder: Encoder, norms: torch.Tensor | None, k: int, *, group: Group = ALONE) -> Selection:
     """The k largest scores of each row, if positive. Arguments as in `select_batch`."""
     found: list[tuple[torch.Tensor, ...]] = []
-    for start, hidden_pre in encoder.blocks():
+    for start, product in encoder.blocks():
+        hidden_pre = product + encoder.b_enc
         scores = (hidden_pre if norms is None else hidden_pre * norms).relu()
         keep = largest_of_rows(scores, k, group, positive=True)
         rows, columns = keep.nonzero(as_tuple=True)
@@ -136,33 +138,24 @@ def _candidates(
     encoder: Encoder, norms: torch.Tensor | None, cutoff: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Flat index, pre-activation and score of the positive scores above the cutoff, row-major."""
-    # The comparison is made in the units of the pre-activations, so that the scores need not be stored, and
-    # low enough that rounding to their dtype dismisses none; what it lets through too much goes below.
+    # The product is compared with what would make the score the cutoff, so that the scores need not be
+    # stored, and low enough that rounding dismisses none; what it lets through too much goes below.
     bound = cutoff if norms is None else cutoff / norms.clamp(min=torch.finfo(norms.dtype).tiny)
-    found, found_pre = [], []
-    for start, hidden_pre in encoder.blocks():
-        dtype = hidden_pre.dtype
-        above = torch.gt(
-            hidden_pre,
-            (bound * (1 - 4 * torch.finfo(dtype).eps)).clamp(max=torch.finfo(dtype).max).to(dtype),
-            out=encoder.scratch("above", hidden_pre.device, tuple(hidden_pre.shape), torch.bool),
-        )
-        index = _nonzero(above)
+    bound = bound.clamp(max=torch.finfo(bound.dtype).max / 8)
+    lowest = bound - encoder.b_enc
+    rounding = 4 * torch.finfo(lowest.dtype).eps * (bound.abs() + encoder.b_enc.abs())
+    found, found_products = [], []
+    for start, product in encoder.blocks():
+        slack = rounding + 4 * torch.finfo(product.dtype).eps * lowest.abs()
+        index, products = entries_above(product, (lowest - slack).to(product.dtype))
         found.append(index + start * encoder.d_sae)
-        found_pre.append(hidden_pre.view(-1)[index])
-    index, pre = torch.cat(found), torch.cat(found_pre)
-    scores = pre if norms is None else pre * norms[index % encoder.d_sae]
-    above = _nonzero(scores > cutoff)
+        found_products.append(products)
+    index = torch.cat(found)
+    columns = index % encoder.d_sae
+    pre = torch.cat(found_products) + encoder.b_enc[columns]
+    scores = pre if norms is None else pre * norms[columns]
+    above = (scores > cutoff).nonzero().squeeze(1)
     return index[above], pre[above], scores[above]
-
-
-def _nonzero(mask: torch.Tensor) -> torch.Tensor:
-    """Flat indices of the true entries of a contiguous mask."""
-    if mask.device.type == "cpu":
-        # numpy skips the false ones faster than torch does
-        flat: Any = mask.view(-1).numpy()
-        return torch.from_numpy(np.flatnonzero(flat))
-    return mask.view(-1).nonzero().squeeze(1)
 
 
 def _sampled_cutoff(encoder: Encoder, norms: torch.Tensor | None, k: float, group: Group) -> torch.Tensor:
@@ -173,4 +166,4 @@ def _sampled_cutoff(encoder: Encoder, norms: torch.Tensor | None, k: float, grou
     sample = encoder.sample(_SAMPLE_ROWS)
     scores = (sample if norms is None else sample * norms).relu().flatten()
     n = min(max(1, int(_SAMPLE_SLACK * k * len(sample))), scores.numel())
-    return group.min(scores.topk(n, sorted=False).values.min(), "all")
+    return group.min(kth_largest(scores, n).squeeze(), "all")

@@ -4,7 +4,7 @@ The same function as `saelens_matryoshka.ops.reference`, to rounding. With n ≈
 
 1. the encoder's product, without autograd; the selection dismisses all but a few entries in one pass;
 2. every (row, level) is a *bag* of entries. The entries are in row-major order and the latents of a level
-   are neighbours, so one `embedding_bag` decodes all levels, a running sum over levels makes the
+   are neighbours, so one pass over the bags decodes all levels, a running sum over levels makes the
    predictions, and the cost does not depend on the number of levels;
 3. the gradient of level l's latents is the sum over the levels m ≥ l of their residuals, a running sum
    from the other end. With it, the gradients of the entries, of the decoder rows and of the encoder
@@ -21,10 +21,11 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
+from saelens_matryoshka.ops.bags import bag_sums
 from saelens_matryoshka.ops.encoder import Encoder
 from saelens_matryoshka.ops.group import ALONE, Group
+from saelens_matryoshka.ops.order import stable_order
 from saelens_matryoshka.ops.selection import Selection, largest_of_rows, select_batch, select_token
 from saelens_matryoshka.ops.step import NestedObjective, NestedStep, NestedWeights
 from saelens_matryoshka.widths import latent_levels
@@ -49,7 +50,8 @@ class SparseStep:
         self.group = group
         self._last_threshold: torch.Tensor | None = None
         self._scratch: dict[str, torch.Tensor] = {}
-        self._spare: torch.Tensor | None = None
+        self._spare: list[torch.Tensor] = []
+        self._lent: set[int] = set()
 
     def __call__(
         self,
@@ -95,16 +97,19 @@ class SparseStep:
         return buffer
 
     def take(self, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        """A buffer for what lives until the backward pass, which should `give_back` it."""
-        spare, self._spare = self._spare, None
-        if spare is not None and spare.shape == shape and spare.dtype == like.dtype:
-            return spare
-        return like.new_empty(shape)
+        """Memory for what outlives the step: what `give_back` got, if it fits."""
+        for place, spare in enumerate(self._spare):
+            if spare.shape == shape and spare.dtype == like.dtype:
+                return self._spare.pop(place)
+        buffer = like.new_empty(shape)
+        if buffer.device.type == "cpu":
+            self._lent.add(buffer.data_ptr())
+        return buffer
 
     def give_back(self, buffer: torch.Tensor) -> None:
-        """Keep a buffer for the next step, on a CPU."""
-        if buffer.device.type == "cpu":
-            self._spare = buffer
+        """Keep what was taken on a CPU for the next step, once nobody else has it. Ignores other tensors."""
+        if buffer.device.type == "cpu" and buffer.data_ptr() in self._lent:
+            self._spare.append(buffer)
 
 
 class _Parts(NamedTuple):
@@ -212,9 +217,11 @@ class _NestedLoss(torch.autograd.Function):
             act_grads = act_grads + l1_rate * ctx.norms[entries.columns]
         act_grads = act_grads * grad_loss
 
-        W_dec_grad = entries.sum(bags, per_bag, acts)
+        W_dec_grad = entries.sum(bags, per_bag, acts, out=ctx.step.take(W_dec, W_dec.shape))
         rows = selection.rows[entries.order]
-        W_enc_grad = entries.sum(rows, encoder_in, act_grads.to(encoder_in.dtype))
+        W_enc_grad = entries.sum(
+            rows, encoder_in, act_grads.to(encoder_in.dtype), out=ctx.step.take(encoder_in, W_enc.T.shape)
+        )
         b_enc_grad = entries.total(act_grads)
         if l1_rate > 0:
             rate = l1_rate * entries.total(acts) / ctx.norms.clamp(min=1e-30)
@@ -277,9 +284,7 @@ def _decode(
             first, last = int(chunk_offsets[0]), int(chunk_offsets[-1])
             columns, weights = columns[first:last], weights[first:last]
             chunk_offsets = chunk_offsets - first
-        parts = F.embedding_bag(
-            columns, W_dec, chunk_offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
-        ).view(-1, n_levels, d_out)
+        parts = bag_sums(columns, W_dec, chunk_offsets, weights).view(-1, n_levels, d_out)
         parts = group.sum(parts, "latents")
         out, running = output_grads[start:stop], start_from[start:stop]
         for level in range(n_levels):
@@ -314,15 +319,21 @@ class _EntriesByLatent(NamedTuple):
 
     @classmethod
     def of(cls, columns: torch.Tensor, d_sae: int) -> _EntriesByLatent:
-        sorted_columns, order = torch.sort(columns, stable=True)
+        order = stable_order(columns, d_sae)
+        sorted_columns = columns[order]
         bounds = torch.arange(d_sae + 1, device=columns.device)
         return cls(order, sorted_columns, torch.searchsorted(sorted_columns, bounds))
 
-    def sum(self, index: torch.Tensor, table: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    def sum(
+        self,
+        index: torch.Tensor,
+        table: torch.Tensor,
+        factors: torch.Tensor,
+        *,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """For each latent, the sum over its entries e of factors[e] · table[index[e]]: `[d_sae, d]`."""
-        return F.embedding_bag(
-            index, table, self.offsets, mode="sum", per_sample_weights=factors, include_last_offset=True
-        )
+        return bag_sums(index, table, self.offsets, factors, out=out)
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of each latent's values: `[d_sae]`, at least float32, since a latent may have thousands."""
@@ -431,14 +442,7 @@ def _aux_forward(
             rows, places = chosen.nonzero(as_tuple=True)
             acts = acts[rows, places]
             offsets = torch.searchsorted(rows, torch.arange(len(chosen) + 1, device=rows.device))
-            prediction = F.embedding_bag(
-                columns[places],
-                W_dec,
-                offsets,
-                mode="sum",
-                per_sample_weights=acts,
-                include_last_offset=True,
-            )
+            prediction = bag_sums(columns[places], W_dec, offsets, acts)
         else:
             acts = acts if chosen is None else acts * chosen
             prediction = acts @ W_dec[columns]

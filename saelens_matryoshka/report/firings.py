@@ -11,13 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from sae_lens import SAE
 
+from saelens_matryoshka.ops.scan import entries_above
 from saelens_matryoshka.seams import firing_thresholds
-
-_CACHED_VALUES = 1 << 18
 
 
 @dataclass
@@ -62,14 +60,15 @@ class Activations:
         if self._thresholds is None:
             values = self.sae.encode(source)
             values = (values.to_dense() if values.is_sparse else values).contiguous()
-            index = _above(values.index_fill_(0, silent, 0), None, values.new_zeros(self.d_sae))
+            index, found = entries_above(values.index_fill_(0, silent, 0), values.new_zeros(self.d_sae))
         else:
             values = self._multiply(source).index_fill_(0, silent, -torch.inf)
-            index = _above(values, self.sae.b_enc, self._thresholds)
+            # the bias after the product, as in `encode`: with addmm the last bits would differ
+            bias: Any = self.sae.b_enc
+            index, found = entries_above(values, self._thresholds, bias=bias)
         self._first, self._values = first, values
         rows = torch.div(index, self.d_sae, rounding_mode="floor")
-        found = values.view(-1).index_select(0, index).float()
-        return Firings(index - rows * self.d_sae, rows + first, found)
+        return Firings(index - rows * self.d_sae, rows + first, found.float())
 
     def at(self, latents: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Activations at positions `[n, window]` of a latent each `[n]`, float32; 0 where it is silent."""
@@ -84,23 +83,3 @@ class Activations:
             self._product = self._product.new_empty(len(source), self.d_sae)
         rows: Any = self.sae.process_sae_in(source)
         return torch.mm(rows, self.sae.W_enc, out=self._product[: len(source)])
-
-
-def _above(values: torch.Tensor, bias: Any, thresholds: torch.Tensor) -> torch.Tensor:
-    """Add the bias in place, and find the values `[tokens, d_sae]` above the thresholds: indices of the flat.
-
-    The bias comes after the product, as in `encode`: with addmm the last bits would differ. On a CPU this is
-    bound by memory, so it goes over some rows at a time, which stay in the cache between the steps; and numpy
-    compares and counts in less than half of torch's time.
-    """
-    if values.device.type != "cpu" or values.dtype == torch.bfloat16:
-        values = values if bias is None else values.add_(bias)
-        return (values > thresholds).view(-1).nonzero().squeeze(1)
-    found, n_rows = [], max(1, _CACHED_VALUES // values.shape[1])
-    limits = thresholds.numpy()
-    for start in range(0, len(values), n_rows):
-        block = values[start : start + n_rows]
-        if bias is not None:
-            block.add_(bias)
-        found.append((block.numpy() > limits).ravel().nonzero()[0] + start * values.shape[1])
-    return torch.from_numpy(np.concatenate(found))

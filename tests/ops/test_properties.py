@@ -47,7 +47,7 @@ cases = st.builds(
 def _encoder(case: Case) -> tuple[Encoder, torch.Tensor]:
     x, W_enc = case.normal(case.n_rows, case.d), case.normal(case.d, case.d_sae, salt=1)
     b_enc = case.normal(case.d_sae, salt=2)
-    return Encoder(x, W_enc, b_enc, None, lambda *_: None), torch.addmm(b_enc, x, W_enc)
+    return Encoder(x, W_enc, b_enc, None, lambda *_: None), x @ W_enc + b_enc
 
 
 def _mask(selection: Selection, shape: torch.Size) -> torch.Tensor:

@@ -16,7 +16,7 @@ def test_selection_equals_full_topk_wherever_the_candidates_begin(
     """Also just above, at and just below the threshold, where rounding decides who is a candidate."""
     x, W_enc = torch.randn(64, 16, dtype=dtype), torch.randn(16, 300, dtype=dtype)
     b_enc, norms = torch.randn(300, dtype=dtype), torch.rand(300) + 0.5
-    hidden_pre = torch.addmm(b_enc, x, W_enc)
+    hidden_pre = x @ W_enc + b_enc
     scores = hidden_pre * norms if with_norms else hidden_pre
     expected = selection_mask(scores, 5, "batch")
     threshold = scores[expected].min()

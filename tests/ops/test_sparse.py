@@ -218,3 +218,34 @@ def test_autocast_gives_the_reference_gradients_to_bfloat16_accuracy() -> None:
         assert grads[name].dtype == torch.float32
         error = (grads[name] - grad).norm() / grad.norm().clamp(min=1e-6)
         assert error < 0.03, name
+
+
+def test_gradients_that_are_kept_stay_what_they_were() -> None:
+    """Their memory is used again only once it has been handed back."""
+    (weights, x, y, objective, dead), step = _random_case(3)[:5], SparseStep()
+    leaves = [w.clone().requires_grad_() if w is not None else None for w in weights]
+
+    def backward(source: torch.Tensor) -> list[torch.Tensor]:
+        step(NestedWeights(*leaves), source, y, objective, dead=dead).loss.backward()
+        grads = [leaf.grad for leaf in leaves if leaf is not None]
+        for leaf in leaves:
+            if leaf is not None:
+                leaf.grad = None
+        return grads
+
+    first = backward(x)
+    before = [grad.clone() for grad in first]
+    second = backward(x + 1)
+    assert all(torch.equal(a, b) for a, b in zip(first, before, strict=True))
+    address = second[2].data_ptr()
+    step.give_back(second.pop(2))
+    third = backward(x)
+    assert third[2].data_ptr() == address or third[0].data_ptr() == address
+    assert all(torch.equal(a, b) for a, b in zip(third, before, strict=True))
+
+
+def test_memory_that_was_not_taken_is_not_kept() -> None:
+    step = SparseStep()
+    foreign = torch.ones(4, 3)
+    step.give_back(foreign)
+    assert step.take(foreign, (4, 3)).data_ptr() != foreign.data_ptr()

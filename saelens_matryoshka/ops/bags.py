@@ -1,0 +1,55 @@
+"""Sums over bags of entries, which are a sparse matrix times a dense one, in the form that is fastest."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+import torch.nn.functional as F
+
+
+def bag_sums(
+    index: torch.Tensor,
+    table: torch.Tensor,
+    offsets: torch.Tensor,
+    factors: torch.Tensor,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """For each bag, the sum over its entries e of factors[e] · table[index[e]].
+
+    Args:
+        index: `[n]`, the entries of a bag next to each other.
+        table: `[m, d]`
+        offsets: `[n_bags + 1]`, where the entries of each bag begin, and n.
+        factors: `[n]`, of the table's dtype.
+        out: `[n_bags, d]`, written to and returned where the operation can; otherwise it is left alone.
+
+    Returns:
+        `[n_bags, d]`
+    """
+    if table.device.type != "cpu" or table.dtype not in _product_dtypes():
+        return F.embedding_bag(
+            index, table, offsets, mode="sum", per_sample_weights=factors, include_last_offset=True
+        )
+    if out is None:
+        out = table.new_empty(len(offsets) - 1, table.shape[1])
+    sparse = torch.sparse_csr_tensor(offsets, index, factors, (len(out), len(table)), check_invariants=False)
+    with torch.autocast("cpu", enabled=False):  # which would round the operands
+        return torch.addmm(out, sparse, table, beta=0, out=out)
+
+
+@functools.cache
+def _product_dtypes() -> tuple[torch.dtype, ...]:
+    """In which this build of torch multiplies sparse rows with a matrix on a CPU: none without MKL."""
+    with warnings.catch_warnings():  # torch says once per process that these tensors are in beta state
+        warnings.simplefilter("ignore")
+        zero = torch.zeros(1, dtype=torch.long)
+        sparse = torch.sparse_csr_tensor(torch.arange(2), zero, torch.ones(1), (1, 1), check_invariants=False)
+        try:
+            with torch.autocast("cpu", enabled=False):
+                torch.addmm(torch.empty(1, 1), sparse, torch.ones(1, 1), beta=0)
+        except RuntimeError:
+            return ()
+    return (torch.float32, torch.float64)

@@ -1,0 +1,27 @@
+"""Sorting and k-th largest values. On a CPU numpy's are several times as fast as torch's."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+
+def kth_largest(values: torch.Tensor, k: int) -> torch.Tensor:
+    """The k-th largest (from 1) along the last dimension, of `[*batch, m]` with m >= k: `[*batch, 1]`."""
+    if values.device.type != "cpu" or values.dtype not in (torch.float32, torch.float64):
+        return values.topk(k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+    place = values.shape[-1] - k
+    partitioned = np.partition(values.detach().numpy(), place, axis=-1)
+    return torch.from_numpy(partitioned[..., place, None].copy())
+
+
+def stable_order(values: torch.Tensor, bound: int) -> torch.Tensor:
+    """Where the values `[n]`, integers in [0, bound), are in increasing order, equal ones by index: `[n]`."""
+    if values.device.type != "cpu":
+        return torch.sort(values, stable=True).indices
+    # numpy sorts 16 bits by radix: digit by digit, from the lowest up
+    digits = values.numpy()
+    order = np.argsort(digits.astype(np.uint16), kind="stable")
+    for shift in range(16, max(bound - 1, 0).bit_length(), 16):
+        order = order[np.argsort((digits[order] >> shift).astype(np.uint16), kind="stable")]
+    return torch.from_numpy(order)

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saelens_matryoshka.ops.bags import bag_sums
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+def _bags(
+    dtype: torch.dtype, n_bags: int = 7, n: int = 40, m: int = 5, d: int = 3
+) -> tuple[torch.Tensor, ...]:
+    """Some empty, an entry of the table several times in one."""
+    bag = torch.randint(1, n_bags - 1, (n,)).sort().values
+    offsets = torch.searchsorted(bag, torch.arange(n_bags + 1))
+    return torch.randint(0, m, (n,)), torch.randn(m, d, dtype=dtype), offsets, torch.randn(n, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("given_memory", [False, True])
+def test_bag_sums_are_those_of_a_loop(dtype: torch.dtype, given_memory: bool) -> None:
+    index, table, offsets, factors = _bags(dtype)
+    out = torch.full((7, 3), torch.nan, dtype=dtype) if given_memory else None
+    sums = bag_sums(index, table, offsets, factors, out=out)
+    for bag in range(7):
+        entries = slice(int(offsets[bag]), int(offsets[bag + 1]))
+        expected = (factors[entries, None].double() * table[index[entries]].double()).sum(dim=0)
+        torch.testing.assert_close(
+            sums[bag].double(),
+            expected,
+            rtol=3e-2 if dtype == torch.bfloat16 else 1e-5,
+            atol=3e-2 if dtype == torch.bfloat16 else 1e-5,
+        )
+
+
+def test_without_entries_every_sum_is_zero() -> None:
+    nothing = torch.zeros(0, dtype=torch.long)
+    sums = bag_sums(nothing, torch.randn(5, 3), torch.zeros(5, dtype=torch.long), torch.zeros(0))
+    assert torch.equal(sums, torch.zeros(4, 3))
+
+
+def test_autocast_does_not_round_the_sums() -> None:
+    bags = _bags(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        sums = bag_sums(*bags)
+    assert torch.equal(sums, bag_sums(*bags))
