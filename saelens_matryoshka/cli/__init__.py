@@ -8,8 +8,6 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
 from typer.core import TyperGroup
 
 from saelens_matryoshka.cli import (
@@ -26,7 +24,7 @@ from saelens_matryoshka.cli import (
     samples,
     train,
 )
-from saelens_matryoshka.cli.output import message, paragraphs, with_json_targets
+from saelens_matryoshka.cli.output import Console, message, paragraphs, with_json_targets
 
 
 class _Commands(TyperGroup):
@@ -93,6 +91,5 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        told = Text.assemble(("error:", "bold red"), f" {message(error)}")
-        Console(stderr=True).print(told)
+        Console(stderr=True).tell(message(error))
         sys.exit(1)

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 
 from saelens_matryoshka.cli.interruption import interruptible
-from saelens_matryoshka.cli.output import Json, on_stdout, quieten, require_writable, write_numbers
+from saelens_matryoshka.cli.output import Console, Json, on_stdout, quieten, require_writable, write_numbers
 from saelens_matryoshka.valid_json import dumps
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def cache(
       saelens-matryoshka train --cache acts --layers 0-11 --d_sae 12288 -k 32
     """
     require_writable(json)
-    console = Console(stderr=on_stdout(json), highlight=False)
+    console = Console(stderr=on_stdout(json))
     quieten()
     asked = [preset, mapping, layers, hook, *context.args]
     if verify or not any(asked):
@@ -82,7 +81,7 @@ def cache(
         )
         given = overrides(first)
         model = given.get("override_model") or load_model_for([one.cfg for one in settings])
-    console.print(f"Writing {len(wanted.hook_names)} hooks of {wanted.model_name} to {folder}")
+    console.print(f"Writing {len(wanted.hook_names)} hooks of {wanted.model_name} to {folder}", markup=False)
     started = time.monotonic()
     manifest = write_cache(folder, model, wanted, given.get("override_dataset"), progress=not on_stdout(json))
     _print(folder, manifest, console, json)
@@ -176,4 +175,5 @@ def _print(folder: Path, manifest: Manifest, console: Console, json: Path | None
         f"{manifest.bytes / 1e9:,.2f} GB of {settings['dtype']} in "
         f"{len(manifest.train) + len(manifest.held_out)} files in {folder}",
         soft_wrap=True,
+        markup=False,
     )

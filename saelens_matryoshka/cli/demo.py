@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from saelens_matryoshka.atomic import write_atomically
 from saelens_matryoshka.cli.inputs import TINY, load_language_model, open_dataset, pick_device
-from saelens_matryoshka.cli.output import Json, on_stdout, quieten, require_writable, write_numbers
+from saelens_matryoshka.cli.output import Console, Json, on_stdout, quieten, require_writable, write_numbers
 from saelens_matryoshka.valid_json import dumps
 
 _TINY = "the embedded tiny model"
@@ -84,7 +83,6 @@ def demo(
         f"  {cfg.hook_name} → {cfg.sae.hook_name_out}\n"
         f"  prefixes of {', '.join(f'{w:,}' for w in cfg.sae.matryoshka_widths)} latents, "
         f"k = {k:g}, {tokens:,} tokens",
-        highlight=False,
     )
     started = time.monotonic()
     runner = LanguageModelSAETrainingRunner(cfg, override_model=language_model, override_dataset=train_set)
@@ -105,10 +103,10 @@ def demo(
         f"  from sae_lens import SAE\n"
         f'  transcoder = SAE.load_from_disk("{cfg.output_path}")\n\n'
         "A page of its levels and latents:",
-        highlight=False,
+        markup=False,
     )
     report = f"saelens-matryoshka report {shlex.quote(cfg.output_path)}"
-    console.print(f"  {report}", highlight=False, markup=False, soft_wrap=True)  # to be pasted
+    console.print(f"  {report}", markup=False, soft_wrap=True)  # to be pasted
 
 
 def _runner_config(

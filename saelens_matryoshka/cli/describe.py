@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from saelens_matryoshka.cli.inputs import (
     load_language_model_for,
@@ -19,6 +18,7 @@ from saelens_matryoshka.cli.interruption import interruptible
 from saelens_matryoshka.cli.output import (
     OUTPUT,
     TEXT,
+    Console,
     Json,
     on_stdout,
     quieten,
@@ -114,7 +114,7 @@ def describe(
     from saelens_matryoshka.saebench.requirements import require_sae_bench
 
     require_writable(json)
-    console = Console(stderr=on_stdout(json), highlight=False)
+    console = Console(stderr=on_stdout(json))
     require_sae_bench()
     chosen = _numbers("latents", latents, int) if latents else None
     price = _numbers("prices", prices, float) if prices else None

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from saelens_matryoshka.cli.interruption import interruptible
-from saelens_matryoshka.cli.output import Json, on_stdout, quieten, require_writable, write_numbers
+from saelens_matryoshka.cli.output import Console, Json, on_stdout, quieten, require_writable, write_numbers
 from saelens_matryoshka.cli.settings import read_sources
 
 _UNITS = {
@@ -90,7 +89,7 @@ def estimate(
 def write(result: Any, json: Path | None) -> None:
     """Print an estimate, or its numbers."""
     if not on_stdout(json):
-        Console(highlight=False).print(result.tables())
+        Console().print(result.tables())
     write_numbers(result.to_json(), json)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from saelens_matryoshka.cli.inputs import (
     load_language_model_for,
@@ -21,6 +20,7 @@ from saelens_matryoshka.cli.interruption import interruptible, told_to_call_agai
 from saelens_matryoshka.cli.output import (
     OUTPUT,
     TEXT,
+    Console,
     Json,
     quieten,
     require_writable,
@@ -244,7 +244,7 @@ def _write(results: dict[str, Any], plot: Path | None, table: Path | None, conso
 
         write_table(results, table)
     for written in filter(None, (plot, table)):
-        console.print(f"written: {written}", markup=False, highlight=False)
+        console.print(f"written: {written}", markup=False)
 
 
 def _require_one_language_model(saes: dict[str, Any], model: str | None) -> None:

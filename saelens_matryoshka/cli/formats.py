@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from saelens_matryoshka.cli.inputs import load_language_model, load_text, pick_device
 from saelens_matryoshka.cli.interruption import interruptible
-from saelens_matryoshka.cli.output import Json, on_stdout, quieten, require_writable, write_numbers
+from saelens_matryoshka.cli.output import Console, Json, on_stdout, quieten, require_writable, write_numbers
 from saelens_matryoshka.valid_json import dumps
 
 FROM = "saelens, sparsify, dictionary-learning, circuit-tracer, gemma-scope, gemma-scope-2, llamascopium or "
@@ -136,12 +135,9 @@ def import_(
         levels = f", widths {', '.join(map(str, coder.widths))}" if len(coder.widths) > 1 else ""
         console.print(
             f"{coder.metadata['hook_name']}{arrow}: {coder.d_sae:,} latents, {coder.activation}{levels}",
-            highlight=False,
             markup=False,
         )
-    console.print(
-        f'\nIn {out}. SAE.load_from_disk("{folder_of(models[0])}") loads it.', highlight=False, markup=False
-    )
+    console.print(f'\nIn {out}. SAE.load_from_disk("{folder_of(models[0])}") loads it.', markup=False)
 
 
 @interruptible("A folder is written whole or not at all: call it again if it is not there.")
@@ -197,12 +193,12 @@ def export(
         change = _change(model, frame=frame, calibrate=calibrate, l0=l0, tokens=tokens, dataset=dataset)
         written = export_models(path, to, out, widths=width or (), change=change, topk=topk, repo_id=upload)
     for folder in written:
-        console.print(f"{to}: {folder}", highlight=False, markup=False)
+        console.print(f"{to}: {folder}", markup=False)
     url = None
     if upload:
         with console.status(f"uploading to {upload}"):
             url = upload_folder(out, upload, private=private)
-        console.print(url, highlight=False, markup=False)
+        console.print(url, markup=False)
     write_numbers(dumps({"format": to, "folders": [str(folder) for folder in written], "url": url}), json)
 
 

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from saelens_matryoshka.cli.inputs import load_language_model, load_text, pick_device
-from saelens_matryoshka.cli.output import Json, on_stdout, quieten, require_writable, write_numbers
+from saelens_matryoshka.cli.output import Console, Json, on_stdout, quieten, require_writable, write_numbers
 from saelens_matryoshka.valid_json import dumps
 
 
@@ -54,7 +53,7 @@ def hooks(
         report = measure_frames(sae, load_language_model(model, pick_device(None)), layer, text, tokens, l0)
     if not on_stdout(json):
         console.print(report.table())
-        console.print(report.verdict, highlight=False, markup=False)
+        console.print(report.verdict, markup=False)
     write_numbers(dumps(report.to_dict(), indent=2), json)
     if not report.agrees:
         raise typer.Exit(2)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import typer
-from rich.console import Console
+
+from saelens_matryoshka.cli.output import Console
 
 
 class _Terminated(KeyboardInterrupt):
@@ -19,22 +21,25 @@ class _Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def interruptible(said: str) -> Iterator[None]:
+def interruptible(said: str | Callable[[], str]) -> Iterator[None]:
     """Around a command: an interruption is told in a line, and the exit code is 130 or 143.
 
     Args:
-        said: What is kept and how to go on.
+        said: What is kept and how to go on, or what tells it when the interruption comes.
     """
-    is_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _terminate) if is_main else None
+    rank = os.environ.get("RANK")  # torchrun has started this process, and ends it: one of them speaks
+    listens = rank is None and threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminate) if listens else None
     try:
         yield
     except KeyboardInterrupt as interrupt:
         number = signal.SIGTERM if isinstance(interrupt, _Terminated) else signal.SIGINT
-        Console(stderr=True, highlight=False).print(f"\nInterrupted. {said}", markup=False, soft_wrap=True)
+        told = said if isinstance(said, str) else said()
+        if rank in (None, "0"):
+            Console(stderr=True).print(f"\nInterrupted. {told}", markup=False, soft_wrap=True)
         raise typer.Exit(128 + number) from None
     finally:
-        if is_main:
+        if listens:
             signal.signal(signal.SIGTERM, before)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -9,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
+from rich.markup import escape
 
-from saelens_matryoshka.cli.output import on_stdout, write_numbers
+from saelens_matryoshka.cli.output import Console, on_stdout, write_numbers
 from saelens_matryoshka.valid_json import dumps
 
 if TYPE_CHECKING:
@@ -51,10 +52,10 @@ def train_layers(
     )
     console.print(
         f"[bold]{'Would train' if dry_run else 'Training'}[/] {len(settings)} dictionaries on "
-        f"{first.cfg.model_name} in lockstep\n"
-        f"  {', '.join(settings)}\n"
+        f"{escape(first.cfg.model_name)} in lockstep\n"
+        f"  {escape(', '.join(settings))}\n"
         f"  {len(hooks)} hooks, {first.cfg.training_tokens:,} tokens\n"
-        f"  in {parent}"
+        f"  in {escape(str(parent))}"
     )
     if dry_run:
         if not on_stdout(json):
@@ -96,13 +97,13 @@ def _show_plan(settings: dict[str, Settings], console: Console) -> None:
 
 def resume_layers(parent: Path, upkeep: dict[str, Any], console: Console, json: Path | None) -> None:
     """Go on with several runs that were stopped."""
-    from saelens_matryoshka.cli.train import told_how_to_go_on
+    from saelens_matryoshka.cli.train import going_on, told_how_to_go_on
     from saelens_matryoshka.runs.layers import resume_many, runs_in
 
     names = runs_in(parent)
-    console.print(f"[bold]Going on[/] with {len(names)} runs in {parent}")
+    say = going_on(f"{len(names)} runs in {parent}", console)
     with told_how_to_go_on(parent, console):
-        results = resume_many(parent, **upkeep)
+        results = resume_many(parent, on_start=say, **upkeep)
     _show(results, names, parent, console, json)
 
 
@@ -116,7 +117,7 @@ def _show(
     if on_stdout(json):
         return
     if skipped := [one for one in names if one not in results]:
-        console.print(f"Finished before, and left alone: {', '.join(skipped)}.")
+        console.print(f"Finished before, and left alone: {', '.join(skipped)}.", markup=False)
     table = Table("run", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for heading in ("width", "FVU", "L0", "dead", "CE rec."):
         table.add_column(heading, justify="right")
@@ -136,8 +137,7 @@ def _show(
         )
     if results:
         console.print(table)
-    console.print(
-        f"Saved in {parent}, a folder each.\n"
-        f"As a circuit-tracer set: saelens-matryoshka export {parent} --to circuit-tracer --out graphs",
-        soft_wrap=True,
-    )
+    console.print(f"Saved in {parent}, a folder each.", soft_wrap=True, markup=False)
+    if set(names) == {f"mlp-{layer}" for layer in range(len(names))}:
+        export = f"saelens-matryoshka export {shlex.quote(str(parent))} --to circuit-tracer --out graphs"
+        console.print(f"As a circuit-tracer set: {export}", soft_wrap=True, markup=False)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated
+from textwrap import fill
+from typing import IO, Annotated, Any
 
+import rich.console
 import typer
-from rich.console import Console, RenderableType
+from rich.cells import cell_len
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -30,6 +33,33 @@ Json = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+
+
+class Console(rich.console.Console):
+    """The terminal, where a word that is longer than a line, a path mostly, stays whole and can be copied."""
+
+    def __init__(self, *, stderr: bool = False, file: IO[str] | None = None) -> None:
+        super().__init__(stderr=stderr, file=file, highlight=False, emoji=False)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich's, but that lines with such a word are left to the terminal to wrap."""
+        words = (word for one in objects if isinstance(one, str | Text) for word in str(one).split())
+        if any(cell_len(word) > self.width for word in words):
+            options["soft_wrap"] = True
+        super().print(*objects, **options)
+
+    def tell(self, error: str) -> None:
+        """Print an error, in lines that end between words."""
+        text = Text("\n".join(_filled(line, self.width) for line in f"error: {error}".splitlines()))
+        text.stylize("bold red", 0, len("error:"))
+        self.print(text, soft_wrap=True)
+
+
+def _filled(line: str, width: int) -> str:
+    """A line as several; one that is indented, a command, as it is."""
+    if line.startswith(" "):
+        return line
+    return fill(line, width, break_long_words=False, break_on_hyphens=False)
 
 
 def with_json_targets(arguments: Sequence[str]) -> list[str]:
@@ -86,13 +116,13 @@ def write_numbers(numbers: str, json: Path | None) -> None:
         print(numbers)
         return
     write_atomically(json, numbers + "\n")
-    Console(highlight=False).print(f"written: {json}", markup=False)
+    Console().print(f"written: {json}", markup=False)
 
 
-def write_result(shown: RenderableType, numbers: str, described: str, json: Path | None) -> None:
+def write_result(shown: rich.console.RenderableType, numbers: str, described: str, json: Path | None) -> None:
     """Print a result, with the text it was measured on, and write its numbers if asked to."""
     if not on_stdout(json):
-        console = Console(highlight=False)
+        console = Console()
         console.print(shown)
         console.print(f"text: {described}", markup=False)
     write_numbers(numbers, json)
@@ -137,5 +167,10 @@ def message(error: BaseException) -> str:
             "the Hugging Face hub cannot be reached, and the model is not in this machine's cache (HF_HOME, "
             "else ~/.cache/huggingface). Try again online, or copy the cache from a machine that has it. "
             "`--preset tiny` needs no network."
+        )
+    if found := re.match("Couldn't reach ('.*') on the Hub", str(error)):
+        return (
+            f"dataset {found[1]} is no folder here, and the Hugging Face hub cannot be reached to look for "
+            "it. A text file's name must end in .txt, .jsonl, .parquet or .csv."
         )
     return str(error) or type(error).__name__

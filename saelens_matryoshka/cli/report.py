@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from saelens_matryoshka.cli.inputs import (
     load_language_model_for,
@@ -19,6 +18,7 @@ from saelens_matryoshka.cli.interruption import interruptible
 from saelens_matryoshka.cli.output import (
     OUTPUT,
     TEXT,
+    Console,
     Json,
     on_stdout,
     quieten,
@@ -80,7 +80,7 @@ def report(
           --out gpt2.html
     """
     require_writable(json)
-    console = Console(stderr=on_stdout(json), highlight=False)
+    console = Console(stderr=on_stdout(json))
     quieten()
     device = pick_device(device)
     folder = Path(path)

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from saelens_matryoshka.cli.output import Json, on_stdout, require_writable, write_numbers
+from saelens_matryoshka.cli.output import Console, Json, on_stdout, require_writable, write_numbers
 from saelens_matryoshka.valid_json import dumps
 
 
@@ -35,7 +34,7 @@ def runs(
     require_writable(json)
     found = find_runs(folder)
     if not on_stdout(json):
-        console = Console(highlight=False)
+        console = Console()
         if found:
             console.print(runs_table(found, prefixes=prefixes))
         else:

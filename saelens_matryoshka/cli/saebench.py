@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from saelens_matryoshka.cli.inputs import (
     is_tiny,
@@ -20,6 +19,7 @@ from saelens_matryoshka.cli.interruption import interruptible
 from saelens_matryoshka.cli.output import (
     OUTPUT,
     TEXT,
+    Console,
     Json,
     on_stdout,
     quieten,
@@ -143,7 +143,7 @@ def saebench(
     if on_stdout(json):
         return
     console.print(result.table())
-    console.print(f"Saved in {result.folder}: results.json, and a folder for each prefix.", highlight=False)
+    console.print(f"Saved in {result.folder}: results.json, and a folder for each prefix.", markup=False)
 
 
 def _widths(prefixes: str) -> list[int] | str:

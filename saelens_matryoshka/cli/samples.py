@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from saelens_matryoshka.cli.inputs import (
     load_language_model_for,
@@ -21,7 +20,14 @@ from saelens_matryoshka.cli.inputs import (
     results_folder,
 )
 from saelens_matryoshka.cli.interruption import interruptible, told_to_call_again
-from saelens_matryoshka.cli.output import Json, quieten, require_writable, token_progress, write_result
+from saelens_matryoshka.cli.output import (
+    Console,
+    Json,
+    quieten,
+    require_writable,
+    token_progress,
+    write_result,
+)
 from saelens_matryoshka.valid_json import dumps
 
 if TYPE_CHECKING:
@@ -94,7 +100,7 @@ def samples(
         --features graphs/features
     """
     require_writable(json)
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True)
     quieten()
     device = pick_device(device)
     folder = results_folder(path, out, "samples")

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich import box
-from rich.console import Console
+from rich.markup import escape
 
-from saelens_matryoshka.cli.output import (
-    Json,
-    on_stdout,
-    quieten,
-    require_writable,
-    write_numbers,
-)
+from saelens_matryoshka.cli.interruption import interruptible
+from saelens_matryoshka.cli.output import Console, Json, on_stdout, quieten, require_writable, write_numbers
 from saelens_matryoshka.cli.settings import read_sources
 from saelens_matryoshka.valid_json import dumps
 
@@ -36,6 +31,7 @@ _PLAIN: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1), "pad_edge":
 _FOLDER = "The folder of the run"
 _SCALE = "Several layers, many GPUs"
 _MORE = "More"
+_NOTHING_WRITTEN = "Nothing has been written: call it again."
 
 
 def register(app: typer.Typer) -> None:
@@ -48,6 +44,7 @@ def register(app: typer.Typer) -> None:
     app.command("presets")(presets)
 
 
+@interruptible(_NOTHING_WRITTEN)
 def train(
     context: typer.Context,
     preset: Annotated[
@@ -82,7 +79,8 @@ def train(
         int | None,
         typer.Option(
             help="Of --shard dictionary: how many, e.g. the GPUs of a node. Every so many processes have a "
-            "copy, and their part of the rows. Default: as many as processes."
+            "copy, and their part of the rows. Default: as many as processes.",
+            rich_help_panel=_SCALE,
         ),
     ] = None,
     layers_: Annotated[
@@ -186,7 +184,7 @@ def train(
         --preset gemma-2-2b --d_sae 131072 --shard dictionary --shards 8
     """
     require_writable(json)
-    console = Console(stderr=on_stdout(json), highlight=False)
+    console = Console(stderr=on_stdout(json))
     quieten()
     if help_all:
         _print_all_help(context)
@@ -255,7 +253,7 @@ def train(
         return
     from saelens_matryoshka.runs.training import train_run
 
-    console.print(f"[bold]Training[/] {_summary(settings)}\n  in {folder.path}")
+    console.print(f"[bold]Training[/] {escape(_summary(settings))}\n  in {escape(str(folder.path))}")
     with told_how_to_go_on(folder.path, console):
         result = train_run(
             settings,
@@ -311,26 +309,39 @@ def _resume(
         resume_layers(path, upkeep, console, json)
         return
     folder = RunFolder(path)
-    console.print(f"[bold]Going on[/] with {folder.path}")
-    with told_how_to_go_on(folder.path, console):
-        result = resume_run(folder, sharding, shards, **upkeep)
+
+    with told_how_to_go_on(path, console):
+        result = resume_run(folder, sharding, shards, on_start=going_on(str(path), console), **upkeep)
     _show_result(result, folder, console, json)
+
+
+def going_on(what: str, console: Console) -> Callable[[int], None]:
+    """What says, once a run has been found fit to go on, after which step it does."""
+
+    def say(n_steps: int) -> None:
+        where = f"after step {n_steps:,}" if n_steps else "from its start: it has no checkpoint"
+        console.print(f"[bold]Going on[/] with {escape(what)}, {where}", soft_wrap=True)
+
+    return say
 
 
 @contextmanager
 def told_how_to_go_on(folder: Path, console: Console) -> Iterator[None]:
-    """Within, a run that stops says with which command it goes on."""
+    """Within, a run that stops says with which command it goes on, and one that has not begun says so."""
+    from saelens_matryoshka.runs.folder import RunFolder
+    from saelens_matryoshka.runs.layers import runs_in
     from saelens_matryoshka.stopping import RunStopped
 
+    go_on = f"To go on: saelens-matryoshka train --resume {shlex.quote(str(folder))}"
+
+    def what_is_kept() -> str:
+        return go_on if RunFolder(folder).is_run() or runs_in(folder) else _NOTHING_WRITTEN
+
     try:
-        yield
+        with interruptible(what_is_kept):
+            yield
     except RunStopped as stopped:
-        again = f"saelens-matryoshka train --resume {shlex.quote(str(folder))}"
-        console.print(
-            f"\n{stopped}\nTo go on: {again}",
-            soft_wrap=True,
-            markup=False,
-        )
+        console.print(f"\n{stopped}\n{go_on}", soft_wrap=True, markup=False)
         raise typer.Exit(stopped.exit_code) from None
 
 
@@ -399,7 +410,7 @@ def _show_plan(settings: Settings, folder: RunFolder, console: Console, json: Pa
 
 
 def _show_settings(settings: Settings, folder: RunFolder, console: Console, n_values: int) -> None:
-    console.print(f"[bold]Would train[/] {_summary(settings)}\n  in {folder.path}\n")
+    console.print(f"[bold]Would train[/] {escape(_summary(settings))}\n  in {escape(str(folder.path))}\n")
     console.print(settings_table(settings.given))
     n_left = n_values - len(settings.given)
     console.print(f"{n_left} other settings are SAELens's defaults; --json prints them too.")
@@ -444,7 +455,7 @@ def presets(
     from saelens_matryoshka.runs.presets import load_preset, preset_names
 
     require_writable(json)
-    console = Console(highlight=False)
+    console = Console()
     found = [load_preset(one) for one in ([name] if name else preset_names())]
     write_numbers(dumps([preset.to_dict() for preset in found], indent=2), json)
     if on_stdout(json):

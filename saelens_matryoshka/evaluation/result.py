@@ -104,7 +104,8 @@ class EvalResult:
     def table(self) -> Table:
         """One row per prefix, for rich; fits 80 columns."""
         with_ce = self.ce_clean is not None
-        table = metrics_table(f"{self.hook_name} → {self.hook_name_out}", with_ce=with_ce)
+        hooks = dict.fromkeys((self.hook_name, self.hook_name_out))  # an SAE's are one
+        table = metrics_table(" → ".join(hooks), with_ce=with_ce)
         for prefix in self.prefixes:
             table.add_row(*metrics_row(prefix, with_ce=with_ce))
         caption = f"{self.n_tokens:,} held-out tokens"

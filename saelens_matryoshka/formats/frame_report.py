@@ -116,7 +116,7 @@ class FrameReport:
         table.add_column("")
         for candidate in self.candidates:
             mark = "declared" if candidate.name == self.declared else ""
-            table.add_row(candidate.name, f"{candidate.fvu:.4g}", f"{candidate.l0:.1f}", mark)
+            table.add_row(candidate.name, f"{candidate.fvu:,.3f}", f"{candidate.l0:.1f}", mark)
         trained = f"; L0 in training {self.trained_l0:.4g}" if self.trained_l0 else ""
         table.caption = f"{self.n_tokens:,} tokens{trained}"
         return table

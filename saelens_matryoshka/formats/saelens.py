@@ -114,8 +114,10 @@ def open_folder(folder: Path, device: str = "cpu") -> SAE[Any]:
     """
     config_path, path = folder / SAE_CFG_FILENAME, folder / SAE_WEIGHTS_FILENAME
     if not config_path.is_file():
+        inside = sorted(found.parent.name for found in folder.glob(f"*/{SAE_CFG_FILENAME}"))
+        hint = f" Name one of those in it: {', '.join(inside[:5])}." if inside else ""
         raise FormatError(
-            f"'{folder}' holds no SAE: a folder saved by SAELens has a {SAE_CFG_FILENAME} in it."
+            f"'{folder}' holds no SAE: a folder saved by SAELens has a {SAE_CFG_FILENAME} in it.{hint}"
         )
     if not path.is_file():
         raise FormatError(f"'{folder}' holds no weights: there is no {SAE_WEIGHTS_FILENAME} in it.")

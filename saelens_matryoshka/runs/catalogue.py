@@ -70,11 +70,12 @@ def _run_folders(root: Path) -> Iterator[RunFolder]:
 
 
 def _read(folder: RunFolder) -> Run | None:
-    config = folder.read()
+    config, parent = folder.read(), folder.path.parent
+    lockstep = bool(config.get("lockstep"))
     if config.get("completed_at"):
         status = "done"
     else:
-        held = folder.path.parent if config.get("lockstep") else folder.path
+        held = parent if lockstep else folder.path
         status = "running" if is_locked(held) else "interrupted"
     tokens, evaluated, prefixes, fault = 0, False, [], None
     try:
@@ -88,7 +89,7 @@ def _read(folder: RunFolder) -> Run | None:
         run = Run(
             folder=str(folder.path),
             model=config["model_name"],
-            mapping=folder.path.parent.name,
+            mapping=f"{parent.parent.name}/{parent.name}" if lockstep else parent.name,
             name=folder.path.name,
             architecture=config["architecture"],
             status=status,

@@ -156,7 +156,8 @@ def read_value(name: str, given: Given, hint: Any) -> Any:
     except (ValidationError, ValueError):
         bare = given.value is True and given.origin == "flag"
         shown = "without a value" if bare else repr(given.value)
-        raise ValueError(f"{given.called(name)} {shown}: expected {in_words(hint)}.") from None
+        quotes = ", in quotes" if str in accepted and given.origin != "flag" else ""
+        raise ValueError(f"{given.called(name)} {shown}: expected {in_words(hint)}{quotes}.") from None
 
 
 def in_words(hint: Any) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,7 @@ def train_many(
     log_every: int = 20,
     upkeep: Upkeep | None = None,
     command: Sequence[str] = (),
+    on_start: Callable[[int], None] = lambda _: None,
 ) -> dict[str, EvalResult | None]:
     """Train several runs in lockstep, or go on with them.
 
@@ -141,6 +142,7 @@ def train_many(
         log_every: Steps between two lines of each metrics.jsonl.
         upkeep: How their state is kept.
         command: What was called, for the record.
+        on_start: Called with the step that the runs begin or go on after, once it is known that they can.
 
     Returns:
         The evaluation of each run that was trained now; None where no text was held out.
@@ -163,7 +165,9 @@ def train_many(
             finished = {name for name, folder in folders.items() if _is_finished(folder)}
             if len(finished) == len(folders):
                 return {}
-            return _train(settings, parent, folders, finished, log_every, upkeep or Upkeep(), command)
+            return _train(
+                settings, parent, folders, finished, log_every, upkeep or Upkeep(), command, on_start
+            )
     finally:
         if not was_there:  # nothing is left behind by what was refused
             _remove_if_unused(parent)
@@ -177,12 +181,14 @@ def _train(
     log_every: int,
     upkeep: Upkeep,
     command: Sequence[str],
+    on_start: Callable[[int], None],
 ) -> dict[str, EvalResult | None]:
     checkpoints = Checkpoints(parent / "checkpoints", upkeep.keep)
     checkpoints.clean()
     newest = checkpoints.newest()
     if newest is not None:
         warn_of_other_versions(newest)
+    on_start(0 if newest is None else newest.n_steps)
     first = next(iter(settings.values()))
     wandb_id = first.cfg.logger.wandb_id or _recorded_wandb_id(folders, finished) or uuid.uuid4().hex[:8]
     for name, one in settings.items():
@@ -234,11 +240,14 @@ def runs_in(parent: Path) -> list[str]:
     return sorted(folder.path.name for folder in folders if folder.read().get("lockstep"))
 
 
-def resume_many(parent: Path, **upkeep: Any) -> dict[str, EvalResult | None]:
+def resume_many(
+    parent: Path, *, on_start: Callable[[int], None] = lambda _: None, **upkeep: Any
+) -> dict[str, EvalResult | None]:
     """Go on with the runs in a parent folder, with their own settings.
 
     Args:
         parent: As it was given to `train_many`.
+        on_start: As `train_many`.
         **upkeep: Fields of `Upkeep` that are to be other than at their start.
 
     Raises:
@@ -251,7 +260,7 @@ def resume_many(parent: Path, **upkeep: Any) -> dict[str, EvalResult | None]:
         raise ValueError(f"{parent} holds finished runs: there is nothing to go on with.")
     log_every, kept = recorded_upkeep(unfinished[0].read(), upkeep)
     settings = {name: resolve([folder.settings()]) for name, folder in folders.items()}
-    return train_many(settings, parent, log_every=log_every, upkeep=kept)
+    return train_many(settings, parent, log_every=log_every, upkeep=kept, on_start=on_start)
 
 
 def require_same_run(folder: RunFolder, settings: Settings) -> None:

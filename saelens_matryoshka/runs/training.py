@@ -6,7 +6,7 @@ import dataclasses
 import os
 import shlex
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -135,6 +135,8 @@ def resume_run(
     folder: RunFolder,
     sharding: parallel.Sharding | None = None,
     shards: int | None = None,
+    *,
+    on_start: Callable[[int], None] = lambda _: None,
     **upkeep: Any,
 ) -> EvalResult | None:
     """Go on with a run that was stopped, from its newest whole checkpoint to its end.
@@ -146,6 +148,8 @@ def resume_run(
         folder: Of the run.
         sharding: As `train_run`; it need not be what the run was started with, nor the number of processes.
         shards: As `train_run`, likewise.
+        on_start: Called by the first process with the step that the run goes on after, once it is known that
+            it can.
         **upkeep: What is to be other than at its start: fields of `Upkeep`.
 
     Raises:
@@ -177,6 +181,8 @@ def resume_run(
         if checkpoint is not None:
             warn_of_other_versions(checkpoint)
             settings.cfg.resume_from_checkpoint = str(checkpoint.path)
+        if job.is_first:
+            on_start(0 if checkpoint is None else checkpoint.n_steps)
         return _run(_runner(settings, folder, log_every, kept, job), folder, job)
 
 

@@ -20,6 +20,7 @@ CASES = [
     Case("eval", "nowhere", r"'nowhere' is no folder\. Give a folder saved by SAELens, or RELEASE:SAE_ID"),
     Case("eval", "file", r"'file' is no folder\. Give a folder saved by SAELens"),
     Case("eval", "empty", r"'empty' holds no SAE: a folder saved by SAELens has a cfg\.json in it"),
+    Case("eval", "gap", r"'gap' holds no SAE: .* Name one of those in it: layer_0, layer_2\."),
     Case("eval", "gpt2-small-res-jb:", r"'gpt2-small-res-jb:' is no folder\. Give a folder"),
     Case("eval", "gpt2-small-res-jb:none", r"ID none not found in release gpt2-small-res-jb\. Valid IDs are"),
     Case("eval", "sae --device gpu9", r"--device 'gpu9' is not one that this machine has\. Try cpu"),

@@ -83,7 +83,8 @@ CASES = [
     Case(
         "train", "--config misspelt.yaml", r"d_sea \(misspelt\.yaml\) is not a setting; did you mean d_sae\?"
     ),
-    Case("train", "--config preset.yaml", r"preset \(preset\.yaml\) 3: expected text"),
+    Case("train", "--config preset.yaml", r"preset \(preset\.yaml\) 3: expected text, in quotes\."),
+    Case("train", "--config name.yaml", r"name \(name\.yaml\) 2024: expected text, in quotes\."),
     # presets and runs
     Case("presets", "huge", r"--preset 'huge' is not known"),
     Case("presets", "../tiny", r"--preset '\.\./tiny' is not known"),
@@ -101,6 +102,7 @@ FILES = {
     "list.yaml": "- d_sae\n",
     "misspelt.yaml": "d_sea: 64\n",
     "preset.yaml": "preset: 3\n",
+    "name.yaml": "preset: tiny\nname: 2024\n",
 }
 
 

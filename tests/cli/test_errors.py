@@ -5,33 +5,70 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import datasets
 import pytest
 import typer
-from rich.console import Console
 
 from saelens_matryoshka import cli
+from saelens_matryoshka.cli.output import Console, message
 from saelens_matryoshka.cli.train import told_how_to_go_on
 from saelens_matryoshka.stopping import RunStopped
 
 QUOTED = ["shape [3, 4] does not fit", "C:\\[/] x", "a\\[bold]b", "[/bold]"]
 
 
-@pytest.mark.parametrize("message", QUOTED)
+@pytest.mark.parametrize("said", QUOTED)
 def test_an_error_is_told_word_for_word(
-    message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def failing() -> None:
-        raise ValueError(message)
+        raise ValueError(said)
 
     monkeypatch.setattr(cli, "app", failing)
     with pytest.raises(SystemExit):
         cli.main()
-    assert capsys.readouterr().err == f"error: {message}\n"
+    assert capsys.readouterr().err == f"error: {said}\n"
 
 
-@pytest.mark.parametrize("message", QUOTED)
-def test_why_a_run_stopped_is_told_word_for_word(message: str) -> None:
+def test_a_path_or_a_command_is_told_whole_however_long_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A terminal divides a long word as well, but what is copied from there is in one piece."""
+    monkeypatch.setenv("COLUMNS", "80")
+    path = str(tmp_path / "/".join(["folder"] * 30) / "cfg.json")
+    command = "pip install " + " ".join(["package"] * 20)
+
+    def failing() -> None:
+        Console().print(f"written: {path}, 3 MB")
+        raise ValueError(
+            f"{path} is not JSON, and that is all there is to say of what lies in this folder. Try:\n"
+            f"  {command}"
+        )
+
+    monkeypatch.setattr(cli, "app", failing)
+    with pytest.raises(SystemExit):
+        cli.main()
+    told = capsys.readouterr()
+    assert told.out == f"written: {path}, 3 MB\n"
+    assert told.err.splitlines() == [
+        "error:",
+        path,
+        "is not JSON, and that is all there is to say of what lies in this folder. Try:",
+        f"  {command}",
+    ]
+
+
+def test_a_dataset_that_cannot_be_looked_for_is_named_with_what_to_do() -> None:
+    with pytest.raises(ConnectionError) as raised:
+        datasets.load_dataset("user/nothing")
+    said = message(raised.value)
+    assert said.startswith("dataset 'user/nothing' is no folder here, and the Hugging Face hub cannot be")
+    assert ".jsonl" in said
+
+
+@pytest.mark.parametrize("said", QUOTED)
+def test_why_a_run_stopped_is_told_word_for_word(said: str) -> None:
     told = io.StringIO()
     with pytest.raises(typer.Exit), told_how_to_go_on(Path("results/x"), Console(file=told)):
-        raise RunStopped(message)
-    assert f"\n{message}\nTo go on: saelens-matryoshka train --resume results/x\n" in told.getvalue()
+        raise RunStopped(said)
+    assert f"\n{said}\nTo go on: saelens-matryoshka train --resume results/x\n" in told.getvalue()

@@ -20,6 +20,7 @@ from saelens_matryoshka.cli import main
 from saelens_matryoshka.evaluation.evaluator import Evaluation
 from saelens_matryoshka.formats import export
 from saelens_matryoshka.report import Samples
+from saelens_matryoshka.runs import settings, training
 from tests.report.conftest import random_sae
 
 SAMPLES = ("--tokens", 1500, "--context", 5, "--top", 3)
@@ -203,6 +204,40 @@ def test_an_evaluation_that_is_ended_at_once_says_how_to_go_on(
     assert "Interrupted. Call it again: it goes on from what was kept last, if anything was." in said
     assert "Traceback" not in said
     assert not cache.exists()
+
+
+TRAIN = ("train", "--preset", "tiny", "--d_sae", 64, "-k", 4, "--name", "x")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_while_it_loads_leaves_nothing_and_says_so(
+    number: int, call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for module, name in ((settings, "resolve"), (training, "_runner")):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, _raising(number, getattr(module, name)))
+            code, said = call(*TRAIN)
+        assert code == 128 + number
+        assert said.count("Interrupted. Nothing has been written: call it again.") == 1
+        assert "Traceback" not in said
+        assert _files(tmp_path) == set()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_outside_of_its_steps_says_how_to_go_on(
+    number: int, call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    again = "train --resume results/tiny/mlp-2/x"
+    monkeypatch.setattr(training, "_runner", lambda *_: None)
+    monkeypatch.setattr(training, "_run", _raising(number, training._run))
+    for command in (TRAIN, again.split()):
+        code, said = call(*command)
+        assert code == 128 + number
+        assert f"Interrupted. To go on: saelens-matryoshka {again}\n" in said
+        assert "Traceback" not in said
+    assert "Going on with results/tiny/mlp-2/x, from its start: it has no checkpoint\n" in said
 
 
 def test_an_export_leaves_a_whole_folder_or_none(

@@ -24,7 +24,7 @@ def _run(*words: str) -> str:
 def test_layers_are_trained_left_alone_and_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["train", "--mapping", "mlp", "--name", "n", *_SIZES]
-    _run(*words, "--layers", "0-1")
+    assert "export results/tiny/mlp-0-1/n --to circuit-tracer" in _run(*words, "--layers", "0-1")
     parent = Path("results/tiny/mlp-0-1/n")
     assert {path.name for path in parent.iterdir()} >= {"mlp-0", "mlp-1", "checkpoints"}
     assert "Finished before, and left alone: mlp-0, mlp-1." in _run(*words, "--layers", "0-1").replace(
@@ -34,6 +34,13 @@ def test_layers_are_trained_left_alone_and_exported(tmp_path: Path, monkeypatch:
     assert {path.name for path in Path("graphs").iterdir()} >= {"layer_0.safetensors", "layer_1.safetensors"}
     with pytest.raises(ValueError, match="finished runs"):
         _run("train", "--resume", str(parent))
+
+
+def test_no_export_is_offered_that_would_be_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = _run("train", "--mapping", "mlp", "--name", "n", *_SIZES, "--layers", "1-2")
+    assert "Saved in results/tiny/mlp-1-2/n, a folder each." in said
+    assert "circuit-tracer" not in said
 
 
 def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(

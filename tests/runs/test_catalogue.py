@@ -122,3 +122,11 @@ def test_no_folder_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no folder"):
         find_runs(tmp_path / "results")
     assert find_runs(tmp_path) == []
+
+
+def test_runs_in_lockstep_of_one_name_are_told_apart_by_what_they_learn(tmp_path: Path) -> None:
+    for place in ("gpt2/mlp-0-1/first/mlp-0", "gpt2/mlp-0-3/first/mlp-0"):
+        _run(tmp_path, place, lockstep=True)
+    shown = _shown(tmp_path)
+    assert "gpt2 · mlp-0-1/first" in shown
+    assert "gpt2 · mlp-0-3/first" in shown

@@ -94,7 +94,9 @@ def test_stopped_run_is_gone_on_with_from_its_folder(tmp_path: Path, monkeypatch
         (stopped.path / "sae_weights.safetensors").write_bytes(b"half")
         patched.setattr(_Stopping, "step", 7)
         patched.setattr(_Stopping, "number", signal.SIGINT)
-        assert _cli("--resume", str(stopped.path)).exit_code == 130
+        found = _cli("--resume", str(stopped.path))
+        assert found.exit_code == 130
+        assert f"Going on with {stopped.path}, after step 4\n" in found.output
     assert [path.name for path in stopped.checkpoints.iterdir()] == [str(7 * 128)]
     assert not stopped.read().get("completed_at")
     found = _cli("--resume", str(stopped.path), "--json")
@@ -141,6 +143,7 @@ def test_what_cannot_be_gone_on_with_is_refused(tmp_path: Path) -> None:
     def error(*words: str) -> str:
         found = _cli(*words)
         assert isinstance(found.exception, ValueError), found.output
+        assert not found.output, "it says that it goes on before it knows"
         return str(found.exception)
 
     assert "is not the folder of a run" in error("--resume", str(tmp_path))

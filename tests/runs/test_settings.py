@@ -200,7 +200,7 @@ def test_a_missing_site_is_named() -> None:
         ("training_tokens: many", r"training_tokens \(f.yaml\) 'many': expected a whole number"),
         ("seed: true", r"seed \(f.yaml\) True: expected a whole number"),
         ("k: [1, 2]\nmodel_name: tiny\nlayer: 1", r"k \(f.yaml\) \[1, 2\]: expected a number"),
-        ("model_name: 5", r"model_name \(f.yaml\) 5: expected text"),
+        ("model_name: 5", r"model_name \(f.yaml\) 5: expected text, in quotes\."),
         ("- a\n- b", "f.yaml must be a mapping of settings to values"),
         ("", "f.yaml must be a mapping"),
         ("5: 6", "f.yaml must be a mapping"),
