@@ -174,6 +174,7 @@ def memory_needs(cfg: LanguageModelSAERunnerConfig[Any], trace: ForwardTrace) ->
     training = [*_dictionary(cfg), *_step(cfg, rows.refills > 1)]
     if cfg.prefetch_llm_batches:  # the buffer is filled while the steps go on
         training = [_also_while_filling(need) for need in training]
+        training.append(Need(WORKSPACES, "cpu", _WORKSPACE_BYTES))  # of the thread that fills it
     needs = [*_language_model(cfg, trace), *_store(cfg, rows), *training]
     gpus = sorted({need.device for need in needs if need.device.startswith("cuda")})
     needs += [Need(CUDA_CONTEXT, gpu, CUDA_CONTEXT_BYTES, PHASES) for gpu in gpus]
@@ -191,10 +192,12 @@ def _also_while_filling(need: Need) -> Need:
 def _language_model(cfg: LanguageModelSAERunnerConfig[Any], trace: ForwardTrace) -> list[Need]:
     device = device_name(cfg.llm_device or cfg.device)
     n_prompts = cfg.n_eval_batches * (cfg.eval_batch_size_prompts or cfg.store_batch_size_prompts)
+    # On a CPU what the thread that runs it has freed stays with the thread, and its buffers come on top.
+    kept = cfg.prefetch_llm_batches and device == "cpu"
     needs = [
         Need("language model", device, trace.weights, PHASES),
         Need("its weights as stored", "cpu", trace.weights, (LOADING,)),
-        Need("its activations", device, trace.peak, (FILLING,)),
+        Need("its activations", device, trace.peak, (FILLING, SHUFFLING) if kept else (FILLING,)),
         Need("held-out prompts", "cpu", max(n_prompts, 0) * cfg.context_size * 8),
     ]
     return needs
