@@ -21,7 +21,7 @@ from saelens_matryoshka.cli.output import (
     require_writable,
     write_numbers,
 )
-from saelens_matryoshka.cli.settings import read_sources
+from saelens_matryoshka.cli.settings import read_sources, require_no_layer
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -229,8 +229,7 @@ def train(
         from saelens_matryoshka.runs.layers import each_of
 
         _require_one_process(sharding)
-        if layer is not None:
-            raise ValueError(f"--layer {layer} is of a single run: with several, give --layers.")
+        require_no_layer(layer)
         train_layers(
             sources,
             each_of(layers_, mapping, runs),

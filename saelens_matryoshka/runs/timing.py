@@ -22,7 +22,7 @@ from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig
 from saelens_matryoshka.runner import prepare_trainer
 from saelens_matryoshka.runs.buffer import BufferRows
 from saelens_matryoshka.runs.language_models import ModelShape
-from saelens_matryoshka.runs.memory import hooks_of, run_hooks
+from saelens_matryoshka.runs.memory import Configs, hooks_of, run_hooks, widths_of
 
 # The largest products and prompts that are measured as they are: some tenths of a second on a slow processor.
 _CPU_STEP_VALUES, _GPU_STEP_VALUES = 4e9, 1e13
@@ -36,7 +36,7 @@ class Time:
     """Seconds of a run, without downloads, loading and tokenising."""
 
     step: float
-    """one training step"""
+    """one training step, of all dictionaries"""
     language_model: float
     """one of its batches"""
     moving: float
@@ -87,24 +87,23 @@ class Time:
         return self.language_model * n_rows / self.llm_batch_rows
 
 
-def measure_time(
-    cfg: LanguageModelSAERunnerConfig[Any], shape: ModelShape, rows: BufferRows, *, budget: int
-) -> Time:
+def measure_time(cfgs: Configs, shape: ModelShape, rows: BufferRows, *, budget: int) -> Time:
     """Calibrate on this machine's devices, the config's own.
 
     Args:
-        cfg: The run.
+        cfgs: Of the run, or of several in lockstep.
         shape: Its language model.
         rows: What its buffer reads and moves.
         budget: Bytes the calibration may take on any device.
     """
-    step, step_scaled = _step_seconds(cfg, budget)
-    forward, forward_scaled = _forward_seconds(cfg, shape)
+    cfg = cfgs[0]
+    step, step_scaled = _steps_seconds(cfgs, budget)
+    forward, forward_scaled = _forward_seconds(cfgs, shape)
     per_prompt = len(range(*slice(*cfg.seqpos_slice).indices(cfg.context_size)))
     return Time(
         step=step,
         language_model=forward,
-        moving=_seconds_per_row_moved(cfg, rows),
+        moving=_seconds_per_row_moved(cfgs, rows),
         rows=rows,
         llm_batch_rows=cfg.store_batch_size_prompts * per_prompt,
         n_steps=-(-cfg.training_tokens // cfg.train_batch_size_tokens),
@@ -119,6 +118,18 @@ def _on_cpu(device: Any) -> bool:
 
 
 # ---- the step
+
+
+def _steps_seconds(cfgs: Configs, budget: int) -> tuple[float, bool]:
+    """One step of every dictionary; those of the same settings are measured once."""
+    measured: dict[str, tuple[float, bool]] = {}
+    total, scaled = 0.0, False
+    for cfg in cfgs:
+        settings = str({**cfg.sae.to_dict(), "hook_name_out": None, "metadata": None})
+        if settings not in measured:
+            measured[settings] = _step_seconds(cfg, budget)
+        total, scaled = total + measured[settings][0], scaled or measured[settings][1]
+    return total, scaled
 
 
 def _step_seconds(cfg: LanguageModelSAERunnerConfig[Any], budget: int) -> tuple[float, bool]:
@@ -191,10 +202,11 @@ def _median_seconds(function: Callable[[], Any], device: Any) -> float:
 
 
 @torch.no_grad()
-def _forward_seconds(cfg: LanguageModelSAERunnerConfig[Any], shape: ModelShape) -> tuple[float, bool]:
+def _forward_seconds(cfgs: Configs, shape: ModelShape) -> tuple[float, bool]:
     """One batch of the language model up to the last hook, from slices of one and two layers."""
+    cfg = cfgs[0]
     device = cfg.llm_device or cfg.device
-    hooks = hooks_of(cfg)
+    hooks = hooks_of(cfgs)
     last = _last_layer(hooks)
     depth = shape.n_layers if last is None else last + 1
     prompts = max(1, min(cfg.store_batch_size_prompts, _most_tokens(device) // cfg.context_size))
@@ -239,10 +251,10 @@ def _in_layer(hook: str, layer: int) -> str:
 
 
 @torch.no_grad()
-def _seconds_per_row_moved(cfg: LanguageModelSAERunnerConfig[Any], rows: BufferRows) -> float:
+def _seconds_per_row_moved(cfgs: Configs, rows: BufferRows) -> float:
     """To its shuffled place in a new tensor, as `saelens_matryoshka.mixing` does."""
-    device = cfg.act_store_device or cfg.device
-    width = cfg.sae.d_in + (cfg.sae.d_out if isinstance(cfg.sae, MatryoshkaTrainingTranscoderConfig) else 0)
+    device = cfgs[0].act_store_device or cfgs[0].device
+    width = sum(widths_of(cfgs).values())
     n = max(1, min(rows.serving, _MOVED_VALUES // width))
     part, order = torch.zeros(n, width, device=device), torch.randperm(n, device=device)
-    return _median_seconds(lambda: torch.empty_like(part).index_copy_(0, order, part), device) / n
+    return _median_seconds(lambda: part.index_select(0, order), device) / n
