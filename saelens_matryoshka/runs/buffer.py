@@ -25,6 +25,8 @@ class BufferRows(NamedTuple):
     """copied until then"""
     first_read: int
     """computed before the first row is served"""
+    first_moved: int
+    """copied before the first row is served"""
     refills: int
     """times the buffer is shuffled until the rows wanted were served"""
 
@@ -40,7 +42,7 @@ def buffer_rows(*, buffer_size: int, llm_batch: int, train_batch: int, mix: floa
         wanted: Rows to be served in all.
     """
     filling = shuffling = serving = served = refills = 0
-    read = moved = first_read = 0
+    read = moved = first_read = first_moved = 0
     stored = 0  # rows that wait
     while served < wanted and refills < 4:
         # a batch that is a buffer of its own stays where it is
@@ -50,8 +52,8 @@ def buffer_rows(*, buffer_size: int, llm_batch: int, train_batch: int, mix: floa
         stored, read = stored + n_new * llm_batch, read + n_new * llm_batch
         filling = max(filling, room)
         refills += 1
-        first_read = first_read or read
         moved += stored * ((room > 0) + (mix > 0))
+        first_read, first_moved = first_read or read, first_moved or moved
         shuffling = max(shuffling, (room + llm_batch) + (mix > 0) * stored)
         serving = max(serving, stored if mix > 0 else room or llm_batch)
         n_batches = max(1, (stored - int(buffer_size * mix)) // train_batch)
@@ -62,4 +64,4 @@ def buffer_rows(*, buffer_size: int, llm_batch: int, train_batch: int, mix: floa
         moved += round(steady * moved)
         refills += round(steady * refills)
         read += wanted - served
-    return BufferRows(filling, shuffling, serving, read, moved, first_read, refills)
+    return BufferRows(filling, shuffling, serving, read, moved, first_read, first_moved, refills)

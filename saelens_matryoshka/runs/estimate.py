@@ -123,6 +123,7 @@ class Estimate:
                 "tokens_per_second": self.time.tokens_per_second,
                 "n_steps": self.time.n_steps,
                 "seconds_per_step": self.time.step,
+                "first_step_seconds": self.time.first_step,
                 "seconds_per_llm_batch": self.time.language_model,
                 "filling_seconds": self.time.filling,
                 "llm_seconds_per_step": self.time.language_model_per_step,

@@ -162,6 +162,8 @@ def test_the_buffer_is_followed_to_the_row(mix: float, buffer_size: int, llm_bat
     n_read = (next(batches) - 1) * llm_batch
     assert rows.read == pytest.approx(n_read, abs=max(buffer_size, llm_batch))
     assert rows.first_read == -(-buffer_size // llm_batch) * llm_batch
+    collected, mixed = buffer_size > llm_batch, mix > 0
+    assert rows.first_moved == rows.first_read * (collected + mixed)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -276,7 +278,8 @@ def test_a_large_buffer_is_filled_before_the_first_step(tiny_model: HookedTransf
     time = found.time
     assert time is not None
     assert time.filling > 0.9 * 1024 * time.language_model  # 4096 prompts, four a batch
-    assert time.total == pytest.approx(time.filling + time.step * time.n_steps, rel=0.1)
+    steps = time.first_step + time.step * (time.n_steps - 1)
+    assert time.total == pytest.approx(time.filling + steps, rel=0.1)
 
 
 def test_extrapolation_finds_the_time_of_the_whole_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,14 +287,16 @@ def test_extrapolation_finds_the_time_of_the_whole_step(monkeypatch: pytest.Monk
 
     seen: list[tuple[int, int]] = []
 
-    def seconds(_: Any, rows: int, latents: int) -> float:
+    def seconds(_: Any, rows: int, latents: int) -> tuple[float, float]:
         seen.append((rows, latents))
-        return 2e-9 * rows * latents + 3e-6 * rows + 5e-7 * latents
+        later = 2e-9 * rows * latents + 3e-6 * rows + 5e-7 * latents
+        return 1.5 * later, later
 
     monkeypatch.setattr(timing, "_time_step", seconds)
     cfg = _gemma(train_batch_size_tokens=16384)
-    found, scaled = timing._step_seconds(cfg, budget=1 << 30)
+    first, found, scaled = timing._step_seconds(cfg, budget=1 << 30)
     assert scaled
+    assert first == pytest.approx(1.5 * found)
     assert max(rows * latents for rows, latents in seen) < 16384 * 18432 / 8
     assert found == pytest.approx(2e-9 * 16384 * 18432 + 3e-6 * 16384 + 5e-7 * 18432)
 
