@@ -33,6 +33,7 @@ from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunne
 
 import saelens_matryoshka as sm
 from benchmarks import machine
+from saelens_matryoshka.layers import train_layers
 from saelens_matryoshka.runner import observe
 from saelens_matryoshka.runs.estimate import estimate
 from saelens_matryoshka.runs.language_models import model_shape
@@ -46,18 +47,24 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "tiny SAE, 32,768 latents": (
         "sae",
         {"d_in": 128, "d_sae": 32768, "k": 32},
-        {**_TINY, "layer": 1, "n_batches_in_buffer": 64, "train_batch_size_tokens": 2048, "steps": 12},
+        {**_TINY, "layer": 1, "n_batches_in_buffer": 64, "train_batch_size_tokens": 2048, "steps": 6},
     ),
     "tiny transcoder, large buffer": (
         "transcoder",
         {"d_in": 128, "d_sae": 4096, "k": 32},
         {**_TINY, "layer": 2, "n_batches_in_buffer": 1024, "train_batch_size_tokens": 4096, "steps": 12},
     ),
+    "tiny, 4 transcoders in lockstep": (
+        "transcoder",
+        {"d_in": 128, "d_sae": 16384, "k": 32},
+        {**_TINY, "layers": [0, 1, 2, 3], "n_batches_in_buffer": 64, "train_batch_size_tokens": 1024,
+         "steps": 3},
+    ),
     "pythia-70m, prompts of 1,024 tokens": (
         "transcoder",
         {"d_in": 512, "d_sae": 4096, "k": 32},
         {**_PYTHIA, "layer": 1, "context_size": 1024, "store_batch_size_prompts": 8, "n_batches_in_buffer": 8,
-         "train_batch_size_tokens": 2048, "steps": 10},
+         "train_batch_size_tokens": 2048, "steps": 5},
     ),
     "pythia-70m, prefetching": (
         "sae",
@@ -101,41 +108,49 @@ _CLASSES = {
 }
 
 
-def runner_config(name: str, device: str, output_path: str | None) -> LanguageModelSAERunnerConfig[Any]:
-    """The config of a case."""
+def runner_configs(
+    name: str, device: str, output_path: str | None
+) -> dict[str, LanguageModelSAERunnerConfig[Any]]:
+    """The configs of a case by name: one, or those of several layers."""
     kind, sae, run = CASES[name]
     run = dict(run)
-    layer, steps = run.pop("layer"), run.pop("steps")
+    layers, steps = run.pop("layers", None) or [run.pop("layer")], run.pop("steps")
     dictionary: dict[str, Any] = {**sae, "device": device}
     d_sae = dictionary["d_sae"]
-    hook_name = f"blocks.{layer}.hook_resid_post"
-    if kind != "sae":
-        hook_name = f"blocks.{layer}.ln2.hook_normalized"
-        dictionary["hook_name_out"] = f"blocks.{layer}.hook_mlp_out"
     widths = [d_sae // 16, d_sae // 4, d_sae // 2, d_sae]
     settings: dict[str, Any] = {
-        "hook_name": hook_name,
         "dataset_path": "random tokens",
         "training_tokens": steps * run["train_batch_size_tokens"],
         "n_eval_batches": 1,
         "device": device,
         "logger": LoggingConfig(log_to_wandb=False),
         "checkpoint_path": None,
-        "output_path": output_path,
         "verbose": False,
     }
-    config = _CLASSES[kind](matryoshka_widths=widths, **dictionary)
-    return LanguageModelSAERunnerConfig(sae=config, **{**settings, **run})
+    configs = {}
+    for layer in layers:
+        hook_name = f"blocks.{layer}.hook_resid_post"
+        if kind != "sae":
+            hook_name = f"blocks.{layer}.ln2.hook_normalized"
+            dictionary["hook_name_out"] = f"blocks.{layer}.hook_mlp_out"
+        sae_config = _CLASSES[kind](matryoshka_widths=widths, **dictionary)
+        configs[f"layer-{layer}"] = LanguageModelSAERunnerConfig(
+            sae=sae_config,
+            hook_name=hook_name,
+            output_path=output_path and f"{output_path}/{layer}",
+            **{**settings, **run},
+        )
+    return configs
 
 
 def measure(name: str, device: str) -> dict[str, float]:
     """Run a case in this process: bytes at the peak, and seconds of training."""
     with tempfile.TemporaryDirectory() as folder:
-        _run(_miniature(device, f"{folder}/miniature"))
+        _run({"miniature": _miniature(device, f"{folder}/miniature")})
         before = psutil.Process().memory_info().rss
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        seconds = _run(runner_config(name, device, f"{folder}/run"))
+        seconds = _run(runner_configs(name, device, f"{folder}/run"))
     if device == "cuda":
         used = torch.cuda.max_memory_allocated()
     else:
@@ -145,7 +160,7 @@ def measure(name: str, device: str) -> dict[str, float]:
 
 def _miniature(device: str, output_path: str) -> LanguageModelSAERunnerConfig[Any]:
     """A run of no size, which loads all that a run loads."""
-    cfg = runner_config("tiny transcoder, large buffer", device, output_path)
+    (cfg,) = runner_configs("tiny transcoder, large buffer", device, output_path).values()
     cfg.sae = sm.MatryoshkaTrainingTranscoderConfig(
         d_in=128, d_sae=64, k=4, matryoshka_widths=[64], hook_name_out=cfg.sae.hook_name_out, device=device
     )
@@ -154,19 +169,29 @@ def _miniature(device: str, output_path: str) -> LanguageModelSAERunnerConfig[An
     return cfg
 
 
-def _run(cfg: LanguageModelSAERunnerConfig[Any]) -> float:
+def _run(cfgs: dict[str, LanguageModelSAERunnerConfig[Any]]) -> float:
     """Seconds of the training loop."""
-    model = model_shape(cfg).build(cfg.device)
+    cfg = next(iter(cfgs.values()))
     n_prompts = cfg.store_batch_size_prompts * 4
     tokens = torch.randint(3, 1000, (n_prompts, cfg.context_size))
-    dataset = datasets.Dataset.from_dict({"input_ids": tokens.numpy()})
-    runner = LanguageModelSAETrainingRunner(cfg, override_model=model, override_dataset=dataset)
+    replaced: dict[str, Any] = {
+        "override_model": model_shape(cfg).build(cfg.device),
+        "override_dataset": datasets.Dataset.from_dict({"input_ids": tokens.numpy()}),
+    }
     times: list[float] = []
+
+    def note_time(*_: Any) -> None:
+        times.append(time.perf_counter())
+
+    if len(cfgs) > 1:
+        train_layers(cfgs, observers={list(cfgs)[-1]: [note_time]}, on_start=note_time, **replaced)
+        return times[-1] - times[0]
+    runner = LanguageModelSAETrainingRunner(cfg, **replaced)
     stock = SAETrainer.fit
 
     def fit(trainer: Any) -> Any:
-        observe(trainer, lambda *_: times.append(time.perf_counter()))
-        times.append(time.perf_counter())
+        observe(trainer, note_time)
+        note_time()
         return stock(trainer)
 
     SAETrainer.fit = fit  # type: ignore[method-assign]
@@ -184,7 +209,7 @@ def compare(name: str, device: str, *, with_time: bool = True) -> dict[str, Any]
     if done.returncode != 0:
         raise RuntimeError(f"{name}: {done.stderr.strip().splitlines()[-1]}")
     measured = json.loads(done.stdout.splitlines()[-1])
-    predicted = estimate(runner_config(name, device, None), with_time=with_time)
+    predicted = estimate(*runner_configs(name, device, None).values(), with_time=with_time)
     place = next(d for d in predicted.devices if d.name.startswith(device))
     # the model is not loaded from files here, and the process was there before
     there = CUDA_CONTEXT_BYTES if device == "cuda" else PROCESS_BYTES

@@ -15,7 +15,8 @@ class MixingBuffer(Iterator[torch.Tensor], Generic[P]):
 
     Rows are collected until there are `buffer_size`. Then they are shuffled, a part is kept to be mixed with
     the next ones, and the rest is served. SAELens's grows one tensor by each batch of the language model,
-    which copies it every time; this one keeps them apart and moves each row once, to its shuffled place.
+    which copies it every time. This one has room for all from the start: kept apart, the batches would lie
+    scattered among what the language model frees, which could then not be used for anything larger.
 
     An error in the source leaves the buffer as it was: rows and position still belong together.
     """
@@ -52,20 +53,19 @@ class MixingBuffer(Iterator[torch.Tensor], Generic[P]):
             raise ValueError(f"activations_mixing_fraction={mix_fraction} must be from 0 to 1.")
         self._source = source
         self._buffer_size, self._batch_size, self._mix_fraction = buffer_size, batch_size, mix_fraction
-        self._parts: list[torch.Tensor] = []
+        self._room: torch.Tensor | None = None
+        self._n_rows = self._longest = 0  # of what waits, and of what the source has given at once
         self.serving = None
         self.position = start
 
     @property
     def rows(self) -> torch.Tensor | None:
         """`[n, d]`, what waits to be shuffled."""
-        if len(self._parts) == 1:
-            return self._parts[0]
-        return torch.cat(self._parts) if self._parts else None
+        return None if self._room is None else self._room[: self._n_rows]
 
     @rows.setter
     def rows(self, rows: torch.Tensor | None) -> None:
-        self._parts = [] if rows is None else [rows]
+        self._room, self._n_rows = rows, 0 if rows is None else len(rows)
 
     def take_over(self, rows: torch.Tensor) -> None:
         """Begin with rows `[n, d]` that other buffers had; those that are more than is kept are served first.
@@ -87,7 +87,10 @@ class MixingBuffer(Iterator[torch.Tensor], Generic[P]):
 
     def _refill(self) -> None:
         if self.serving is not None:  # what was kept is a slice of it: let the memory of the rest go
-            self.serving, self._parts = None, [part.clone() for part in self._parts if len(part)]
+            kept, self.serving, self.rows = self.rows, None, None
+            if kept is not None and len(kept):
+                self._collect(kept)
+            del kept
         try:
             new, position = next(self._source)
         except StopIteration:
@@ -95,27 +98,29 @@ class MixingBuffer(Iterator[torch.Tensor], Generic[P]):
                 raise
             self._serve(self.rows, len(self.rows) // self._batch_size)
             return
-        self._parts.append(new)
-        self.position = position
-        n_rows = sum(map(len, self._parts))
-        if n_rows < self._buffer_size:
+        self.position, self._longest = position, max(self._longest, len(new))
+        if not self._n_rows and len(new) >= self._buffer_size:
+            self.rows = new
+        else:
+            self._collect(new)
+        if self._n_rows < self._buffer_size:
             return
-        rows = self._shuffled() if self._mix_fraction > 0 else self.rows
+        rows = self.rows
         assert rows is not None
-        to_serve = n_rows - int(self._buffer_size * self._mix_fraction)
+        to_serve = self._n_rows - int(self._buffer_size * self._mix_fraction)
+        if self._mix_fraction > 0:
+            rows = rows.index_select(0, torch.randperm(self._n_rows).to(rows.device))
         self._serve(rows, max(1, to_serve // self._batch_size))
 
-    def _shuffled(self) -> torch.Tensor:
-        """`torch.cat(parts)[torch.randperm(n)]`, without the concatenation."""
-        lengths = list(map(len, self._parts))
-        order = torch.randperm(sum(lengths))
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order))
-        first = self._parts[0]
-        shuffled = first.new_empty(len(order), *first.shape[1:])
-        for part, to in zip(self._parts, place.to(first.device).split(lengths), strict=True):
-            shuffled.index_copy_(0, to, part)
-        return shuffled
+    def _collect(self, new: torch.Tensor) -> None:
+        rows, n_rows = self.rows, self._n_rows + len(new)
+        if self._room is None or n_rows > len(self._room):
+            room = max(self._buffer_size + self._longest, n_rows)
+            self._room = new.new_empty(room, *new.shape[1:])
+            if rows is not None:
+                self._room[: len(rows)] = rows
+        self._room[self._n_rows : n_rows] = new
+        self._n_rows = n_rows
 
     def _serve(self, rows: torch.Tensor, n_batches: int) -> None:
         n = n_batches * self._batch_size

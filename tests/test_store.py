@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,23 @@ def test_mixing_buffer_is_saelens_s(
     ours = list(MixingBuffer(source, start=-1, **sizes))
     assert len(ours) == len(theirs)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_what_the_source_gave_is_not_kept_piece_by_piece() -> None:
+    """Pieces among what a language model frees would keep that memory from being used again."""
+    given: list[Any] = []
+
+    def source() -> Iterator[tuple[torch.Tensor, int]]:
+        while True:
+            assert not any(piece() is not None for piece in given[:-1])
+            piece = torch.zeros(10, 3)
+            given.append(weakref.ref(piece.untyped_storage()))
+            yield piece, 0
+            del piece
+
+    buffer = MixingBuffer(source(), buffer_size=45, batch_size=10, mix_fraction=0.5, start=0)
+    _take(buffer, 8)
+    assert len(given) > 8
 
 
 @given(

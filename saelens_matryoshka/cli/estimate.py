@@ -10,7 +10,7 @@ import typer
 
 from saelens_matryoshka.cli.interruption import interruptible
 from saelens_matryoshka.cli.output import Console, Json, on_stdout, quieten, require_writable, write_numbers
-from saelens_matryoshka.cli.settings import read_sources
+from saelens_matryoshka.cli.settings import read_sources, require_no_layer
 
 _UNITS = {
     "": 1,
@@ -42,6 +42,9 @@ def estimate(
     config: Annotated[Path | None, typer.Option(help="A YAML file of settings.")] = None,
     mapping: Annotated[str | None, typer.Option(help="What to learn; see `train`.")] = None,
     layer: Annotated[int | None, typer.Option(help="Of the mapping.")] = None,
+    layers_: Annotated[
+        str | None, typer.Option("--layers", help="Several, e.g. 0-11, in lockstep; see `train`.")
+    ] = None,
     saelens_defaults: Annotated[
         bool,
         typer.Option("--saelens-defaults", help="SAELens's defaults instead of the recommended settings."),
@@ -61,6 +64,7 @@ def estimate(
       saelens-matryoshka estimate --preset gpt2
       saelens-matryoshka estimate --preset gemma-2-2b --device cuda \\
           --gpu-memory 24GB
+      saelens-matryoshka estimate --preset gpt2 --layers 0-11
       saelens-matryoshka estimate --model_name gpt2 --mapping mlp --layer 8 \\
           -k 64 --d_sae 12288 --dataset_path any --training_tokens 50M
     """
@@ -74,13 +78,20 @@ def estimate(
     }
     with console.status("looking up the shapes"):
         from saelens_matryoshka.runs.estimate import estimate as estimate_run
+        from saelens_matryoshka.runs.layers import each_of, resolve_many
         from saelens_matryoshka.runs.settings import resolve
 
-        own = {"mapping": mapping, "layer": layer}
-        sources = read_sources(context.args, preset=preset, config=config, own=own).settings
-        cfg = resolve(sources, recommended=not saelens_defaults).cfg
+        several = layers_ is not None or "," in (mapping or "")
+        own = {"mapping": None if several else mapping, "layer": layer}
+        sources, _, runs = read_sources(context.args, preset=preset, config=config, own=own)
+        if several or runs is not None:
+            require_no_layer(layer)
+            many = resolve_many(sources, each_of(layers_, mapping, runs), recommended=not saelens_defaults)
+            cfgs = [one.cfg for one in many.values()]
+        else:
+            cfgs = [resolve(sources, recommended=not saelens_defaults).cfg]
     with console.status("a few steps to calibrate the time" if not no_time else "counting"):
-        result = estimate_run(cfg, available=available, with_time=not no_time)
+        result = estimate_run(*cfgs, available=available, with_time=not no_time)
     write(result, json)
     if result.fits is False:
         raise typer.Exit(1)

@@ -58,10 +58,7 @@ def train_layers(
         f"  in {escape(str(parent))}"
     )
     if dry_run:
-        if not on_stdout(json):
-            _show_plan(settings, console)
-        values = {one: given.values() for one, given in settings.items()}
-        write_numbers(dumps({"folder": str(parent), "runs": values}, default=str), json)
+        _show_plan(settings, parent, console, json)
         return
     from saelens_matryoshka.cli.train import told_how_to_go_on
     from saelens_matryoshka.runs.settings import require_devices
@@ -76,8 +73,22 @@ def train_layers(
     _show(results, list(settings), parent, console, json)
 
 
-def _show_plan(settings: dict[str, Settings], console: Console) -> None:
-    """What each reads and predicts, and the settings that are common to all."""
+def _show_plan(settings: dict[str, Settings], parent: Path, console: Console, json: Path | None) -> None:
+    """What each reads and predicts, the settings that are common to all, and what all will take."""
+    from saelens_matryoshka.runs.estimate import estimate
+
+    values = {one: given.values() for one, given in settings.items()}
+    if not on_stdout(json):
+        _show_settings(settings, console)
+    with console.status("estimating memory and time"):
+        found = estimate(*(one.cfg for one in settings.values()))
+    if not on_stdout(json):
+        console.print(found.tables())
+    plan = {"folder": str(parent), "runs": values, "estimate": found.to_dict()}
+    write_numbers(dumps(plan, default=str), json)
+
+
+def _show_settings(settings: dict[str, Settings], console: Console) -> None:
     from rich.table import Table
 
     from saelens_matryoshka.cli.train import settings_table
@@ -89,10 +100,6 @@ def _show_plan(settings: dict[str, Settings], console: Console) -> None:
     first, *others = [one.given for one in settings.values()]
     common = {name: given for name, given in first.items() if all(one.get(name) == given for one in others)}
     console.print(settings_table(common))
-    console.print(
-        "`saelens-matryoshka estimate` with one --layer tells memory and time of one of them; the language "
-        "model and its time are shared."
-    )
 
 
 def resume_layers(parent: Path, upkeep: dict[str, Any], console: Console, json: Path | None) -> None:

@@ -59,6 +59,12 @@ def read_sources(
     return Sources([lowest, cached, file, flags], texts["name"], None if runs is None else runs.value)
 
 
+def require_no_layer(layer: int | None) -> None:
+    """Refuse --layer beside what names several."""
+    if layer is not None:
+        raise ValueError(f"--layer {layer} is of a single run: with several, give --layers.")
+
+
 def _cache_settings(folder: Path) -> dict[str, Given]:
     """The settings that a cache decides."""
     from saelens_matryoshka.cache import open_cache

@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from saelens_matryoshka.cli.interruption import interruptible
 from saelens_matryoshka.cli.output import Console, Json, on_stdout, quieten, require_writable, write_numbers
-from saelens_matryoshka.cli.settings import read_sources
+from saelens_matryoshka.cli.settings import read_sources, require_no_layer
 from saelens_matryoshka.valid_json import dumps
 
 if TYPE_CHECKING:
@@ -227,8 +227,7 @@ def train(
         from saelens_matryoshka.runs.layers import each_of
 
         _require_one_process(sharding)
-        if layer is not None:
-            raise ValueError(f"--layer {layer} is of a single run: with several, give --layers.")
+        require_no_layer(layer)
         train_layers(
             sources,
             each_of(layers_, mapping, runs),

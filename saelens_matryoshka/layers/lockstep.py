@@ -113,7 +113,7 @@ def train_layers(
         ValueError: the configs do not go together, or one does not fit the model or the text; the message
             names it. Raised before anything is written.
     """
-    _require_common(cfgs)
+    require_common(cfgs)
     for name, cfg in cfgs.items():
         with _naming(name):
             require_own_output_path(cfg)
@@ -401,7 +401,12 @@ def load_model_for(cfgs: Sequence[LanguageModelSAERunnerConfig[Any]]) -> Any:
 # ---- checks
 
 
-def _require_common(cfgs: Mapping[str, LanguageModelSAERunnerConfig[Any]]) -> None:
+def require_common(cfgs: Mapping[str, LanguageModelSAERunnerConfig[Any]]) -> None:
+    """Refuse configs, by name, that cannot be trained in lockstep.
+
+    Raises:
+        ValueError: what they must share differs; the message names the field.
+    """
     if not cfgs:
         raise ValueError("There is nothing to train: no config is given.")
     first_name, first = next(iter(cfgs.items()))

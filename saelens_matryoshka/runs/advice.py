@@ -12,6 +12,7 @@ from sae_lens import LanguageModelSAERunnerConfig
 
 from saelens_matryoshka.runs.language_models import ModelShape
 from saelens_matryoshka.runs.memory import (
+    Configs,
     ForwardTrace,
     device_name,
     memory_needs,
@@ -51,7 +52,7 @@ def _word(value: Any) -> str:
 
 
 def advise(
-    cfg: LanguageModelSAERunnerConfig[Any],
+    cfgs: Configs,
     trace: ForwardTrace,
     shape: ModelShape,
     limits: Mapping[str, int | None],
@@ -59,22 +60,23 @@ def advise(
     """Single changes, those that make it fit first: in the order in which they cost the least in quality.
 
     Args:
-        cfg: A run that does not fit.
+        cfgs: Of a run that does not fit, or of several in lockstep.
         trace: Of its language model.
         shape: Of its language model.
         limits: Bytes available by device.
     """
-    before = _peaks(cfg, trace)
+    before = _peaks(cfgs, trace)
     short = {name: n - limit for name, n in before.items() if (limit := limits.get(name)) and n > limit}
     worst = max(short, key=lambda name: short[name])
     found: list[Advice] = []
-    for ladder in _candidates(cfg):
+    for ladder in _candidates(cfgs[0]):
         best = None
         for settings in ladder:
-            tried = _changed(cfg, settings)
-            if tried is None:
+            changed = [_changed(cfg, settings) for cfg in cfgs]
+            tried = [cfg for cfg in changed if cfg is not None]
+            if len(tried) < len(cfgs):
                 break
-            peaks = _peaks(tried, _trace_again(tried, cfg, trace, shape))
+            peaks = _peaks(tried, _trace_again(tried, cfgs[0], trace, shape))
             fits = all(n <= (limits.get(name) or n) for name, n in peaks.items())
             saved = before[worst] - peaks.get(worst, 0)
             if saved >= _WORTH * before[worst] and (best is None or fits or saved > best.saved):
@@ -88,8 +90,8 @@ def advise(
     )
 
 
-def _peaks(cfg: LanguageModelSAERunnerConfig[Any], trace: ForwardTrace) -> dict[str, int]:
-    needs = memory_needs(cfg, trace)
+def _peaks(cfgs: Configs, trace: ForwardTrace) -> dict[str, int]:
+    needs = memory_needs(cfgs, trace)
     return {name: peak(needs, name) for name in {need.device for need in needs}}
 
 
@@ -135,7 +137,7 @@ def _changed(
 
 
 def _trace_again(
-    tried: LanguageModelSAERunnerConfig[Any],
+    changed: Configs,
     cfg: LanguageModelSAERunnerConfig[Any],
     trace: ForwardTrace,
     shape: ModelShape,
@@ -143,9 +145,10 @@ def _trace_again(
     """The trace of the changed config, computed again only where the change touches the language model."""
     from saelens_matryoshka.runs.language_models import model_shape
 
+    tried = changed[0]
     if tried.model_from_pretrained_kwargs != cfg.model_from_pretrained_kwargs:
-        return trace_forward(tried, model_shape(tried))
+        return trace_forward(changed, model_shape(tried))
     if tried.autocast_lm != cfg.autocast_lm:
-        return trace_forward(tried, shape)
+        return trace_forward(changed, shape)
     share = tried.store_batch_size_prompts / cfg.store_batch_size_prompts
     return trace._replace(peak=int(trace.peak * share))

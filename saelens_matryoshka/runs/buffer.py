@@ -1,8 +1,8 @@
 """What the mixing buffer reads, holds and moves, counted without activations.
 
-Batches of the language model are collected, shuffled into a new tensor, and served in slices of it. What is
-kept back is copied out of that tensor before the next batches are read, so that its memory is free. There are
-two buffers only while one is shuffled.
+Batches of the language model are collected in a tensor that has room for all, shuffled into a new one, and
+served in slices of that. What is kept back is moved to the next room before the next batches are read, so
+that the memory of what was served is free. There are two buffers only while one is shuffled.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class BufferRows(NamedTuple):
-    """Rows of activations that exist at a time, at their most."""
+    """Rows that there is memory for at a time, at their most."""
 
     filling: int
     """while the language model computes the next batch"""
@@ -25,6 +25,8 @@ class BufferRows(NamedTuple):
     """copied until then"""
     first_read: int
     """computed before the first row is served"""
+    first_moved: int
+    """copied before the first row is served"""
     refills: int
     """times the buffer is shuffled until the rows wanted were served"""
 
@@ -40,31 +42,26 @@ def buffer_rows(*, buffer_size: int, llm_batch: int, train_batch: int, mix: floa
         wanted: Rows to be served in all.
     """
     filling = shuffling = serving = served = refills = 0
-    read = moved = first_read = 0
+    read = moved = first_read = first_moved = 0
     stored = 0  # rows that wait
     while served < wanted and refills < 4:
-        if served:
-            moved += stored
-        n_parts = int(stored > 0)
-        while True:
-            filling = max(filling, stored)
-            stored, read, n_parts = stored + llm_batch, read + llm_batch, n_parts + 1
-            if stored >= buffer_size:
-                break
+        # a batch that is a buffer of its own stays where it is
+        room = buffer_size + llm_batch if stored or llm_batch < buffer_size else 0
+        shuffling = max(shuffling, serving + room)
+        n_new = max(1, -(-(buffer_size - stored) // llm_batch))
+        stored, read = stored + n_new * llm_batch, read + n_new * llm_batch
+        filling = max(filling, room)
         refills += 1
-        first_read = first_read or read
-        is_copied = mix > 0 or n_parts > 1
-        shuffling = max(shuffling, (1 + is_copied) * stored)
-        moved += is_copied * stored
-        serving = max(serving, stored)
+        moved += stored * ((room > 0) + (mix > 0))
+        first_read, first_moved = first_read or read, first_moved or moved
+        shuffling = max(shuffling, (room + llm_batch) + (mix > 0) * stored)
+        serving = max(serving, stored if mix > 0 else room or llm_batch)
         n_batches = max(1, (stored - int(buffer_size * mix)) // train_batch)
         served += min(n_batches * train_batch, stored)
-        kept = max(0, stored - n_batches * train_batch)
-        shuffling = max(shuffling, stored + kept)
-        stored = kept
+        stored = max(0, stored - n_batches * train_batch)
     if served < wanted:
         steady = (wanted - served) / served
         moved += round(steady * moved)
         refills += round(steady * refills)
         read += wanted - served
-    return BufferRows(filling, shuffling, serving, read, moved, first_read, refills)
+    return BufferRows(filling, shuffling, serving, read, moved, first_read, first_moved, refills)

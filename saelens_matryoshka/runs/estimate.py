@@ -123,6 +123,7 @@ class Estimate:
                 "tokens_per_second": self.time.tokens_per_second,
                 "n_steps": self.time.n_steps,
                 "seconds_per_step": self.time.step,
+                "first_step_seconds": self.time.first_step,
                 "seconds_per_llm_batch": self.time.language_model,
                 "filling_seconds": self.time.filling,
                 "llm_seconds_per_step": self.time.language_model_per_step,
@@ -170,15 +171,14 @@ class Estimate:
 
 
 def estimate(
-    cfg: LanguageModelSAERunnerConfig[Any],
-    *,
+    *cfgs: LanguageModelSAERunnerConfig[Any],
     available: Mapping[str, int] | None = None,
     with_time: bool = True,
 ) -> Estimate:
     """Memory and time of a run of SAELens's runner, without its weights and its text.
 
     Args:
-        cfg: A runner config whose `sae` is ours.
+        *cfgs: A runner config whose `sae` is ours; or several, of dictionaries that are trained in lockstep.
         available: Bytes per device ("cpu", "cuda"), for another machine than this one. What is not given is
             looked up, if the device is in this machine.
         with_time: Calibrate the time. It takes some seconds.
@@ -186,31 +186,33 @@ def estimate(
     Raises:
         ValueError: the shape of the language model is not known, or the config does not fit it.
     """
-    if not isinstance(cfg.sae, MatryoshkaTrainingConfig):
-        raise ValueError(
-            f"architecture={cfg.sae.architecture()!r}: the estimate knows this package's training step, not "
-            "SAELens's. Choose one of the matryoshka_ architectures."
-        )
+    for cfg in cfgs:
+        if not isinstance(cfg.sae, MatryoshkaTrainingConfig):
+            raise ValueError(
+                f"architecture={cfg.sae.architecture()!r}: the estimate knows this package's training step, "
+                "not SAELens's. Choose one of the matryoshka_ architectures."
+            )
+    cfg = cfgs[0]
     shape = model_shape(cfg)
     if cfg.context_size > shape.n_ctx:
         raise ValueError(
             f"context_size={cfg.context_size} is more than the {shape.n_ctx} tokens {cfg.model_name!r} takes."
         )
-    trace = trace_forward(cfg, shape)
-    needs = memory_needs(cfg, trace)
+    trace = trace_forward(cfgs, shape)
+    needs = memory_needs(cfgs, trace)
     names = sorted({need.device for need in needs}, reverse=True)
     limits = {name: _available(name, available or {}) for name in names}
     devices = [_device(name, needs, limits[name]) for name in names]
     advice = []
     if any(device.fits is False for device in devices):
-        advice = advise(cfg, trace, shape, limits)
+        advice = advise(cfgs, trace, shape, limits)
     seconds = None
     if with_time and all(_is_here(device) for device in (cfg.device, cfg.llm_device, cfg.act_store_device)):
         free = (
             psutil.virtual_memory().available if device_name(cfg.device) == "cpu" else _free_cuda(cfg.device)
         )
         with _quiet():
-            seconds = measure_time(cfg, shape, store_rows(cfg), budget=free // 3)
+            seconds = measure_time(cfgs, shape, store_rows(cfg), budget=free // 3)
     return Estimate(cfg.model_name, trace.n_parameters, devices, seconds, advice)
 
 

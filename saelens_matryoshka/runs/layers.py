@@ -17,6 +17,7 @@ import torch
 
 from saelens_matryoshka.evaluation.result import EvalResult
 from saelens_matryoshka.layers import train_layers
+from saelens_matryoshka.layers.lockstep import require_common
 from saelens_matryoshka.runs.fields import Given
 from saelens_matryoshka.runs.folder import RunFolder, now, require_name, versions
 from saelens_matryoshka.runs.lock import locked
@@ -96,7 +97,7 @@ def resolve_many(
         recommended: As in `resolve`.
 
     Raises:
-        ValueError: as in `resolve`, or two would have the same folder.
+        ValueError: as in `resolve`, or two would have the same folder, or they cannot be trained together.
     """
     found: dict[str, Settings] = {}
     for one in each:
@@ -108,6 +109,7 @@ def resolve_many(
         if label in found:
             raise ValueError(f"Two of the runs would be in a folder {label!r}: give each a `name`.")
         found[label] = settings
+    require_common({name: settings.cfg for name, settings in found.items()})
     return found
 
 

@@ -8,6 +8,7 @@ CUDA context; on a CPU those of the resident memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig
 from saelens_matryoshka.architectures.calibration import CHUNK_VALUES, MAX_ROWS, ROWS_PER_BATCH
 from saelens_matryoshka.ops.encoder import BLOCK_VALUES
 from saelens_matryoshka.ops.sparse import CPU_DECODE_VALUES, SPARSE_AUX
+from saelens_matryoshka.parallel import is_torchrun
 from saelens_matryoshka.runs.buffer import BufferRows, buffer_rows
 from saelens_matryoshka.runs.language_models import ModelShape
 from saelens_matryoshka.runs.tracing import PeakMemory
@@ -36,6 +38,7 @@ PHASES = (LOADING, FILLING, SHUFFLING, FORWARD, BACKWARD, SAVING)
 _STEP = (FORWARD, BACKWARD)
 _LOADED = PHASES[1:]
 
+BUFFER, WAITING = "activation buffer", "waiting rows as saved"
 CUDA_CONTEXT, PROCESS, WORKSPACES = "CUDA context", "Python and libraries", "workspaces"
 # What a process takes that trains nothing yet: measured on Linux with torch 2.13. The figures of CUDA, its
 # context on the GPU with cuBLAS's workspace and its libraries in main memory, are the usual ones, unmeasured.
@@ -48,6 +51,8 @@ DEAD_SHARE = 0.1
 # Bytes per kept entry: indices by row and by latent, values, the two sparse results.
 _ENTRY_BYTES = 100
 _FLOAT32 = 4
+Configs = Sequence[LanguageModelSAERunnerConfig[Any]]
+"""of one run, or of several in lockstep, which share the language model and the buffer"""
 
 
 class Need(NamedTuple):
@@ -68,28 +73,43 @@ class ForwardTrace(NamedTuple):
     n_parameters: int
     peak: int
     """bytes of the activations, at their most"""
-    widths: tuple[int, ...]
+    widths: dict[str, int]
     """of the hooks, heads flattened"""
 
 
-def hooks_of(cfg: LanguageModelSAERunnerConfig[Any]) -> list[str]:
-    """The hooks a run reads, the source first."""
+def hooks_of(cfgs: Configs) -> list[str]:
+    """The hooks that runs read, each once, the source of the first one first."""
+    return list(widths_of(cfgs))
+
+
+def widths_of(cfgs: Configs) -> dict[str, int]:
+    """What runs read of every hook, as their settings say."""
+    return {hook: getattr(cfg.sae, field) for cfg in cfgs for hook, _, field in _sites(cfg)}
+
+
+def _sites(cfg: LanguageModelSAERunnerConfig[Any]) -> list[tuple[str, str, str]]:
+    """Hooks with the fields that name them and their widths."""
     target = getattr(cfg.sae, "hook_name_out", None)
-    return list(dict.fromkeys([cfg.hook_name, *([target] if target else [])]))
+    source = (cfg.hook_name, "hook_name", "d_in")
+    return [source, (target, "hook_name_out", "d_out")] if target else [source]
 
 
-def trace_forward(cfg: LanguageModelSAERunnerConfig[Any], shape: ModelShape) -> ForwardTrace:
+def trace_forward(cfgs: Configs, shape: ModelShape) -> ForwardTrace:
     """Count one batch of the language model, up to the last layer that is read, without computing it.
+
+    Args:
+        cfgs: Of one run, or of those in lockstep.
+        shape: Of their language model.
 
     Raises:
         ValueError: the model has no such hook, or its width is not the dictionary's.
     """
-    hooks = hooks_of(cfg)
+    cfg, hooks = cfgs[0], hooks_of(cfgs)
     # Tensors on the meta device are faster than fake ones, but do not know autocast.
     device = "cpu" if cfg.autocast_lm else "meta"
     with FakeTensorMode() if cfg.autocast_lm else nullcontext():
         model = shape.build(device)
-        for hook, field in zip(hooks, ("hook_name", "hook_name_out"), strict=False):
+        for hook, field, _ in (site for one in cfgs for site in _sites(one)):
             check_hook(model, hook, field)
         weights = {id(t.untyped_storage()): t for t in (*model.parameters(), *model.buffers())}
         tokens = torch.zeros(cfg.store_batch_size_prompts, cfg.context_size, dtype=torch.long, device=device)
@@ -99,15 +119,14 @@ def trace_forward(cfg: LanguageModelSAERunnerConfig[Any], shape: ModelShape) -> 
             torch.autocast("cpu", dtype=torch.bfloat16, enabled=cfg.autocast_lm),
         ):
             cache = run_hooks(model, tokens, hooks)
-        widths = tuple(cache[hook].flatten(2).shape[-1] for hook in hooks)
-        if cfg.hook_head_index is not None:
-            widths = (cache[hooks[0]].shape[-1], *widths[1:])
-    _require_widths(cfg, hooks, widths)
+        shapes = {hook: cache[hook].shape for hook in hooks}
+    for one in cfgs:
+        _require_widths(one, shapes)
     return ForwardTrace(
         weights=sum(t.untyped_storage().nbytes() for t in weights.values()),
         n_parameters=sum(p.numel() for p in model.parameters()),
         peak=memory.peak,
-        widths=widths,
+        widths={hook: math.prod(shape[2:]) for hook, shape in shapes.items()},
     )
 
 
@@ -119,13 +138,10 @@ def run_hooks(model: Any, tokens: torch.Tensor, hooks: Sequence[str]) -> Any:
     return model.run_with_cache(tokens, names_filter=list(hooks), stop_at_layer=stop)[1]
 
 
-def _require_widths(
-    cfg: LanguageModelSAERunnerConfig[Any], hooks: list[str], widths: tuple[int, ...]
-) -> None:
-    configured = [("d_in", cfg.sae.d_in)]
-    if len(hooks) > 1:
-        configured.append(("d_out", cfg.sae.d_out))
-    for (field, value), hook, width in zip(configured, hooks, widths, strict=True):
+def _require_widths(cfg: LanguageModelSAERunnerConfig[Any], shapes: dict[str, torch.Size]) -> None:
+    for hook, hook_field, field in _sites(cfg):
+        one_head = hook_field == "hook_name" and cfg.hook_head_index is not None
+        width, value = math.prod(shapes[hook][3 if one_head else 2 :]), getattr(cfg.sae, field)
         if value != width:
             raise ValueError(
                 f"{field}={value}, but hook {hook!r} of {cfg.model_name!r} gives {width} values per token. "
@@ -135,14 +151,18 @@ def _require_widths(
 
 def store_rows(cfg: LanguageModelSAERunnerConfig[Any]) -> BufferRows:
     """Rows the activation store holds."""
-    per_prompt = len(range(*slice(*cfg.seqpos_slice).indices(cfg.context_size)))
     return buffer_rows(
-        buffer_size=cfg.n_batches_in_buffer * per_prompt,
-        llm_batch=cfg.store_batch_size_prompts * per_prompt,
+        buffer_size=cfg.n_batches_in_buffer * _per_prompt(cfg),
+        llm_batch=cfg.store_batch_size_prompts * _per_prompt(cfg),
         train_batch=cfg.train_batch_size_tokens,
         mix=cfg.activations_mixing_fraction,
         wanted=cfg.training_tokens,
     )
+
+
+def _per_prompt(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
+    """Rows of a prompt."""
+    return len(range(*slice(*cfg.seqpos_slice).indices(cfg.context_size)))
 
 
 def _is_transcoder(cfg: LanguageModelSAERunnerConfig[Any]) -> bool:
@@ -168,18 +188,42 @@ def device_name(device: Any) -> str:
     return f"cuda:{device.index or 0}" if device.type == "cuda" else device.type
 
 
-def memory_needs(cfg: LanguageModelSAERunnerConfig[Any], trace: ForwardTrace) -> list[Need]:
-    """Everything a run holds, with when and where."""
-    rows = store_rows(cfg)
-    training = [*_dictionary(cfg), *_step(cfg, rows.refills > 1)]
+def memory_needs(cfgs: Configs, trace: ForwardTrace) -> list[Need]:
+    """Everything that a run holds, or several in lockstep, with when and where."""
+    cfg, rows = cfgs[0], store_rows(cfgs[0])
+    training = _in_turn([[*_dictionary(one), *_step(one, rows.refills > 1)] for one in cfgs])
     if cfg.prefetch_llm_batches:  # the buffer is filled while the steps go on
         training = [_also_while_filling(need) for need in training]
-    needs = [*_language_model(cfg, trace), *_store(cfg, rows), *training]
+        training.append(Need(WORKSPACES, "cpu", _WORKSPACE_BYTES))  # of the thread that fills it
+    store = _store(cfgs, rows, trace)
+    needs = [*_language_model(cfg, trace), *store, *training]
+    if is_torchrun():
+        needs.append(_given_away(store, training))
     gpus = sorted({need.device for need in needs if need.device.startswith("cuda")})
     needs += [Need(CUDA_CONTEXT, gpu, CUDA_CONTEXT_BYTES, PHASES) for gpu in gpus]
     needs.append(Need(WORKSPACES, "cpu", _WORKSPACE_BYTES))
     needs.append(Need(PROCESS, "cpu", PROCESS_BYTES + (CUDA_PROCESS_BYTES if gpus else 0), PHASES))
     return [need for need in needs if need.n_bytes > 0]
+
+
+def _given_away(store: list[Need], training: list[Need]) -> Need:
+    """What a process holds for the first one, which writes the checkpoint, beside what that one needs."""
+    state = sum(need.n_bytes for need in store if need.what == BUFFER and SAVING in need.phases)
+    files = sum(need.n_bytes for need in training if need.phases == (SAVING,) and need.device == "cpu")
+    # safetensors makes the content of a file twice
+    return Need("state for the first process", "cpu", max(0, 2 * state - files), (SAVING,))
+
+
+def _in_turn(each: Sequence[list[Need]]) -> list[Need]:
+    """The needs of dictionaries that take turns: what is not kept between turns is there once."""
+    found: dict[tuple[Any, ...], Need] = {}
+    for need in (need for needs in each for need in needs):
+        key = need._replace(n_bytes=0)
+        before = found[key].n_bytes if key in found else 0
+        is_kept = {*_STEP, SAVING} <= set(need.phases)
+        n_bytes = before + need.n_bytes if is_kept else max(before, need.n_bytes)
+        found[key] = need._replace(n_bytes=n_bytes)
+    return list(found.values())
 
 
 def _also_while_filling(need: Need) -> Need:
@@ -191,24 +235,34 @@ def _also_while_filling(need: Need) -> Need:
 def _language_model(cfg: LanguageModelSAERunnerConfig[Any], trace: ForwardTrace) -> list[Need]:
     device = device_name(cfg.llm_device or cfg.device)
     n_prompts = cfg.n_eval_batches * (cfg.eval_batch_size_prompts or cfg.store_batch_size_prompts)
+    # On a CPU what the thread that runs it has freed stays with the thread, and its buffers come on top.
+    kept = cfg.prefetch_llm_batches and device == "cpu"
     needs = [
         Need("language model", device, trace.weights, PHASES),
         Need("its weights as stored", "cpu", trace.weights, (LOADING,)),
-        Need("its activations", device, trace.peak, (FILLING,)),
+        Need("its activations", device, trace.peak, (FILLING, SHUFFLING) if kept else (FILLING,)),
         Need("held-out prompts", "cpu", max(n_prompts, 0) * cfg.context_size * 8),
     ]
     return needs
 
 
-def _store(cfg: LanguageModelSAERunnerConfig[Any], rows: BufferRows) -> list[Need]:
+def _store(cfgs: Configs, rows: BufferRows, trace: ForwardTrace) -> list[Need]:
+    cfg = cfgs[0]
     device = device_name(cfg.act_store_device or cfg.device)
-    width = cfg.sae.d_in + (cfg.sae.d_out if _is_transcoder(cfg) else 0)
-    row = width * _stored_itemsize(cfg)
+    if len(cfgs) == 1:
+        row = (cfg.sae.d_in + (cfg.sae.d_out if _is_transcoder(cfg) else 0)) * _stored_itemsize(cfg)
+        batch = 0  # it is the one that is trained on
+    else:
+        row = sum(trace.widths.values()) * _itemsize(cfg.dtype)
+        batch = cfg.train_batch_size_tokens * row
     serving = rows.serving * row
+    kept = int(cfg.n_batches_in_buffer * _per_prompt(cfg) * cfg.activations_mixing_fraction) * row
     return [
-        Need("activation buffer", device, serving, (*_STEP, SAVING)),
-        Need("activation buffer", device, rows.filling * row, (FILLING,)),
-        Need("activation buffer", device, min(serving, rows.shuffling * row), (SHUFFLING,)),
+        Need(BUFFER, device, serving, (*_STEP, SAVING)),
+        Need(BUFFER, device, rows.filling * row, (FILLING,)),
+        Need(BUFFER, device, min(serving, rows.shuffling * row), (SHUFFLING,)),
+        Need(WAITING, "cpu", max(0, serving - kept), (SAVING,)),
+        Need("rows of a step", device, batch, (*_STEP, SAVING)),
         Need("its copies at a refill", device, max(0, rows.shuffling * row - serving), (SHUFFLING,)),
     ]
 

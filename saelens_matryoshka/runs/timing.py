@@ -22,11 +22,12 @@ from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig
 from saelens_matryoshka.runner import prepare_trainer
 from saelens_matryoshka.runs.buffer import BufferRows
 from saelens_matryoshka.runs.language_models import ModelShape
-from saelens_matryoshka.runs.memory import hooks_of, run_hooks
+from saelens_matryoshka.runs.memory import Configs, hooks_of, run_hooks, widths_of
 
 # The largest products and prompts that are measured as they are: some tenths of a second on a slow processor.
 _CPU_STEP_VALUES, _GPU_STEP_VALUES = 4e9, 1e13
 _CPU_TOKENS, _GPU_TOKENS = 512, 16_384
+_CPU_TOKEN_VALUES = 1.2e9  # tokens times the square of their width: more tokens of a small model
 _REPEATS = 3
 _MOVED_VALUES = 1 << 24  # more than a processor's cache holds
 
@@ -36,7 +37,9 @@ class Time:
     """Seconds of a run, without downloads, loading and tokenising."""
 
     step: float
-    """one training step"""
+    """one training step, of all dictionaries"""
+    first_step: float
+    """the first one, which allocates"""
     language_model: float
     """one of its batches"""
     moving: float
@@ -55,7 +58,7 @@ class Time:
     @property
     def filling(self) -> float:
         """Seconds until the buffer is full for the first time, before the first step."""
-        return self._reading(self.rows.first_read) + self.rows.first_read * self.moving
+        return self._reading(self.rows.first_read) + self.rows.first_moved * self.moving
 
     @property
     def language_model_per_step(self) -> float:
@@ -65,7 +68,7 @@ class Time:
     @property
     def moving_per_step(self) -> float:
         """Seconds of moving activations per step, once the buffer is full."""
-        return max(0, self.rows.moved - self.rows.first_read) * self.moving / self.n_steps
+        return (self.rows.moved - self.rows.first_moved) * self.moving / self.n_steps
 
     @property
     def per_step(self) -> float:
@@ -76,7 +79,7 @@ class Time:
     @property
     def total(self) -> float:
         """Seconds of the training loop."""
-        return self.filling + self.per_step * self.n_steps
+        return self.filling + self.per_step * self.n_steps + self.first_step - self.step
 
     @property
     def tokens_per_second(self) -> float:
@@ -87,24 +90,24 @@ class Time:
         return self.language_model * n_rows / self.llm_batch_rows
 
 
-def measure_time(
-    cfg: LanguageModelSAERunnerConfig[Any], shape: ModelShape, rows: BufferRows, *, budget: int
-) -> Time:
+def measure_time(cfgs: Configs, shape: ModelShape, rows: BufferRows, *, budget: int) -> Time:
     """Calibrate on this machine's devices, the config's own.
 
     Args:
-        cfg: The run.
+        cfgs: Of the run, or of several in lockstep.
         shape: Its language model.
         rows: What its buffer reads and moves.
         budget: Bytes the calibration may take on any device.
     """
-    step, step_scaled = _step_seconds(cfg, budget)
-    forward, forward_scaled = _forward_seconds(cfg, shape)
+    cfg = cfgs[0]
+    first_step, step, step_scaled = _steps_seconds(cfgs, budget)
+    forward, forward_scaled = _forward_seconds(cfgs, shape)
     per_prompt = len(range(*slice(*cfg.seqpos_slice).indices(cfg.context_size)))
     return Time(
         step=step,
+        first_step=first_step,
         language_model=forward,
-        moving=_seconds_per_row_moved(cfg, rows),
+        moving=_seconds_per_row_moved(cfgs, rows),
         rows=rows,
         llm_batch_rows=cfg.store_batch_size_prompts * per_prompt,
         n_steps=-(-cfg.training_tokens // cfg.train_batch_size_tokens),
@@ -121,7 +124,20 @@ def _on_cpu(device: Any) -> bool:
 # ---- the step
 
 
-def _step_seconds(cfg: LanguageModelSAERunnerConfig[Any], budget: int) -> tuple[float, bool]:
+def _steps_seconds(cfgs: Configs, budget: int) -> tuple[float, float, bool]:
+    """The first and a later step of every dictionary; those of the same settings are measured once."""
+    measured: dict[str, tuple[float, float, bool]] = {}
+    found = []
+    for cfg in cfgs:
+        settings = str({**cfg.sae.to_dict(), "hook_name_out": None, "metadata": None})
+        if settings not in measured:
+            measured[settings] = _step_seconds(cfg, budget)
+        found.append(measured[settings])
+    first, later, scaled = zip(*found, strict=True)
+    return sum(first), sum(later), any(scaled)
+
+
+def _step_seconds(cfg: LanguageModelSAERunnerConfig[Any], budget: int) -> tuple[float, float, bool]:
     batch, d_sae, k = cfg.train_batch_size_tokens, cfg.sae.d_sae, cfg.sae.k
     width = cfg.sae.d_in + (getattr(cfg.sae, "d_out", None) or cfg.sae.d_in)
     most = _CPU_STEP_VALUES if _on_cpu(cfg.device) else _GPU_STEP_VALUES
@@ -136,20 +152,27 @@ def _step_seconds(cfg: LanguageModelSAERunnerConfig[Any], budget: int) -> tuple[
     while too_much(rows, latents) and latents > 4 * max(k, 256):
         latents //= 2
     if (rows, latents) == (batch, d_sae):
-        return _time_step(cfg, batch, d_sae), False
-    # a·B·S + b·B + c·S through three points
-    full, half_rows, half_latents = (
-        _time_step(cfg, *size) for size in ((rows, latents), (rows // 2, latents), (rows, latents // 2))
+        return *_time_step(cfg, batch, d_sae), False
+    sizes = ((rows, latents), (rows // 2, latents), (rows, latents // 2))
+    full, half_rows, half_latents = (_time_step(cfg, *size) for size in sizes)
+    first, later = (
+        _extrapolate(full[i], half_rows[i], half_latents[i], batch / rows, d_sae / latents) for i in (0, 1)
     )
+    return max(first, later), later, True
+
+
+def _extrapolate(
+    full: float, half_rows: float, half_latents: float, row_ratio: float, latent_ratio: float
+) -> float:
+    """a·B·S + b·B + c·S through three points."""
     b_part = max(0.0, 2 * half_latents - full)
     c_part = max(0.0, 2 * half_rows - full)
     product = max(0.0, full - b_part - c_part)
-    row_ratio, latent_ratio = batch / rows, d_sae / latents
-    return product * row_ratio * latent_ratio + b_part * row_ratio + c_part * latent_ratio, True
+    return product * row_ratio * latent_ratio + b_part * row_ratio + c_part * latent_ratio
 
 
-def _time_step(cfg: LanguageModelSAERunnerConfig[Any], rows: int, latents: int) -> float:
-    """Median seconds of real steps of SAELens's trainer."""
+def _time_step(cfg: LanguageModelSAERunnerConfig[Any], rows: int, latents: int) -> tuple[float, float]:
+    """Seconds of the first of some real steps of SAELens's trainer, and the median of the others."""
     cfg = copy.deepcopy(cfg)
     share = latents / cfg.sae.d_sae
     widths = sorted({max(1, int(width * share)) for width in cfg.sae.matryoshka_widths} | {latents})
@@ -172,32 +195,34 @@ def _time_step(cfg: LanguageModelSAERunnerConfig[Any], rows: int, latents: int) 
         trainer.step(batch)
         trainer.n_training_steps += 1
 
-    return _median_seconds(step, cfg.device)
+    return _seconds(step, cfg.device), _median_seconds(step, cfg.device)
 
 
 def _median_seconds(function: Callable[[], Any], device: Any) -> float:
     function()
-    times = []
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        function()
-        if torch.device(device).type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.median(_seconds(function, device) for _ in range(_REPEATS))
+
+
+def _seconds(function: Callable[[], Any], device: Any) -> float:
+    start = time.perf_counter()
+    function()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 # ---- the language model
 
 
 @torch.no_grad()
-def _forward_seconds(cfg: LanguageModelSAERunnerConfig[Any], shape: ModelShape) -> tuple[float, bool]:
+def _forward_seconds(cfgs: Configs, shape: ModelShape) -> tuple[float, bool]:
     """One batch of the language model up to the last hook, from slices of one and two layers."""
+    cfg = cfgs[0]
     device = cfg.llm_device or cfg.device
-    hooks = hooks_of(cfg)
+    hooks = hooks_of(cfgs)
     last = _last_layer(hooks)
     depth = shape.n_layers if last is None else last + 1
-    prompts = max(1, min(cfg.store_batch_size_prompts, _most_tokens(device) // cfg.context_size))
+    prompts = max(1, min(cfg.store_batch_size_prompts, _most_tokens(cfg, device) // cfg.context_size))
     tokens = torch.randint(0, 100, (prompts, cfg.context_size), device=device)
     times = []
     for n_layers in (1, min(2, depth)):
@@ -217,8 +242,10 @@ def _forward_seconds(cfg: LanguageModelSAERunnerConfig[Any], shape: ModelShape) 
     )
 
 
-def _most_tokens(device: Any) -> int:
-    return _CPU_TOKENS if _on_cpu(device) else _GPU_TOKENS
+def _most_tokens(cfg: LanguageModelSAERunnerConfig[Any], device: Any) -> int:
+    if not _on_cpu(device):
+        return _GPU_TOKENS
+    return max(_CPU_TOKENS, int(_CPU_TOKEN_VALUES / cfg.sae.d_in**2))
 
 
 def _last_layer(hooks: list[str]) -> int | None:
@@ -239,10 +266,10 @@ def _in_layer(hook: str, layer: int) -> str:
 
 
 @torch.no_grad()
-def _seconds_per_row_moved(cfg: LanguageModelSAERunnerConfig[Any], rows: BufferRows) -> float:
+def _seconds_per_row_moved(cfgs: Configs, rows: BufferRows) -> float:
     """To its shuffled place in a new tensor, as `saelens_matryoshka.mixing` does."""
-    device = cfg.act_store_device or cfg.device
-    width = cfg.sae.d_in + (cfg.sae.d_out if isinstance(cfg.sae, MatryoshkaTrainingTranscoderConfig) else 0)
+    device = cfgs[0].act_store_device or cfgs[0].device
+    width = sum(widths_of(cfgs).values())
     n = max(1, min(rows.serving, _MOVED_VALUES // width))
     part, order = torch.zeros(n, width, device=device), torch.randperm(n, device=device)
-    return _median_seconds(lambda: torch.empty_like(part).index_copy_(0, order, part), device) / n
+    return _median_seconds(lambda: part.index_select(0, order), device) / n

@@ -46,6 +46,18 @@ def test_a_flag_wins_over_the_preset_and_json_is_json(
     assert peaks[1] / peaks[0] == pytest.approx(64, rel=0.01)
 
 
+def test_several_layers_are_estimated_together(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["estimate", "--preset", "tiny", "--no-time", "--json", "-"]
+    dictionaries = []
+    for flags in (["--layer", "1"], ["--layers", "0-3"]):
+        code, said = _run(monkeypatch, capsys, *words, *flags)
+        assert code == 0, said
+        dictionaries.append(json.loads(said)["devices"][0]["parts"]["dictionary"])
+    assert dictionaries[1] == 4 * dictionaries[0]
+
+
 def test_what_does_not_fit_says_what_helps_and_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,7 +50,10 @@ def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(
     printed = _run("train", "--layers", "0,2", "--mapping", "mlp,attention", "--dry-run", "--json", *_SIZES)
     plan = json.loads(printed[printed.index('{"folder"') :].splitlines()[0])
     assert list(plan["runs"]) == ["mlp-0", "mlp-2", "attention-0", "attention-2"]
+    (estimated,) = plan["estimate"]["devices"]
+    assert estimated["parts"]["dictionary"] == 4 * 4 * (64 * (128 + 128 + 1) + 128)
     said = _run("train", "--layers", "0,2", "--mapping", "mlp", "--dry-run", *_SIZES)
+    assert "Time: " in said
     rows = [line.split() for line in said.splitlines()]
     assert ["mlp-2", "blocks.2.ln2.hook_normalized", "blocks.2.hook_mlp_out"] in rows
     (origin,) = (row[2:] for row in rows if row[:1] == ["training_tokens"])

@@ -14,7 +14,9 @@ from sae_lens import LanguageModelSAERunnerConfig
 from transformer_lens import HookedTransformer
 
 import saelens_matryoshka as sm
+from benchmarks.estimate import compare
 from saelens_matryoshka.mixing import MixingBuffer
+from saelens_matryoshka.random_state import random_state
 from saelens_matryoshka.runs import language_models
 from saelens_matryoshka.runs import memory as memory_module
 from saelens_matryoshka.runs.buffer import buffer_rows
@@ -26,14 +28,27 @@ from saelens_matryoshka.runs.memory import (
     FORWARD,
     LOADING,
     PHASES,
+    SAVING,
     SHUFFLING,
     by_phase,
     memory_needs,
     trace_forward,
 )
 from saelens_matryoshka.runs.tracing import PeakMemory
+from saelens_matryoshka.store_state import StoreState
+from saelens_matryoshka.token_stream import Position
 from tests.helpers import runner_config, trainer_for, transcoder_config
 
+_BESIDE_THE_STEP = (
+    memory_module.BUFFER,
+    memory_module.WAITING,
+    memory_module.PROCESS,
+    memory_module.WORKSPACES,
+    "its copies at a refill",
+    "held-out prompts",
+    "recent rows",
+    "dictionary",
+)
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -111,10 +126,10 @@ def test_tensors_without_data_count_what_the_real_model_takes(
     cfg = runner_config(
         transcoder_config(), context_size=64, store_batch_size_prompts=4, autocast_lm=autocast
     )
-    traced = trace_forward(cfg, model_shape(cfg))
+    traced = trace_forward([cfg], model_shape(cfg))
     tokens = torch.zeros(4, 64, dtype=torch.long)
     with PeakMemory() as real, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        memory_module.run_hooks(tiny_model, tokens, memory_module.hooks_of(cfg))
+        memory_module.run_hooks(tiny_model, tokens, memory_module.hooks_of([cfg]))
     assert traced.peak == pytest.approx(real.peak, rel=0.01)
     weights = {t.untyped_storage().data_ptr(): t for t in tiny_model.state_dict().values()}
     assert traced.weights == pytest.approx(
@@ -147,6 +162,8 @@ def test_the_buffer_is_followed_to_the_row(mix: float, buffer_size: int, llm_bat
     n_read = (next(batches) - 1) * llm_batch
     assert rows.read == pytest.approx(n_read, abs=max(buffer_size, llm_batch))
     assert rows.first_read == -(-buffer_size // llm_batch) * llm_batch
+    collected, mixed = buffer_size > llm_batch, mix > 0
+    assert rows.first_moved == rows.first_read * (collected + mixed)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -183,13 +200,8 @@ def test_the_step_takes_what_is_foretold(kind: str, dtype: str) -> None:
         dead_feature_window=4 if kind.startswith("dead") else 1000,
         dtype=dtype,
     )
-    trace = memory_module.ForwardTrace(weights=0, n_parameters=0, peak=0, widths=(d,))
-    parts = [
-        need
-        for need in memory_needs(cfg, trace)
-        if need.what not in ("activation buffer", "its copies at a refill", "held-out prompts", "recent rows",
-                             memory_module.PROCESS, memory_module.WORKSPACES, "dictionary")
-    ]  # fmt: skip
+    trace = memory_module.ForwardTrace(weights=0, n_parameters=0, peak=0, widths={})
+    parts = [need for need in memory_needs([cfg], trace) if need.what not in _BESIDE_THE_STEP]
     foretold = max(by_phase(parts, "cpu")[phase] for phase in (FORWARD, BACKWARD))
     assert foretold == pytest.approx(memory.peak, rel=0.15)
 
@@ -266,7 +278,8 @@ def test_a_large_buffer_is_filled_before_the_first_step(tiny_model: HookedTransf
     time = found.time
     assert time is not None
     assert time.filling > 0.9 * 1024 * time.language_model  # 4096 prompts, four a batch
-    assert time.total == pytest.approx(time.filling + time.step * time.n_steps, rel=0.1)
+    steps = time.first_step + time.step * (time.n_steps - 1)
+    assert time.total == pytest.approx(time.filling + steps, rel=0.1)
 
 
 def test_extrapolation_finds_the_time_of_the_whole_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,14 +287,16 @@ def test_extrapolation_finds_the_time_of_the_whole_step(monkeypatch: pytest.Monk
 
     seen: list[tuple[int, int]] = []
 
-    def seconds(_: Any, rows: int, latents: int) -> float:
+    def seconds(_: Any, rows: int, latents: int) -> tuple[float, float]:
         seen.append((rows, latents))
-        return 2e-9 * rows * latents + 3e-6 * rows + 5e-7 * latents
+        later = 2e-9 * rows * latents + 3e-6 * rows + 5e-7 * latents
+        return 1.5 * later, later
 
     monkeypatch.setattr(timing, "_time_step", seconds)
     cfg = _gemma(train_batch_size_tokens=16384)
-    found, scaled = timing._step_seconds(cfg, budget=1 << 30)
+    first, found, scaled = timing._step_seconds(cfg, budget=1 << 30)
     assert scaled
+    assert first == pytest.approx(1.5 * found)
     assert max(rows * latents for rows, latents in seen) < 16384 * 18432 / 8
     assert found == pytest.approx(2e-9 * 16384 * 18432 + 3e-6 * 16384 + 5e-7 * 18432)
 
@@ -305,25 +320,81 @@ def test_a_width_that_is_not_the_hooks_is_refused() -> None:
         estimate(cfg, with_time=False)
 
 
-def test_prefetching_adds_the_step_to_the_refill() -> None:
+@pytest.mark.parametrize("llm_device", ["cpu", "cuda"])
+def test_prefetching_adds_the_step_to_the_refill(llm_device: str) -> None:
     plain, prefetching = (
-        estimate(_gemma(prefetch_llm_batches=on), available={}, with_time=False).devices[0]
+        memory_needs([cfg], trace_forward([cfg], model_shape(cfg)))
         for on in (False, True)
+        for cfg in [runner_config(transcoder_config(), prefetch_llm_batches=on, llm_device=llm_device)]
     )
-    assert prefetching.phases[FILLING] > plain.phases[FILLING]
-    assert prefetching.phases[LOADING] == plain.phases[LOADING]
+    more = {p: n - by_phase(plain, "cpu")[p] for p, n in by_phase(prefetching, "cpu").items()}
+    assert more[LOADING] == 0
+    assert more[FILLING] > more[FORWARD]
+    (activations,) = (need for need in prefetching if need.what == "its activations")
+    assert (SHUFFLING in activations.phases) == (llm_device == "cpu")  # kept by the thread that freed them
+
+
+def test_dictionaries_in_lockstep_share_the_model_and_take_turns() -> None:
+    def peaks(*layers: int) -> dict[str, int]:
+        cfgs = [_gemma(device="cuda", hook_name=f"blocks.{layer}.ln2.hook_normalized") for layer in layers]
+        for cfg, layer in zip(cfgs, layers, strict=True):
+            cfg.sae.hook_name_out = f"blocks.{layer}.hook_mlp_out"
+        needs = memory_needs(cfgs, trace_forward(cfgs, model_shape(cfgs[0])))
+        found: dict[str, int] = {}
+        for need in needs:
+            if BACKWARD in need.phases:
+                found[need.what] = found.get(need.what, 0) + need.n_bytes
+        return found
+
+    one, two, twice = peaks(8), peaks(7, 8), peaks(8, 8)
+    for what in ("dictionary", "Adam's moments", "batch and results"):
+        assert two[what] == 2 * one[what]
+    for what in ("language model", "gradients", "outputs of the levels"):
+        assert two[what] == one[what]
+    assert two[memory_module.BUFFER] == 2 * one[memory_module.BUFFER]
+    assert twice[memory_module.BUFFER] == one[memory_module.BUFFER]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_the_state_that_a_process_gives_away_takes_what_is_foretold(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = runner_config(transcoder_config(), n_batches_in_buffer=2048)
+    shape = model_shape(cfg)
+    alone = by_phase(memory_needs([cfg], trace_forward([cfg], shape)), "cpu")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    needs = memory_needs([cfg], trace_forward([cfg], shape))
+    together = by_phase(needs, "cpu")
+    assert {phase for phase in PHASES if together[phase] > alone[phase]} == {SAVING}
+    files = sum(need.n_bytes for need in needs if need.what in ("folded copy", "file in the making"))
+    waiting = sum(need.n_bytes for need in needs if need.what == memory_module.WAITING)
+    foretold = together[SAVING] - alone[SAVING] + files + waiting
+
+    rows, serving = torch.ones(1024 * 32, 256), torch.ones(1024 * 32, 256)
+    before = _peak_resident()
+    content = StoreState(Position(), rows, torch.cat([serving]), random_state(), 2).to_bytes()
+    assert foretold == pytest.approx(_peak_resident(reset=False) - before, rel=0.15)
+    assert len(content) > rows.nbytes + serving.nbytes
+
+
+def _peak_resident(*, reset: bool = True) -> int:
+    """Bytes of resident memory at the most since the last reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    (line,) = (one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith("VmHWM"))
+    return int(line.split()[1]) << 10
 
 
 # ---- against real runs
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["tiny SAE, 32,768 latents", "pythia-70m, prompts of 1,024 tokens"])
-def test_the_estimate_is_within_15_percent_of_a_real_run(case: str, tmp_path: Path) -> None:
-    out = tmp_path / "figures.json"
-    command = [sys.executable, "-m", "benchmarks.estimate", "--only", case, "--no-time", "--json", str(out)]
-    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
-    (row,) = json.loads(out.read_text())["runs"]
+@pytest.mark.parametrize(
+    "case",
+    ["tiny SAE, 32,768 latents", "tiny, 4 transcoders in lockstep", "pythia-70m, prompts of 1,024 tokens"],
+)
+def test_the_estimate_is_within_15_percent_of_a_real_run(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    row = compare(case, "cpu", with_time=False)
     assert row["estimated_bytes"] == pytest.approx(row["measured_bytes"], rel=0.15)
 
 
