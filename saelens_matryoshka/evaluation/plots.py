@@ -73,7 +73,7 @@ def require_plotting(path: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ImportError("A plot needs matplotlib: pip install 'saelens-matryoshka[plots]'") from None
+        raise ImportError("A plot needs matplotlib: pip install matplotlib") from None
 
 
 def plot(results: Mapping[str, EvalResult], path: Path) -> None:

@@ -24,12 +24,12 @@ def bag_sums(
         table: `[m, d]`
         offsets: `[n_bags + 1]`, where the entries of each bag begin, and n.
         factors: `[n]`, of the table's dtype.
-        out: `[n_bags, d]`, written to and returned where the operation can; otherwise it is left alone.
+        out: `[n_bags, d]`, to write to and return, where `takes_memory`.
 
     Returns:
         `[n_bags, d]`
     """
-    if table.device.type != "cpu" or table.dtype not in _product_dtypes():
+    if not takes_memory(table):
         return F.embedding_bag(
             index, table, offsets, mode="sum", per_sample_weights=factors, include_last_offset=True
         )
@@ -38,6 +38,11 @@ def bag_sums(
     sparse = torch.sparse_csr_tensor(offsets, index, factors, (len(out), len(table)), check_invariants=False)
     with torch.autocast("cpu", enabled=False):  # which would round the operands
         return torch.addmm(out, sparse, table, beta=0, out=out)
+
+
+def takes_memory(table: torch.Tensor) -> bool:
+    """Whether `bag_sums` over this table is a product, which writes to memory it is given."""
+    return table.device.type == "cpu" and table.dtype in _product_dtypes()
 
 
 @functools.cache

@@ -22,8 +22,10 @@ from saelens_matryoshka.ops.scan import entries_above
 # How far below the last batch's threshold the candidates begin.
 _MARGIN = 0.9
 # Rows from which the first cutoff is estimated, and how many more than k of their scores it lets through.
-_SAMPLE_ROWS = 64
+_SAMPLE_ROWS = 256
 _SAMPLE_SLACK = 1.5
+# Shares of a cutoff that are tried if it was too high. At 0 half of all scores are kept beside their indices.
+_LOWER = (0.85, 0.7, 0.5, 0.0)
 
 
 class Selection(NamedTuple):
@@ -65,12 +67,13 @@ def select_batch(
         cutoff = _MARGIN * last_threshold
     index, pre, scores = _candidates(encoder, norms, cutoff)
     found = group.count(len(index), "all")
+    lower = [factor * cutoff for factor in _LOWER]
     if found < n and last_threshold is not None and bool(cutoff > 0):
-        cutoff = torch.minimum(cutoff, _sampled_cutoff(encoder, norms, k, group))
+        sampled = torch.minimum(cutoff, _sampled_cutoff(encoder, norms, k, group))
+        lower = [sampled, *(factor * sampled for factor in _LOWER)]
+    while found < n and lower and bool(cutoff > 0):
+        cutoff = lower.pop(0)
         index, pre, scores = _candidates(encoder, norms, cutoff)
-        found = group.count(len(index), "all")
-    if found < n and bool(cutoff > 0):
-        index, pre, scores = _candidates(encoder, norms, torch.zeros_like(cutoff))
         found = group.count(len(index), "all")
     if found > n:
         keep = group.largest(scores, n, index, (encoder.n_rows, encoder.d_sae))

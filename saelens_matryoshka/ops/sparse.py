@@ -17,12 +17,13 @@ the gradient of what every block contains are summed over blocks; all else stays
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 
-from saelens_matryoshka.ops.bags import bag_sums
+from saelens_matryoshka.ops.bags import bag_sums, takes_memory
 from saelens_matryoshka.ops.encoder import Encoder
 from saelens_matryoshka.ops.group import ALONE, Group
 from saelens_matryoshka.ops.order import stable_order
@@ -217,11 +218,9 @@ class _NestedLoss(torch.autograd.Function):
             act_grads = act_grads + l1_rate * ctx.norms[entries.columns]
         act_grads = act_grads * grad_loss
 
-        W_dec_grad = entries.sum(bags, per_bag, acts, out=ctx.step.take(W_dec, W_dec.shape))
+        W_dec_grad = entries.sum(bags, per_bag, acts, take=ctx.step.take)
         rows = selection.rows[entries.order]
-        W_enc_grad = entries.sum(
-            rows, encoder_in, act_grads.to(encoder_in.dtype), out=ctx.step.take(encoder_in, W_enc.T.shape)
-        )
+        W_enc_grad = entries.sum(rows, encoder_in, act_grads.to(encoder_in.dtype), take=ctx.step.take)
         b_enc_grad = entries.total(act_grads)
         if l1_rate > 0:
             rate = l1_rate * entries.total(acts) / ctx.norms.clamp(min=1e-30)
@@ -330,9 +329,15 @@ class _EntriesByLatent(NamedTuple):
         table: torch.Tensor,
         factors: torch.Tensor,
         *,
-        out: torch.Tensor | None = None,
+        take: Callable[..., torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """For each latent, the sum over its entries e of factors[e] · table[index[e]]: `[d_sae, d]`."""
+        """For each latent, the sum over its entries e of factors[e] · table[index[e]]: `[d_sae, d]`.
+
+        `take` gives the memory for it, as `SparseStep.take`.
+        """
+        out = None
+        if take is not None and takes_memory(table):
+            out = take(table, (len(self.offsets) - 1, table.shape[1]))
         return bag_sums(index, table, self.offsets, factors, out=out)
 
     def total(self, values: torch.Tensor) -> torch.Tensor:

@@ -281,7 +281,6 @@ def _dictionary(cfg: LanguageModelSAERunnerConfig[Any]) -> list[Need]:
     needs = [
         Need("dictionary", device, weights),
         Need("Adam's moments", device, 2 * weights + statistics),
-        Need("gradients", device, weights, (BACKWARD,)),
         Need("folded copy", device, weights * 3 // 2, (SAVING,)),
         Need("file in the making", "cpu", weights, (SAVING,)),
     ]
@@ -307,15 +306,20 @@ def _step(cfg: LanguageModelSAERunnerConfig[Any], refilled: bool) -> list[Need]:
     decoding = min(decoded, CPU_DECODE_VALUES * size) if on_cpu else 2 * decoded
     n_dead = int(DEAD_SHARE * sae.d_sae) if _may_have_dead(cfg) else 0
     copies = 3 if n_dead > SPARSE_AUX * (sae.aux_k or max(d_out // 2, 1)) else 5
+    dead = n_dead * (copies * batch + 2 * (sae.d_in + d_out)) * size
+    if not on_cpu or pre_size < _FLOAT32:  # else numpy compares a few rows at a time
+        decoding = max(decoding, values - dead)  # the mask is gone before there is anything of the dead
     reads = batch * (sae.d_in + d_out) * size
     return [
-        Need("pre-activations", device, values * (pre_size + 1),
+        Need("gradients", device, _n_parameters(cfg) * size,
+             afterwards if on_cpu and size >= _FLOAT32 else (BACKWARD,)),
+        Need("pre-activations", device, values * pre_size,
              (afterwards if not cfg.autocast else (FORWARD,)) if on_cpu else (FORWARD,)),
         Need("weights in bfloat16", device, sae.d_in * sae.d_sae * 2 if cfg.autocast else 0, (FORWARD,)),
         Need("outputs of the levels", device, decoded, afterwards if on_cpu else _STEP),
         Need("levels being decoded", device, decoding, (FORWARD,)),
         Need("batch and results", device, 2 * reads + int(sae.k * batch) * _ENTRY_BYTES, afterwards),
-        Need("dead latents", device, n_dead * (copies * batch + 2 * (sae.d_in + d_out)) * size, _STEP),
+        Need("dead latents", device, dead, _STEP),
     ]  # fmt: skip
 
 

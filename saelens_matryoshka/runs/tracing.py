@@ -53,5 +53,6 @@ class PeakMemory(TorchDispatchMode):
 
 def _storages(tree: Any) -> Iterable[torch.UntypedStorage]:
     for leaf in tree_leaves(tree):
-        if isinstance(leaf, torch.Tensor) and not leaf.is_sparse:
+        # sparse tensors have no memory of their own: what they are made of is counted
+        if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided:
             yield leaf.untyped_storage()

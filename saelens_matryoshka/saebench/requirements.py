@@ -9,7 +9,7 @@ VERSION = "0.6.0"
 """The release of sae-bench whose insides `patches` knows."""
 
 COMMANDS = f"""\
-  pip install "saelens-matryoshka[saebench]"
+  pip install --editable ".[saebench]"
   pip install --no-deps sae-bench=={VERSION} "sae-probes>=0.4,<0.5" "xgboost>=3.0.2,<4\""""
 """What installs SAEBench beside this package.
 
@@ -44,7 +44,8 @@ def require_sae_bench() -> None:
     if missing:
         raise ImportError(
             f"saebench: {', '.join(missing)} cannot be imported. SAEBench's pins (datasets<4, numpy<2) "
-            f"are stricter than its code, so install it with these two commands:\n{COMMANDS}"
+            "are stricter than its code, so install it with these two commands, in the folder of this "
+            f"package:\n{COMMANDS}"
         )
     if (found := installed_version()) != VERSION:
         raise ImportError(

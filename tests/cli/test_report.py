@@ -236,7 +236,7 @@ def test_report_gives_json_alone_and_says_what_is_left_out(
 def test_a_misspelt_folder_is_recognised(run: Path, call: Any) -> None:
     code, said = call("report", str(run).replace("run", "rnu"), "--no-samples")
     assert code == 1
-    assert f"did you mean {run}?" in said.replace("\n", "")
+    assert f"did you mean {run}?" in " ".join(said.split())
 
 
 def test_the_page_tells_how_the_run_was_made(run: Path, call: Any) -> None:

@@ -15,7 +15,7 @@ def test_without_sae_bench_it_says_what_to_install(tmp_path: Path) -> None:
     done = _call("saebench", str(tmp_path), cwd=tmp_path)
     assert done.returncode == 1
     assert "pip install --no-deps sae-bench==0.6.0" in done.stderr
-    assert "saelens-matryoshka[saebench]" in done.stderr
+    assert '--editable ".[saebench]"' in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -16,7 +16,7 @@ SHORTER = {"training_tokens=200_000": "training_tokens=20_480", "n_tokens=20_000
 SHORTER["n_ce_tokens=4_000"] = "n_ce_tokens=1_000"
 USES_ANOTHERS = ("load_and_truncate.py", "steer_and_ablate.py", "circuit_tracing.py")
 PRINTED = {
-    "train_sae.py": "blocks.2.hook_resid_post → blocks.2.hook_resid_post",
+    "train_sae.py": "blocks.2.hook_resid_post",
     "train_transcoder.py": "blocks.2.ln2.hook_normalized → blocks.2.hook_mlp_out",
     "train_skip_transcoder.py": "The skip alone: FVU 0.",
     "train_cross_layer.py": "blocks.1.ln2.hook_normalized → blocks.2.hook_mlp_out",

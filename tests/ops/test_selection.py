@@ -55,6 +55,26 @@ def test_a_second_search_does_not_keep_half_of_all_scores(monkeypatch: pytest.Mo
     assert len(n_kept) == 2
 
 
+def test_a_sample_that_misleads_a_little_does_not_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    n_kept: list[int] = []
+
+    def candidates(*args):
+        found = _candidates(*args)
+        n_kept.append(len(found[0]))
+        return found
+
+    x, W_enc, b_enc = torch.randn(256, 16), torch.randn(16, 1000), torch.zeros(1000)
+    expected = selection_mask(x @ W_enc, 4, "batch")
+    too_high = (x @ W_enc)[expected].min() * 1.1
+    monkeypatch.setattr("saelens_matryoshka.ops.selection._candidates", candidates)
+    monkeypatch.setattr("saelens_matryoshka.ops.selection._sampled_cutoff", lambda *_: too_high)
+    encoder = Encoder(x, W_enc, b_enc, None, lambda *_: None)
+    selection = select_batch(encoder, None, 4, last_threshold=None)
+    assert torch.equal(torch.stack([selection.rows, selection.columns]), expected.nonzero().T)
+    assert n_kept[0] < 1024
+    assert max(n_kept) < 256 * 1000 / 20
+
+
 def test_selection_is_exact_where_the_sample_misleads() -> None:
     """Every row of the sample scores high, and no other."""
     x = torch.full((640, 1), 0.01)

@@ -17,6 +17,7 @@ import saelens_matryoshka as sm
 from benchmarks.estimate import compare
 from saelens_matryoshka.mixing import MixingBuffer
 from saelens_matryoshka.random_state import random_state
+from saelens_matryoshka.runner import prepare_trainer
 from saelens_matryoshka.runs import language_models
 from saelens_matryoshka.runs import memory as memory_module
 from saelens_matryoshka.runs.buffer import buffer_rows
@@ -184,6 +185,7 @@ def test_the_step_takes_what_is_foretold(kind: str, dtype: str) -> None:
     width = d if kind != "transcoder" else 2 * d
     batches = [torch.randn(batch, width) for _ in range(2)]
     trainer = trainer_for(sae, batches, dead_feature_window=1000)
+    prepare_trainer(trainer)
     if kind.startswith("dead"):
         dead = torch.arange(d_sae) % 10 == 0
         trainer.n_forward_passes_since_fired[dead] = 2000

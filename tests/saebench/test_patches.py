@@ -36,7 +36,7 @@ def test_missing_sae_bench_is_told_with_the_commands(monkeypatch: pytest.MonkeyP
     )
     with pytest.raises(ImportError, match="sae_bench") as caught:
         requirements.require_sae_bench()
-    assert 'pip install "saelens-matryoshka[saebench]"' in str(caught.value)
+    assert 'pip install --editable ".[saebench]"' in str(caught.value)
     assert "pip install --no-deps sae-bench==0.6.0" in str(caught.value)
 
 
