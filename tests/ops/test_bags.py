@@ -34,6 +34,13 @@ def test_bag_sums_are_those_of_a_loop(dtype: torch.dtype, given_memory: bool) ->
         )
 
 
+def test_without_mkl_the_sums_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    bags = _bags(torch.float32)
+    with_it = bag_sums(*bags)
+    monkeypatch.setattr("saelens_matryoshka.ops.bags._product_dtypes", tuple)
+    torch.testing.assert_close(bag_sums(*bags), with_it)
+
+
 def test_without_entries_every_sum_is_zero() -> None:
     nothing = torch.zeros(0, dtype=torch.long)
     sums = bag_sums(nothing, torch.randn(5, 3), torch.zeros(5, dtype=torch.long), torch.zeros(0))
