@@ -14,7 +14,6 @@ import argparse
 import json
 import logging
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -154,7 +153,7 @@ def measure(name: str, device: str) -> dict[str, float]:
     if device == "cuda":
         used = torch.cuda.max_memory_allocated()
     else:
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        used = machine.peak_resident() - before
     return {"bytes": used, "seconds": seconds}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,15 @@ def describe(device: str) -> dict[str, Any]:
     for package in ("torch", "sae-lens", "transformer-lens", "saelens-matryoshka"):
         described[package] = version(package)
     return described
+
+
+def peak_resident() -> int:
+    """Bytes of resident memory that this process had at the most."""
+    status = Path("/proc/self/status")
+    if status.exists():  # elsewhere, and in Linux's getrusage, a process begins with its parent's
+        (line,) = (one for one in status.read_text().splitlines() if one.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _cpu_name() -> str:

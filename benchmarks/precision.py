@@ -15,7 +15,6 @@ import argparse
 import json
 import logging
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -134,7 +133,7 @@ def measure(args: argparse.Namespace, fields: dict[str, Any]) -> dict[str, Any]:
         if args.device == "cuda":
             used = torch.cuda.max_memory_allocated()
         else:
-            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+            used = machine.peak_resident() - before
         sae = SAE.load_from_disk(f"{folder}/run", device=args.device)
     model = tiny.load_hooked_transformer() if args.model is None else None
     if model is None:

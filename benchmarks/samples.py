@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import time
 import warnings
@@ -77,7 +76,7 @@ def peak_memory(device: str) -> float:
     """GB."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return machine.peak_resident() / 1e9
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -188,13 +187,13 @@ def peak_memory(problem: Problem, name: str) -> float:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        before = machine.peak_resident()
     turn = contestant(name, problem, data)
     for i in range(3):
         turn(i)
     if problem.device == "cuda":
         return (torch.cuda.max_memory_allocated() - before) / 2**30
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**30
+    return (machine.peak_resident() - before) / 2**30
 
 
 def _synchronize(device: str) -> None:

@@ -91,7 +91,7 @@ def test_without_matplotlib_one_line_says_what_to_install(monkeypatch: pytest.Mo
         return stock(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(ImportError, match=r"pip install 'saelens-matryoshka\[plots\]'"):
+    with pytest.raises(ImportError, match=r"pip install matplotlib"):
         require_plotting(Path("plot.png"))
 
 

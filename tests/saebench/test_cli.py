@@ -28,7 +28,9 @@ def test_command_evaluates_the_embedded_model_offline(tmp_path: Path) -> None:
     ]
     done = _call(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert max(map(len, done.stdout.splitlines())) <= 80
+    printed, _, saved = done.stdout.partition("Saved in ")  # a path stays whole
+    assert max(map(len, printed.splitlines())) <= 80
+    assert saved.count("\n") == 1
     assert "core  L0" in done.stdout
     assert "TPP, 10 latents" in done.stdout
     assert "space: output" in done.stdout
