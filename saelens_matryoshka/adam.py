@@ -44,6 +44,8 @@ def hand_back_gradients(optimizer: torch.optim.Optimizer, give_back: Callable[[t
         optimizer: Its `zero_grad` is replaced.
         give_back: Called with each such gradient, contiguous.
     """
+    if not hasattr(torch.Tensor, "_use_count"):  # without it views would not be seen
+        return
     stock = optimizer.zero_grad
 
     def zero_grad(set_to_none: bool = True) -> None:

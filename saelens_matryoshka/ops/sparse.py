@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -52,7 +53,8 @@ class SparseStep:
         self._last_threshold: torch.Tensor | None = None
         self._scratch: dict[str, torch.Tensor] = {}
         self._spare: list[torch.Tensor] = []
-        self._lent: set[int] = set()
+        # weakly, so that what gets the address of memory that was freed is not taken for it
+        self._lent: WeakValueDictionary[int, torch.UntypedStorage] = WeakValueDictionary()
 
     def __call__(
         self,
@@ -86,6 +88,9 @@ class SparseStep:
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseStep:
         return SparseStep(self.group)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SparseStep, (self.group,)
+
     def scratch(
         self, name: str, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype
     ) -> torch.Tensor | None:
@@ -104,12 +109,12 @@ class SparseStep:
                 return self._spare.pop(place)
         buffer = like.new_empty(shape)
         if buffer.device.type == "cpu":
-            self._lent.add(buffer.data_ptr())
+            self._lent[buffer.data_ptr()] = buffer.untyped_storage()
         return buffer
 
     def give_back(self, buffer: torch.Tensor) -> None:
         """Keep what was taken on a CPU for the next step, once nobody else has it. Ignores other tensors."""
-        if buffer.device.type == "cpu" and buffer.data_ptr() in self._lent:
+        if self._lent.get(buffer.data_ptr()) is buffer.untyped_storage():
             self._spare.append(buffer)
 
 

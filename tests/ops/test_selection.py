@@ -37,16 +37,22 @@ def test_selection_finds_what_a_far_too_high_last_threshold_hides() -> None:
     assert len(selection.rows) == 24
 
 
-def test_a_second_search_does_not_keep_half_of_all_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside their indices they would take more memory than the pre-activations themselves."""
-    n_kept: list[int] = []
+@pytest.fixture
+def n_kept(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many candidates each search has found."""
+    numbers: list[int] = []
 
     def candidates(*args):
         found = _candidates(*args)
-        n_kept.append(len(found[0]))
+        numbers.append(len(found[0]))
         return found
 
     monkeypatch.setattr("saelens_matryoshka.ops.selection._candidates", candidates)
+    return numbers
+
+
+def test_a_second_search_does_not_keep_half_of_all_scores(n_kept: list[int]) -> None:
+    """Beside their indices they would take more memory than the pre-activations themselves."""
     x, W_enc, b_enc = torch.randn(256, 16), torch.randn(16, 1000), torch.zeros(1000)
     encoder = Encoder(x, W_enc, b_enc, None, lambda *_: None)
     assert len(select_batch(encoder, None, 4, last_threshold=torch.tensor(1e6)).rows) == 1024
@@ -55,18 +61,12 @@ def test_a_second_search_does_not_keep_half_of_all_scores(monkeypatch: pytest.Mo
     assert len(n_kept) == 2
 
 
-def test_a_sample_that_misleads_a_little_does_not_either(monkeypatch: pytest.MonkeyPatch) -> None:
-    n_kept: list[int] = []
-
-    def candidates(*args):
-        found = _candidates(*args)
-        n_kept.append(len(found[0]))
-        return found
-
+def test_a_sample_that_misleads_a_little_does_not_either(
+    n_kept: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     x, W_enc, b_enc = torch.randn(256, 16), torch.randn(16, 1000), torch.zeros(1000)
     expected = selection_mask(x @ W_enc, 4, "batch")
     too_high = (x @ W_enc)[expected].min() * 1.1
-    monkeypatch.setattr("saelens_matryoshka.ops.selection._candidates", candidates)
     monkeypatch.setattr("saelens_matryoshka.ops.selection._sampled_cutoff", lambda *_: too_high)
     encoder = Encoder(x, W_enc, b_enc, None, lambda *_: None)
     selection = select_batch(encoder, None, 4, last_threshold=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
 import random
 
 import pytest
@@ -249,3 +250,14 @@ def test_memory_that_was_not_taken_is_not_kept() -> None:
     foreign = torch.ones(4, 3)
     step.give_back(foreign)
     assert step.take(foreign, (4, 3)).data_ptr() != foreign.data_ptr()
+
+
+def test_an_address_that_was_freed_is_forgotten() -> None:
+    step = SparseStep()
+    step.take(torch.ones(1), (1 << 20,))
+    assert not step._lent
+
+
+def test_a_step_can_be_pickled() -> None:
+    step = pickle.loads(pickle.dumps(SparseStep()))
+    assert isinstance(step, SparseStep)
