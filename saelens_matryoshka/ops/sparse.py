@@ -275,7 +275,7 @@ def _decode(
     bags = selection.rows * n_levels + levels[selection.columns]
     offsets = torch.searchsorted(bags, torch.arange(n_rows * n_levels + 1, device=bags.device))
     level_losses = W_dec.new_zeros(n_levels, dtype=torch.promote_types(W_dec.dtype, torch.float32))
-    level_weights = level_losses.new_tensor(objective.level_weights)
+    rates = [weight * 2 / n_rows for weight in objective.level_weights]
     residuals = W_dec.new_empty(n_rows, n_levels if all_residuals else 1, d_out)
     start_from = (base - y).expand(n_rows, d_out)
     on_cpu = W_dec.device.type == "cpu"
@@ -293,12 +293,12 @@ def _decode(
         out, running = output_grads[start:stop], start_from[start:stop]
         for level in range(n_levels):
             running = torch.add(running, parts[:, level], out=out[:, level])
-        level_losses += out.to(level_losses.dtype).pow(2).sum(dim=(0, 2))
+        level_losses += torch.linalg.vector_norm(out, dim=-1, dtype=level_losses.dtype).square().sum(dim=0)
         residuals[start:stop] = out if all_residuals else out[:, -1:]
         # A latent of level l is in all levels m ≥ l, so its gradient is theirs together.
-        out *= (level_weights * (2 / n_rows)).to(out.dtype)[:, None]
+        out[:, -1] *= rates[-1]
         for level in range(n_levels - 2, -1, -1):
-            out[:, level] += out[:, level + 1]
+            torch.add(out[:, level + 1], out[:, level], alpha=rates[level], out=out[:, level])
     return _Decoded(level_losses / n_rows, residuals, output_grads, bags)
 
 
