@@ -23,12 +23,13 @@ def bag_sums(
         index: `[n]`, the entries of a bag next to each other.
         table: `[m, d]`
         offsets: `[n_bags + 1]`, where the entries of each bag begin, and n.
-        factors: `[n]`, of the table's dtype.
+        factors: `[n]`
         out: `[n_bags, d]`, to write to and return, where `takes_memory`.
 
     Returns:
         `[n_bags, d]`
     """
+    factors = factors.to(table.dtype)
     if not takes_memory(table):
         return F.embedding_bag(
             index, table, offsets, mode="sum", per_sample_weights=factors, include_last_offset=True
@@ -38,6 +39,19 @@ def bag_sums(
     sparse = torch.sparse_csr_tensor(offsets, index, factors, (len(out), len(table)), check_invariants=False)
     with torch.autocast("cpu", enabled=False):  # which would round the operands
         return torch.addmm(out, sparse, table, beta=0, out=out)
+
+
+def gathered_dtype(table: torch.Tensor) -> torch.dtype:
+    """In which dtype to read the rows of a float32 table: on a GPU under autocast to bfloat16, in that.
+
+    A dense product would round its operands just so. Bags take as long as their bytes take to arrive, and are
+    added up in float32 either way.
+    """
+    device = table.device.type
+    if device == "cpu" or table.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+        return table.dtype
+    autocast = torch.get_autocast_dtype(device)
+    return autocast if autocast == torch.bfloat16 else table.dtype  # gradients underflow in float16
 
 
 def takes_memory(table: torch.Tensor) -> bool:

@@ -24,7 +24,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from saelens_matryoshka.ops.bags import bag_sums, takes_memory
+from saelens_matryoshka.ops.bags import bag_sums, gathered_dtype, takes_memory
 from saelens_matryoshka.ops.encoder import Encoder
 from saelens_matryoshka.ops.group import ALONE, Group
 from saelens_matryoshka.ops.order import stable_order
@@ -199,7 +199,7 @@ class _NestedLoss(torch.autograd.Function):
         ctx.save_for_backward(W_enc, W_dec, W_skip, x, encoder_in)
         ctx.selection, ctx.acts, ctx.norms, ctx.bags = selection, acts, norms, decoded.bags
         ctx.output_grads, ctx.aux, ctx.objective = decoded.output_grads, aux, objective
-        ctx.step = step
+        ctx.step, ctx.gathered = step, gathered_dtype(W_dec)
         ctx.autocast = torch.is_autocast_enabled(x.device.type)
         return (level_losses.new_tensor(objective.level_weights) * level_losses).sum() + aux_loss + l1_loss
 
@@ -210,22 +210,22 @@ class _NestedLoss(torch.autograd.Function):
         d_out = W_dec.shape[1]
         output_grads = ctx.output_grads  # [B, n_levels, d_out]
         ctx.output_grads = ctx.aux = None  # free them now: the trainer holds on to the loss
-        per_bag = output_grads.view(-1, d_out)
+        per_bag = output_grads.view(-1, d_out).to(ctx.gathered)
         base_grad = output_grads[:, 0] * grad_loss  # every level contains the base
 
         # All in the order of the latents: the rows of the small tables are then read from the cache, and
         # those of the large ones in sequence.
         entries = _EntriesByLatent.of(selection.columns, W_dec.shape[0])
         bags, acts = ctx.bags[entries.order], ctx.acts[entries.order] * grad_loss
-        act_grads = entries.dot(bags, per_bag, W_dec)
+        act_grads = entries.dot(bags, per_bag, W_dec.to(ctx.gathered)).to(acts.dtype)
         l1_rate = objective.l1_coefficient / len(x)
         if l1_rate > 0:
             act_grads = act_grads + l1_rate * ctx.norms[entries.columns]
         act_grads = act_grads * grad_loss
 
-        W_dec_grad = entries.sum(bags, per_bag, acts, take=ctx.step.take)
-        rows = selection.rows[entries.order]
-        W_enc_grad = entries.sum(rows, encoder_in, act_grads.to(encoder_in.dtype), take=ctx.step.take)
+        W_dec_grad = entries.sum(bags, per_bag, acts, take=ctx.step.take).to(W_dec.dtype)
+        rows, sources = selection.rows[entries.order], encoder_in.to(ctx.gathered)
+        W_enc_grad = entries.sum(rows, sources, act_grads, take=ctx.step.take).to(W_enc.dtype)
         b_enc_grad = entries.total(act_grads)
         if l1_rate > 0:
             rate = l1_rate * entries.total(acts) / ctx.norms.clamp(min=1e-30)
@@ -276,6 +276,7 @@ def _decode(
     offsets = torch.searchsorted(bags, torch.arange(n_rows * n_levels + 1, device=bags.device))
     level_losses = W_dec.new_zeros(n_levels, dtype=torch.promote_types(W_dec.dtype, torch.float32))
     rates = [weight * 2 / n_rows for weight in objective.level_weights]
+    decoder = W_dec.to(gathered_dtype(W_dec))
     residuals = W_dec.new_empty(n_rows, n_levels if all_residuals else 1, d_out)
     start_from = (base - y).expand(n_rows, d_out)
     on_cpu = W_dec.device.type == "cpu"
@@ -288,8 +289,9 @@ def _decode(
             first, last = int(chunk_offsets[0]), int(chunk_offsets[-1])
             columns, weights = columns[first:last], weights[first:last]
             chunk_offsets = chunk_offsets - first
-        parts = bag_sums(columns, W_dec, chunk_offsets, weights).view(-1, n_levels, d_out)
-        parts = group.sum(parts, "latents")
+        parts = bag_sums(columns, decoder, chunk_offsets, weights).view(-1, n_levels, d_out)
+        if group is not ALONE:
+            parts = group.sum(parts.to(W_dec.dtype), "latents")
         out, running = output_grads[start:stop], start_from[start:stop]
         for level in range(n_levels):
             running = torch.add(running, parts[:, level], out=out[:, level])
@@ -408,7 +410,7 @@ class _SparseAux(NamedTuple):
         rows, acts = self.rows[entries.order], self.acts[entries.order] * grad_loss
         act_grads = entries.dot(rows, self.error_grad, W_dec[self.columns]) * grad_loss
         return (
-            entries.sum(rows, encoder_in, act_grads.to(encoder_in.dtype)),
+            entries.sum(rows, encoder_in, act_grads),
             entries.total(act_grads),
             entries.sum(rows, self.error_grad, acts),
         )

@@ -301,6 +301,7 @@ def _step(cfg: LanguageModelSAERunnerConfig[Any], refilled: bool) -> list[Need]:
     # On a CPU the large buffers are kept from step to step.
     afterwards = (*((FILLING, SHUFFLING) if refilled else ()), *_STEP, SAVING)
     pre_size = 2 if cfg.autocast else size
+    in_bfloat16 = max(sae.d_in, d_out) * sae.d_sae * 2 if cfg.autocast else 0  # of one matrix at a time
     values = min(batch, max(1, BLOCK_VALUES // sae.d_sae)) * sae.d_sae
     decoded = batch * n_levels * d_out * size
     decoding = min(decoded, CPU_DECODE_VALUES * size) if on_cpu else 2 * decoded
@@ -315,8 +316,9 @@ def _step(cfg: LanguageModelSAERunnerConfig[Any], refilled: bool) -> list[Need]:
              afterwards if on_cpu and size >= _FLOAT32 else (BACKWARD,)),
         Need("pre-activations", device, values * pre_size,
              (afterwards if not cfg.autocast else (FORWARD,)) if on_cpu else (FORWARD,)),
-        Need("weights in bfloat16", device, sae.d_in * sae.d_sae * 2 if cfg.autocast else 0, (FORWARD,)),
+        Need("weights in bfloat16", device, in_bfloat16, (FORWARD,) if on_cpu else _STEP),
         Need("outputs of the levels", device, decoded, afterwards if on_cpu else _STEP),
+        Need("the same in bfloat16", device, 0 if on_cpu or not cfg.autocast else decoded // 2, (BACKWARD,)),
         Need("levels being decoded", device, decoding, (FORWARD,)),
         Need("batch and results", device, 2 * reads + int(sae.k * batch) * _ENTRY_BYTES, afterwards),
         Need("dead latents", device, dead, _STEP),

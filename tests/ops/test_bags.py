@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saelens_matryoshka.ops.bags import bag_sums
+from saelens_matryoshka.ops.bags import bag_sums, gathered_dtype
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
@@ -52,3 +52,16 @@ def test_autocast_does_not_round_the_sums() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         sums = bag_sums(*bags)
     assert torch.equal(sums, bag_sums(*bags))
+
+
+def test_tables_on_a_cpu_are_gathered_as_they_are() -> None:
+    table = torch.zeros(2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gathered_dtype(table) == torch.float32
+
+
+def test_factors_may_be_wider_than_the_table() -> None:
+    index, table, offsets, factors = _bags(torch.bfloat16)
+    assert torch.equal(
+        bag_sums(index, table, offsets, factors.float()), bag_sums(index, table, offsets, factors)
+    )

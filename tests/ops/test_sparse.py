@@ -196,7 +196,12 @@ def test_copying_a_model_does_not_copy_the_scratch_memory() -> None:
     assert copy.deepcopy(step)._scratch == {}
 
 
-def test_autocast_gives_the_reference_gradients_to_bfloat16_accuracy() -> None:
+@pytest.mark.parametrize("gathered", [torch.float32, torch.bfloat16])
+def test_autocast_gives_the_reference_gradients_to_bfloat16_accuracy(
+    gathered: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the bags are read in float32, as on a CPU, or in bfloat16, as on a GPU."""
+    monkeypatch.setattr(sparse_module, "gathered_dtype", lambda _: gathered)
     torch.manual_seed(0)
     d_in, d_sae, n_rows = 16, 64, 32
     weights = NestedWeights(
