@@ -2,8 +2,9 @@
 
     python -m benchmarks.parallel_on_paper
 
-Gemma-2-2B to layer 8, a transcoder of four levels in float32. Counted are the arithmetic of the language
-model and the encoder, passes over memory, and bytes given to collectives; an all-reduce sends them twice.
+Gemma-2-2B to layer 8, a transcoder of four levels in float32 under bf16 autocast. Counted are the arithmetic
+of the language model and the encoder, passes over memory, and bytes given to collectives; an all-reduce sends
+them twice.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ FLOPS, MEMORY, NETWORK = 400e12, 2.5e12, 300e9
 """per second: operations in bf16, bytes of memory, bytes of NCCL among GPUs of a node or of all nodes"""
 LANGUAGE_MODEL = 14e-3 / 4096
 """seconds for a row"""
-D, K, LEVELS, BYTES = 2304, 96, 4, 4
+D, K, LEVELS, BYTES, HALF = 2304, 96, 4, 4, 2
 
 
 class Plan(NamedTuple):
@@ -44,15 +45,15 @@ def costs(plan: Plan) -> dict[str, str]:
     rows, latents = plan.rows / plan.copies, plan.d_sae / plan.shards
     gradient = 2 * D * latents * BYTES
     parts = LEVELS * rows * D * BYTES
-    entries = rows * K / plan.shards * D * BYTES
+    entries = rows * K / plan.shards * D * HALF
     within = (2 * parts + rows * 2 * D * BYTES) / NETWORK if plan.shards > 1 else 0.0
     # the shards of a node average theirs at the same time, over one network
     between = 2 * gradient * plan.shards / NETWORK if plan.copies > 1 else 0.0
     seconds = {
         "language model": rows / plan.shards * LANGUAGE_MODEL,
         "encoder product": 2 * rows * latents * D / FLOPS,
-        # entries are gathered four times, the encoder's output written and read, the parts touched six times
-        "sparse parts, selection": (4 * entries + 2 * rows * latents * BYTES + 6 * parts) / MEMORY,
+        # entries are gathered four times, the encoder's output written and read, parts touched eight times
+        "sparse parts, selection": (4 * entries + 2 * rows * latents * HALF + 8 * parts) / MEMORY,
         # Adam reads four tensors and writes three; clipping and averaging are a pass and a half each
         "averaging, clipping, Adam": (10 + 2 * (plan.copies > 1)) * gradient / MEMORY,
         "communication of shards": within,
