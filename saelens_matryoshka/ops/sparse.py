@@ -11,26 +11,26 @@ The same function as `saelens_matryoshka.ops.reference`, to rounding. With n ≈
    columns are again bags: of entries per latent this time;
 4. the auxiliary loss is computed on the dead columns alone.
 
+(Where a GPU multiplies faster than it gathers, dense products stand for the bags: see `ops.entries`.)
+
 Processes that share the rows or the latents (a `Group`) each do this for their block. Losses, predictions and
 the gradient of what every block contains are summed over blocks; all else stays where it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
 
-from saelens_matryoshka.ops.bags import bag_sums, gathered_dtype, takes_memory
+from saelens_matryoshka.ops.bags import bag_sums, gathered_dtype
 from saelens_matryoshka.ops.encoder import Encoder
+from saelens_matryoshka.ops.entries import ByLatent, Entries, kept_entries, sum_by_latent
 from saelens_matryoshka.ops.group import ALONE, Group
-from saelens_matryoshka.ops.order import stable_order
 from saelens_matryoshka.ops.selection import Selection, largest_of_rows, select_batch, select_token
 from saelens_matryoshka.ops.step import NestedObjective, NestedStep, NestedWeights
-from saelens_matryoshka.widths import latent_levels
 
 # Values of [rows, levels, d_out] decoded at a time on a CPU, so that they stay in its cache.
 CPU_DECODE_VALUES = 1 << 20
@@ -169,11 +169,14 @@ class _NestedLoss(torch.autograd.Function):
             selection = select_batch(
                 encoder, selection_norms, objective.k, last_threshold=step._last_threshold, group=group
             )
+        dead_pre = encoder.dead_pre()
+        del encoder  # and with it the product: on a GPU, the decoding can have its memory
         acts = selection.pre.to(W_dec.dtype)
+        entries = kept_entries(selection, objective.widths, len(x), W_dec)
         base = b_dec if W_skip is None else torch.addmm(b_dec, x, W_skip.T).to(b_dec.dtype)
         any_dead = dead_columns is not None and group.count(len(dead_columns), "latents") > 0
         decoded = _decode(
-            selection,
+            entries,
             acts,
             W_dec,
             base,
@@ -185,7 +188,6 @@ class _NestedLoss(torch.autograd.Function):
         )
         aux = _Aux(W_dec.new_zeros(()), [])
         if any_dead:
-            dead_pre = encoder.dead_pre()
             assert dead_columns is not None
             if dead_pre is None:
                 dead_pre = W_dec.new_zeros(len(x), 0)
@@ -197,7 +199,7 @@ class _NestedLoss(torch.autograd.Function):
         level_losses, aux_loss, l1_loss = _mean_over_rows(group, decoded.level_losses, aux.loss, l1_loss)
         box.append(_Parts(level_losses, aux_loss, l1_loss, y + decoded.residuals[:, -1], selection))
         ctx.save_for_backward(W_enc, W_dec, W_skip, x, encoder_in)
-        ctx.selection, ctx.acts, ctx.norms, ctx.bags = selection, acts, norms, decoded.bags
+        ctx.entries, ctx.acts, ctx.norms = entries, entries.order(acts), norms
         ctx.output_grads, ctx.aux, ctx.objective = decoded.output_grads, aux, objective
         ctx.step, ctx.gathered = step, gathered_dtype(W_dec)
         ctx.autocast = torch.is_autocast_enabled(x.device.type)
@@ -206,29 +208,23 @@ class _NestedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         W_enc, W_dec, W_skip, x, encoder_in = ctx.saved_tensors
-        selection, objective, aux = ctx.selection, ctx.objective, ctx.aux
-        d_out = W_dec.shape[1]
+        entries, objective, aux, take = ctx.entries, ctx.objective, ctx.aux, ctx.step.take
         output_grads = ctx.output_grads  # [B, n_levels, d_out]
         ctx.output_grads = ctx.aux = None  # free them now: the trainer holds on to the loss
-        per_bag = output_grads.view(-1, d_out).to(ctx.gathered)
         base_grad = output_grads[:, 0] * grad_loss  # every level contains the base
 
-        # All in the order of the latents: the rows of the small tables are then read from the cache, and
-        # those of the large ones in sequence.
-        entries = _EntriesByLatent.of(selection.columns, W_dec.shape[0])
-        bags, acts = ctx.bags[entries.order], ctx.acts[entries.order] * grad_loss
-        act_grads = entries.dot(bags, per_bag, W_dec.to(ctx.gathered)).to(acts.dtype)
+        level_grads, acts = output_grads.to(ctx.gathered), ctx.acts * grad_loss
+        act_grads = entries.act_grads(level_grads, W_dec.to(ctx.gathered)).to(acts.dtype)
         l1_rate = objective.l1_coefficient / len(x)
         if l1_rate > 0:
             act_grads = act_grads + l1_rate * ctx.norms[entries.columns]
         act_grads = act_grads * grad_loss
 
-        W_dec_grad = entries.sum(bags, per_bag, acts, take=ctx.step.take).to(W_dec.dtype)
-        rows, sources = selection.rows[entries.order], encoder_in.to(ctx.gathered)
-        W_enc_grad = entries.sum(rows, sources, act_grads, take=ctx.step.take).to(W_enc.dtype)
-        b_enc_grad = entries.total(act_grads)
+        W_dec_grad = entries.decoder_grad(acts, level_grads, take).to(W_dec.dtype)
+        W_enc_grad = entries.encoder_grad(act_grads, encoder_in.to(ctx.gathered), take).to(W_enc.dtype)
+        b_enc_grad = sum_by_latent(entries.columns, act_grads, len(W_dec))
         if l1_rate > 0:
-            rate = l1_rate * entries.total(acts) / ctx.norms.clamp(min=1e-30)
+            rate = l1_rate * sum_by_latent(entries.columns, acts, len(W_dec)) / ctx.norms.clamp(min=1e-30)
             W_dec_grad += rate.to(W_dec.dtype)[:, None] * W_dec
         with torch.autocast(x.device.type, enabled=ctx.autocast):
             for part in aux.parts:
@@ -253,12 +249,10 @@ class _Decoded(NamedTuple):
     """`[B, 1, d_out]`, the whole dictionary's prediction minus target; `[B, n_levels, d_out]` if asked"""
     output_grads: torch.Tensor
     """`[B, n_levels, d_out]`, gradient of the loss by what the latents of each level add up to"""
-    bags: torch.Tensor
-    """`[n]`: row · n_levels + level of each entry"""
 
 
 def _decode(
-    selection: Selection,
+    entries: Entries,
     acts: torch.Tensor,
     W_dec: torch.Tensor,
     base: torch.Tensor,
@@ -271,9 +265,6 @@ def _decode(
 ) -> _Decoded:
     """All levels from one decoding, with their losses and gradients, these put into `output_grads`."""
     n_rows, n_levels, d_out = len(y), len(objective.widths), W_dec.shape[1]
-    levels = latent_levels(objective.widths, device=W_dec.device)
-    bags = selection.rows * n_levels + levels[selection.columns]
-    offsets = torch.searchsorted(bags, torch.arange(n_rows * n_levels + 1, device=bags.device))
     level_losses = W_dec.new_zeros(n_levels, dtype=torch.promote_types(W_dec.dtype, torch.float32))
     rates = [weight * 2 / n_rows for weight in objective.level_weights]
     decoder = W_dec.to(gathered_dtype(W_dec))
@@ -283,13 +274,7 @@ def _decode(
     chunk = max(1, CPU_DECODE_VALUES // (n_levels * d_out)) if on_cpu else n_rows
     for start in range(0, n_rows, chunk):
         stop = min(start + chunk, n_rows)
-        chunk_offsets = offsets[start * n_levels : stop * n_levels + 1]
-        columns, weights = selection.columns, acts
-        if chunk < n_rows:
-            first, last = int(chunk_offsets[0]), int(chunk_offsets[-1])
-            columns, weights = columns[first:last], weights[first:last]
-            chunk_offsets = chunk_offsets - first
-        parts = bag_sums(columns, decoder, chunk_offsets, weights).view(-1, n_levels, d_out)
+        parts = entries.decode(acts, decoder, start, stop)
         if group is not ALONE:
             parts = group.sum(parts.to(W_dec.dtype), "latents")
         out, running = output_grads[start:stop], start_from[start:stop]
@@ -301,7 +286,7 @@ def _decode(
         out[:, -1] *= rates[-1]
         for level in range(n_levels - 2, -1, -1):
             torch.add(out[:, level + 1], out[:, level], alpha=rates[level], out=out[:, level])
-    return _Decoded(level_losses / n_rows, residuals, output_grads, bags)
+    return _Decoded(level_losses / n_rows, residuals, output_grads)
 
 
 def _mean_over_rows(group: Group, level_losses: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
@@ -311,53 +296,6 @@ def _mean_over_rows(group: Group, level_losses: torch.Tensor, *others: torch.Ten
     losses = torch.cat([level_losses, torch.stack(others).to(level_losses.dtype)])
     losses = group.sum(losses, "rows") / group.row_blocks
     return [losses[: len(level_losses)], *losses[len(level_losses) :]]
-
-
-class _EntriesByLatent(NamedTuple):
-    """The kept entries, sorted by latent."""
-
-    order: torch.Tensor
-    """`[n]`: where each entry was before sorting"""
-    columns: torch.Tensor
-    """`[n]`: latent of each entry"""
-    offsets: torch.Tensor
-    """`[d_sae + 1]`: where the entries of each latent begin"""
-
-    @classmethod
-    def of(cls, columns: torch.Tensor, d_sae: int) -> _EntriesByLatent:
-        order = stable_order(columns, d_sae)
-        sorted_columns = columns[order]
-        bounds = torch.arange(d_sae + 1, device=columns.device)
-        return cls(order, sorted_columns, torch.searchsorted(sorted_columns, bounds))
-
-    def sum(
-        self,
-        index: torch.Tensor,
-        table: torch.Tensor,
-        factors: torch.Tensor,
-        *,
-        take: Callable[..., torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        """For each latent, the sum over its entries e of factors[e] · table[index[e]]: `[d_sae, d]`.
-
-        `take` gives the memory for it, as `SparseStep.take`.
-        """
-        out = None
-        if take is not None and takes_memory(table):
-            out = take(table, (len(self.offsets) - 1, table.shape[1]))
-        return bag_sums(index, table, self.offsets, factors, out=out)
-
-    def total(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum of each latent's values: `[d_sae]`, at least float32, since a latent may have thousands."""
-        wide = torch.promote_types(values.dtype, torch.float32)
-        sums = torch.zeros(len(self.offsets) - 1, dtype=wide, device=values.device)
-        return sums.index_add_(0, self.columns, values.to(wide))
-
-    def dot(self, index: torch.Tensor, table: torch.Tensor, by_latent: torch.Tensor) -> torch.Tensor:
-        """For each entry e, table[index[e]] · by_latent[its latent]: `[n]`."""
-        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            by_latent, table, index, self.offsets[:-1], self.columns, 0, -1
-        )
 
 
 class _DenseAux(NamedTuple):
@@ -406,12 +344,12 @@ class _SparseAux(NamedTuple):
         self, encoder_in: torch.Tensor, W_dec: torch.Tensor, grad_loss: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of the dead latents' W_enc (by latent), b_enc and W_dec."""
-        entries = _EntriesByLatent.of(self.places, len(self.columns))
+        entries = ByLatent.of(self.places, len(self.columns))
         rows, acts = self.rows[entries.order], self.acts[entries.order] * grad_loss
         act_grads = entries.dot(rows, self.error_grad, W_dec[self.columns]) * grad_loss
         return (
             entries.sum(rows, encoder_in, act_grads),
-            entries.total(act_grads),
+            sum_by_latent(entries.columns, act_grads, len(self.columns)),
             entries.sum(rows, self.error_grad, acts),
         )
 

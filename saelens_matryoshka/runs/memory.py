@@ -21,6 +21,7 @@ from torch._subclasses import FakeTensorMode
 from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig
 from saelens_matryoshka.architectures.calibration import CHUNK_VALUES, MAX_ROWS, ROWS_PER_BATCH
 from saelens_matryoshka.ops.encoder import BLOCK_VALUES
+from saelens_matryoshka.ops.entries import TENSOR_CORE_ADVANTAGE
 from saelens_matryoshka.ops.sparse import CPU_DECODE_VALUES, SPARSE_AUX
 from saelens_matryoshka.parallel import is_torchrun
 from saelens_matryoshka.runs.buffer import BufferRows, buffer_rows
@@ -305,6 +306,9 @@ def _step(cfg: LanguageModelSAERunnerConfig[Any], refilled: bool) -> list[Need]:
     values = min(batch, max(1, BLOCK_VALUES // sae.d_sae)) * sae.d_sae
     decoded = batch * n_levels * d_out * size
     decoding = min(decoded, CPU_DECODE_VALUES * size) if on_cpu else 2 * decoded
+    as_matrix = 0
+    if not on_cpu and pre_size == 2 and batch * sae.d_sae <= BLOCK_VALUES:
+        as_matrix = 2 * batch * sae.d_sae if sae.d_sae <= TENSOR_CORE_ADVANTAGE * sae.k else 0
     n_dead = int(DEAD_SHARE * sae.d_sae) if _may_have_dead(cfg) else 0
     copies = 3 if n_dead > SPARSE_AUX * (sae.aux_k or max(d_out // 2, 1)) else 5
     dead = n_dead * (copies * batch + 2 * (sae.d_in + d_out)) * size
@@ -319,6 +323,7 @@ def _step(cfg: LanguageModelSAERunnerConfig[Any], refilled: bool) -> list[Need]:
         Need("weights in bfloat16", device, in_bfloat16, (FORWARD,) if on_cpu else _STEP),
         Need("outputs of the levels", device, decoded, afterwards if on_cpu else _STEP),
         Need("the same in bfloat16", device, 0 if on_cpu or not cfg.autocast else decoded // 2, (BACKWARD,)),
+        Need("kept entries as a matrix", device, as_matrix, (BACKWARD,)),
         Need("levels being decoded", device, decoding, (FORWARD,)),
         Need("batch and results", device, 2 * reads + int(sae.k * batch) * _ENTRY_BYTES, afterwards),
         Need("dead latents", device, dead, _STEP),

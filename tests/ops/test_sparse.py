@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import pickle
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from saelens_matryoshka.ops import NestedObjective, NestedWeights, SparseStep, reference_step
 from saelens_matryoshka.ops import encoder as encoder_module
 from saelens_matryoshka.ops import sparse as sparse_module
+from saelens_matryoshka.ops.entries import DenseEntries, GatheredEntries
 
 
 def _random_case(seed: int) -> tuple:
@@ -114,6 +116,15 @@ def test_step_equals_reference_when_decoded_in_many_chunks(
 
 
 @pytest.mark.parametrize("seed", range(60))
+def test_step_equals_reference_when_its_entries_are_multiplied_densely(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse_module, "kept_entries", lambda s, widths, n, _: DenseEntries(s, widths, n))
+    monkeypatch.setattr(sparse_module, "CPU_DECODE_VALUES", (8, 1 << 20)[seed % 2])
+    _assert_same(_random_case(seed), SparseStep())
+
+
+@pytest.mark.parametrize("seed", range(60))
 @pytest.mark.parametrize("block_values", [1, 50])
 def test_step_equals_reference_when_encoded_in_many_blocks(
     seed: int, block_values: int, monkeypatch: pytest.MonkeyPatch
@@ -196,12 +207,19 @@ def test_copying_a_model_does_not_copy_the_scratch_memory() -> None:
     assert copy.deepcopy(step)._scratch == {}
 
 
-@pytest.mark.parametrize("gathered", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("gathered", "form"),
+    [
+        (torch.float32, GatheredEntries),  # as on a CPU
+        (torch.bfloat16, GatheredEntries),  # as on a GPU, where entries are rare
+        (torch.bfloat16, DenseEntries),  # and where they are not
+    ],
+)
 def test_autocast_gives_the_reference_gradients_to_bfloat16_accuracy(
-    gathered: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    gathered: torch.dtype, form: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether the bags are read in float32, as on a CPU, or in bfloat16, as on a GPU."""
     monkeypatch.setattr(sparse_module, "gathered_dtype", lambda _: gathered)
+    monkeypatch.setattr(sparse_module, "kept_entries", lambda s, widths, n, _: form(s, widths, n))
     torch.manual_seed(0)
     d_in, d_sae, n_rows = 16, 64, 32
     weights = NestedWeights(
