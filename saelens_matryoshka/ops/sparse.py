@@ -51,6 +51,7 @@ class SparseStep:
     def __init__(self, group: Group = ALONE) -> None:
         self.group = group
         self._last_threshold: torch.Tensor | None = None
+        self._levels: tuple[Any, _Levels] | None = None
         self._scratch: dict[str, torch.Tensor] = {}
         self._spare: list[torch.Tensor] = []
         # weakly, so that what gets the address of memory that was freed is not taken for it
@@ -91,6 +92,13 @@ class SparseStep:
     def __reduce__(self) -> tuple[Any, ...]:
         return SparseStep, (self.group,)
 
+    def levels(self, objective: NestedObjective, W_dec: torch.Tensor) -> _Levels:
+        """The levels of an objective, on the device of `W_dec`."""
+        key = (objective.widths, objective.level_weights, W_dec.device, W_dec.dtype)
+        if self._levels is None or self._levels[0] != key:
+            self._levels = key, _Levels.of(objective, W_dec)
+        return self._levels[1]
+
     def scratch(
         self, name: str, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype
     ) -> torch.Tensor | None:
@@ -116,6 +124,26 @@ class SparseStep:
         """Keep what was taken on a CPU for the next step, once nobody else has it. Ignores other tensors."""
         if self._lent.get(buffer.data_ptr()) is buffer.untyped_storage():
             self._spare.append(buffer)
+
+
+class _Levels(NamedTuple):
+    """What is known of the levels before any batch. Kept, because to copy it to a GPU is to wait for it."""
+
+    of_latent: torch.Tensor
+    """`[d_sae]`"""
+    weights: torch.Tensor
+    """`[n_levels]`, in the dtype of the losses"""
+    bounds: torch.Tensor
+    """`[n_levels + 1]`: 0 and the widths"""
+
+    @classmethod
+    def of(cls, objective: NestedObjective, W_dec: torch.Tensor) -> _Levels:
+        device, dtype = W_dec.device, torch.promote_types(W_dec.dtype, torch.float32)
+        return cls(
+            latent_levels(objective.widths, device=device),
+            torch.tensor(objective.level_weights, dtype=dtype, device=device),
+            torch.tensor([0, *objective.widths], device=device),
+        )
 
 
 class _Parts(NamedTuple):
@@ -171,6 +199,7 @@ class _NestedLoss(torch.autograd.Function):
             )
         acts = selection.pre.to(W_dec.dtype)
         base = b_dec if W_skip is None else torch.addmm(b_dec, x, W_skip.T).to(b_dec.dtype)
+        levels = step.levels(objective, W_dec)
         any_dead = dead_columns is not None and group.count(len(dead_columns), "latents") > 0
         decoded = _decode(
             selection,
@@ -178,7 +207,7 @@ class _NestedLoss(torch.autograd.Function):
             W_dec,
             base,
             y,
-            objective,
+            levels,
             group,
             output_grads=step.take(W_dec, (len(x), len(objective.widths), W_dec.shape[1])),
             all_residuals=any_dead and objective.aux_per_level,
@@ -190,7 +219,7 @@ class _NestedLoss(torch.autograd.Function):
             if dead_pre is None:
                 dead_pre = W_dec.new_zeros(len(x), 0)
             aux = _aux_forward(
-                dead_pre, W_dec, decoded.residuals, selection_norms, objective, dead_columns, group
+                dead_pre, W_dec, decoded.residuals, selection_norms, objective, levels, dead_columns, group
             )
         l1_loss = (acts * norms[selection.columns]).sum() * (objective.l1_coefficient / len(x))
         l1_loss = group.sum(l1_loss, "latents")
@@ -201,7 +230,7 @@ class _NestedLoss(torch.autograd.Function):
         ctx.output_grads, ctx.aux, ctx.objective = decoded.output_grads, aux, objective
         ctx.step = step
         ctx.autocast = torch.is_autocast_enabled(x.device.type)
-        return (level_losses.new_tensor(objective.level_weights) * level_losses).sum() + aux_loss + l1_loss
+        return (levels.weights * level_losses).sum() + aux_loss + l1_loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
@@ -263,19 +292,17 @@ def _decode(
     W_dec: torch.Tensor,
     base: torch.Tensor,
     y: torch.Tensor,
-    objective: NestedObjective,
+    levels: _Levels,
     group: Group,
     *,
     output_grads: torch.Tensor,
     all_residuals: bool,
 ) -> _Decoded:
     """All levels from one decoding, with their losses and gradients, these put into `output_grads`."""
-    n_rows, n_levels, d_out = len(y), len(objective.widths), W_dec.shape[1]
-    levels = latent_levels(objective.widths, device=W_dec.device)
-    bags = selection.rows * n_levels + levels[selection.columns]
+    n_rows, n_levels, d_out = len(y), len(levels.weights), W_dec.shape[1]
+    bags = selection.rows * n_levels + levels.of_latent[selection.columns]
     offsets = torch.searchsorted(bags, torch.arange(n_rows * n_levels + 1, device=bags.device))
-    level_losses = W_dec.new_zeros(n_levels, dtype=torch.promote_types(W_dec.dtype, torch.float32))
-    level_weights = level_losses.new_tensor(objective.level_weights)
+    level_losses = torch.zeros_like(levels.weights)
     residuals = W_dec.new_empty(n_rows, n_levels if all_residuals else 1, d_out)
     start_from = (base - y).expand(n_rows, d_out)
     on_cpu = W_dec.device.type == "cpu"
@@ -296,7 +323,7 @@ def _decode(
         level_losses += out.to(level_losses.dtype).pow(2).sum(dim=(0, 2))
         residuals[start:stop] = out if all_residuals else out[:, -1:]
         # A latent of level l is in all levels m ≥ l, so its gradient is theirs together.
-        out *= (level_weights * (2 / n_rows)).to(out.dtype)[:, None]
+        out *= (levels.weights * (2 / n_rows)).to(out.dtype)[:, None]
         for level in range(n_levels - 2, -1, -1):
             out[:, level] += out[:, level + 1]
     return _Decoded(level_losses / n_rows, residuals, output_grads, bags)
@@ -425,15 +452,14 @@ def _aux_forward(
     residuals: torch.Tensor,
     norms: torch.Tensor | None,
     objective: NestedObjective,
+    levels: _Levels,
     dead_columns: torch.Tensor,
     group: Group,
 ) -> _Aux:
     loss, parts = W_dec.new_zeros(()), []
     budget = objective.aux_budget(W_dec.shape[1])
     if objective.aux_per_level:
-        bounds = torch.searchsorted(
-            dead_columns, torch.tensor([0, *objective.widths], device=dead_columns.device)
-        ).tolist()
+        bounds = torch.searchsorted(dead_columns, levels.bounds).tolist()
         level_columns = [dead_columns[a:b] for a, b in pairwise(bounds)]
     else:
         level_columns = [dead_columns]
