@@ -18,9 +18,9 @@ import torch
 
 from saelens_matryoshka.ops.bags import bag_sums, gathered_dtype, takes_memory
 from saelens_matryoshka.ops.encoder import BLOCK_VALUES
+from saelens_matryoshka.ops.levels import Levels
 from saelens_matryoshka.ops.order import stable_order
 from saelens_matryoshka.ops.selection import Selection
-from saelens_matryoshka.widths import latent_levels
 
 # Multiplications of bfloat16 matrices in the time in which memory delivers one value: by the data sheets 290
 # for an H100, 206 for an H200, 160 for an A100, and of memory scattered reads get less. Not measured.
@@ -57,20 +57,20 @@ class Entries(Protocol):
         ...
 
 
-def kept_entries(selection: Selection, widths: tuple[int, ...], n_rows: int, W_dec: torch.Tensor) -> Entries:
+def kept_entries(selection: Selection, levels: Levels, n_rows: int, W_dec: torch.Tensor) -> Entries:
     """The entries of a selection in the form that is the faster one.
 
     Args:
         selection: What was kept.
-        widths: Cumulative widths of the levels.
+        levels: Of the latents.
         n_rows: B.
         W_dec: `[d_sae, d_out]`
     """
     size = n_rows * len(W_dec)
     on_tensor_cores = W_dec.device.type == "cuda" and gathered_dtype(W_dec) == torch.bfloat16
     if on_tensor_cores and size <= min(BLOCK_VALUES, TENSOR_CORE_ADVANTAGE * len(selection.rows)):
-        return DenseEntries(selection, widths, n_rows)
-    return GatheredEntries(selection, widths, n_rows)
+        return DenseEntries(selection, levels, n_rows)
+    return GatheredEntries(selection, levels, n_rows)
 
 
 class GatheredEntries:
@@ -80,14 +80,13 @@ class GatheredEntries:
     those of large ones in sequence.
     """
 
-    def __init__(self, selection: Selection, widths: tuple[int, ...], n_rows: int) -> None:
-        self._decoded, self._n_levels = selection.columns, len(widths)
-        device = selection.columns.device
+    def __init__(self, selection: Selection, levels: Levels, n_rows: int) -> None:
+        self._decoded, self._n_levels = selection.columns, len(levels.widths)
         # A level's latents are neighbours, so the bags are in order as the entries are.
-        bags = selection.rows * self._n_levels + latent_levels(widths, device=device)[selection.columns]
-        bounds = torch.arange(n_rows * self._n_levels + 1, device=device)
+        bags = selection.rows * self._n_levels + levels.of_latent[selection.columns]
+        bounds = torch.arange(n_rows * self._n_levels + 1, device=bags.device)
         self._offsets = torch.searchsorted(bags, bounds)
-        self._by_latent = ByLatent.of(selection.columns, widths[-1])
+        self._by_latent = ByLatent.of(selection.columns, levels.widths[-1])
         self.columns = self._by_latent.columns
         self._rows, self._bags = self.order(selection.rows), self.order(bags)
 
@@ -115,9 +114,9 @@ class GatheredEntries:
 class DenseEntries:
     """As a dense matrix, made anew for each product, so that there is one at a time."""
 
-    def __init__(self, selection: Selection, widths: tuple[int, ...], n_rows: int) -> None:
+    def __init__(self, selection: Selection, levels: Levels, n_rows: int) -> None:
         self._rows, self.columns = selection.rows, selection.columns
-        self._shape, self._levels = (n_rows, widths[-1]), list(pairwise((0, *widths)))
+        self._shape, self._levels = (n_rows, levels.widths[-1]), list(pairwise((0, *levels.widths)))
 
     def order(self, values: torch.Tensor) -> torch.Tensor:
         return values

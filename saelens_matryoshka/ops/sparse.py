@@ -29,6 +29,7 @@ from saelens_matryoshka.ops.bags import bag_sums, gathered_dtype
 from saelens_matryoshka.ops.encoder import Encoder
 from saelens_matryoshka.ops.entries import ByLatent, Entries, kept_entries, sum_by_latent
 from saelens_matryoshka.ops.group import ALONE, Group
+from saelens_matryoshka.ops.levels import Levels
 from saelens_matryoshka.ops.selection import Selection, largest_of_rows, select_batch, select_token
 from saelens_matryoshka.ops.step import NestedObjective, NestedStep, NestedWeights
 
@@ -51,6 +52,7 @@ class SparseStep:
     def __init__(self, group: Group = ALONE) -> None:
         self.group = group
         self._last_threshold: torch.Tensor | None = None
+        self._levels: tuple[Any, Levels] | None = None
         self._scratch: dict[str, torch.Tensor] = {}
         self._spare: list[torch.Tensor] = []
         # weakly, so that what gets the address of memory that was freed is not taken for it
@@ -90,6 +92,13 @@ class SparseStep:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SparseStep, (self.group,)
+
+    def levels(self, objective: NestedObjective, W_dec: torch.Tensor) -> Levels:
+        """The levels of an objective, on the device of `W_dec`."""
+        key = (objective.widths, objective.level_weights, W_dec.device, W_dec.dtype)
+        if self._levels is None or self._levels[0] != key:
+            self._levels = key, Levels.of(objective, W_dec)
+        return self._levels[1]
 
     def scratch(
         self, name: str, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype
@@ -172,7 +181,8 @@ class _NestedLoss(torch.autograd.Function):
         dead_pre = encoder.dead_pre()
         del encoder  # and with it the product: on a GPU, the decoding can have its memory
         acts = selection.pre.to(W_dec.dtype)
-        entries = kept_entries(selection, objective.widths, len(x), W_dec)
+        levels = step.levels(objective, W_dec)
+        entries = kept_entries(selection, levels, len(x), W_dec)
         base = b_dec if W_skip is None else torch.addmm(b_dec, x, W_skip.T).to(b_dec.dtype)
         any_dead = dead_columns is not None and group.count(len(dead_columns), "latents") > 0
         decoded = _decode(
@@ -181,7 +191,7 @@ class _NestedLoss(torch.autograd.Function):
             W_dec,
             base,
             y,
-            objective,
+            levels,
             group,
             output_grads=step.take(W_dec, (len(x), len(objective.widths), W_dec.shape[1])),
             all_residuals=any_dead and objective.aux_per_level,
@@ -192,7 +202,7 @@ class _NestedLoss(torch.autograd.Function):
             if dead_pre is None:
                 dead_pre = W_dec.new_zeros(len(x), 0)
             aux = _aux_forward(
-                dead_pre, W_dec, decoded.residuals, selection_norms, objective, dead_columns, group
+                dead_pre, W_dec, decoded.residuals, selection_norms, objective, levels, dead_columns, group
             )
         l1_loss = (acts * norms[selection.columns]).sum() * (objective.l1_coefficient / len(x))
         l1_loss = group.sum(l1_loss, "latents")
@@ -203,7 +213,7 @@ class _NestedLoss(torch.autograd.Function):
         ctx.output_grads, ctx.aux, ctx.objective = decoded.output_grads, aux, objective
         ctx.step, ctx.gathered = step, gathered_dtype(W_dec)
         ctx.autocast = torch.is_autocast_enabled(x.device.type)
-        return (level_losses.new_tensor(objective.level_weights) * level_losses).sum() + aux_loss + l1_loss
+        return (levels.weight_tensor * level_losses).sum() + aux_loss + l1_loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
@@ -257,16 +267,16 @@ def _decode(
     W_dec: torch.Tensor,
     base: torch.Tensor,
     y: torch.Tensor,
-    objective: NestedObjective,
+    levels: Levels,
     group: Group,
     *,
     output_grads: torch.Tensor,
     all_residuals: bool,
 ) -> _Decoded:
     """All levels from one decoding, with their losses and gradients, these put into `output_grads`."""
-    n_rows, n_levels, d_out = len(y), len(objective.widths), W_dec.shape[1]
-    level_losses = W_dec.new_zeros(n_levels, dtype=torch.promote_types(W_dec.dtype, torch.float32))
-    rates = [weight * 2 / n_rows for weight in objective.level_weights]
+    n_rows, n_levels, d_out = len(y), len(levels.widths), W_dec.shape[1]
+    level_losses = torch.zeros_like(levels.weight_tensor)
+    rates = [weight * 2 / n_rows for weight in levels.weights]
     decoder = W_dec.to(gathered_dtype(W_dec))
     residuals = W_dec.new_empty(n_rows, n_levels if all_residuals else 1, d_out)
     start_from = (base - y).expand(n_rows, d_out)
@@ -365,15 +375,14 @@ def _aux_forward(
     residuals: torch.Tensor,
     norms: torch.Tensor | None,
     objective: NestedObjective,
+    levels: Levels,
     dead_columns: torch.Tensor,
     group: Group,
 ) -> _Aux:
     loss, parts = W_dec.new_zeros(()), []
     budget = objective.aux_budget(W_dec.shape[1])
     if objective.aux_per_level:
-        bounds = torch.searchsorted(
-            dead_columns, torch.tensor([0, *objective.widths], device=dead_columns.device)
-        ).tolist()
+        bounds = torch.searchsorted(dead_columns, levels.bounds).tolist()
         level_columns = [dead_columns[a:b] for a, b in pairwise(bounds)]
     else:
         level_columns = [dead_columns]

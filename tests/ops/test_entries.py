@@ -5,11 +5,14 @@ from typing import Any
 import pytest
 import torch
 
+from saelens_matryoshka.ops import NestedObjective
 from saelens_matryoshka.ops import entries as entries_module
 from saelens_matryoshka.ops.entries import DenseEntries, GatheredEntries, kept_entries, sum_by_latent
+from saelens_matryoshka.ops.levels import Levels
 from saelens_matryoshka.ops.selection import Selection
 
 N_ROWS, WIDTHS, D = 6, (2, 5, 9), 4
+LEVELS = Levels.of(NestedObjective(WIDTHS, (1.0, 1.0, 1.0), k=3), torch.zeros(WIDTHS[-1], D))
 
 
 def _selection(share: float = 0.4) -> tuple[Selection, torch.Tensor]:
@@ -31,8 +34,8 @@ def test_products_are_those_of_the_matrix(form: Any) -> None:
     selection, matrix = _selection()
     decoder, source = torch.randn(WIDTHS[-1], D).double(), torch.randn(N_ROWS, 3).double()
     grads = torch.randn(N_ROWS, len(WIDTHS), D).double()
-    level = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2, 2])
-    entries = form(selection, WIDTHS, N_ROWS)
+    level = LEVELS.of_latent
+    entries = form(selection, LEVELS, N_ROWS)
 
     by_level = torch.stack([(matrix * (level == i)) @ decoder for i in range(3)], dim=1)
     torch.testing.assert_close(entries.decode(selection.pre, decoder, 0, N_ROWS), by_level)
@@ -55,7 +58,7 @@ def test_products_are_those_of_the_matrix(form: Any) -> None:
 @pytest.mark.parametrize("form", [GatheredEntries, DenseEntries])
 def test_without_entries_all_is_zero(form: Any) -> None:
     selection, _ = _selection(share=0.0)
-    entries, grads = form(selection, WIDTHS, N_ROWS), torch.randn(N_ROWS, len(WIDTHS), D).double()
+    entries, grads = form(selection, LEVELS, N_ROWS), torch.randn(N_ROWS, len(WIDTHS), D).double()
     assert not entries.decode(selection.pre, torch.randn(WIDTHS[-1], D).double(), 0, N_ROWS).any()
     assert not entries.decoder_grad(selection.pre, grads, _take).any()
 
@@ -63,7 +66,7 @@ def test_without_entries_all_is_zero(form: Any) -> None:
 def test_a_cpu_gathers_whatever_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(entries_module, "gathered_dtype", lambda _: torch.bfloat16)
     selection, _ = _selection()
-    assert isinstance(kept_entries(selection, WIDTHS, N_ROWS, torch.zeros(WIDTHS[-1], D)), GatheredEntries)
+    assert isinstance(kept_entries(selection, LEVELS, N_ROWS, torch.zeros(WIDTHS[-1], D)), GatheredEntries)
 
 
 @pytest.mark.parametrize(
@@ -87,4 +90,9 @@ def test_a_gpu_multiplies_densely_in_bfloat16_if_entries_are_not_rare(
     monkeypatch.setattr(entries_module, "TENSOR_CORE_ADVANTAGE", advantage)
     selection, _ = _selection()
     weights: Any = OnGpu()
-    assert isinstance(kept_entries(selection, WIDTHS, N_ROWS, weights), form)
+    assert isinstance(kept_entries(selection, LEVELS, N_ROWS, weights), form)
+
+
+def test_levels_know_the_level_of_a_latent() -> None:
+    assert LEVELS.of_latent.tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2]
+    assert LEVELS.bounds.tolist() == [0, 2, 5, 9]

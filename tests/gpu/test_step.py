@@ -1,0 +1,85 @@
+"""The training step on a pretended GPU: as on the CPU, and how often the host waits in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import saelens_matryoshka as sm
+from saelens_matryoshka.ops import NestedWeights, SparseStep
+from saelens_matryoshka.ops import encoder as encoder_module
+from saelens_matryoshka.ops import sparse as sparse_module
+from saelens_matryoshka.runner import prepare_trainer
+from tests.helpers import sparse_batches, trainer_for
+from tests.ops import test_sparse as on_cpu
+from tests.pretend_gpu import PretendGPUs
+
+
+def _moved(case: tuple) -> tuple:
+    weights, x, y, objective, dead, last = case
+    weights = NestedWeights(*(None if weight is None else weight.cuda() for weight in weights))
+    return weights, x.cuda(), y.cuda(), objective, None if dead is None else dead.cuda(), last
+
+
+@pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize("seed", range(60))
+def test_step_equals_reference(seed: int) -> None:
+    case = _moved(on_cpu._random_case(seed))
+    step = SparseStep()
+    if case[-1] is not None:
+        step._last_threshold = torch.tensor(case[-1], dtype=torch.double, device="cuda")
+    on_cpu._assert_same(case, step)
+
+
+@pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize("seed", range(60, 80))
+def test_step_equals_reference_in_many_blocks_with_few_of_the_dead_chosen(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoder_module, "BLOCK_VALUES", 50)
+    monkeypatch.setattr(sparse_module, "SPARSE_AUX", 1)
+    on_cpu._assert_same(_moved(on_cpu._random_case(seed)), SparseStep())
+
+
+def _steady_waits(gpus: PretendGPUs, *, with_dead: bool, **settings: Any) -> list[str]:
+    """What the host waits for in one step of SAELens's trainer, when the first steps are behind."""
+    cfg = sm.MatryoshkaTrainingSAEConfig(
+        d_in=16, d_sae=64, k=4, matryoshka_widths=[16, 32, 64], device="cuda", **settings
+    )
+    batches = [batch.cuda() for batch in sparse_batches(12, 64, 16)]
+    window = 1 if with_dead else 1000
+    trainer = trainer_for(sm.MatryoshkaTrainingSAE(cfg), batches, device="cuda", dead_feature_window=window)
+    prepare_trainer(trainer)
+    if with_dead:
+        trainer.sae.b_enc.data[::5] = -100
+    for batch in batches:
+        with gpus.waiting() as waits:
+            trainer.step(batch)
+        trainer.n_training_steps += 1
+    assert bool(trainer.dead_neurons.any()) == with_dead
+    return [wait.what for wait in waits]
+
+
+def test_waits_of_a_steady_step(gpus: PretendGPUs) -> None:
+    """Which latents are dead, which products may be candidates, which are; whether the step is finite.
+
+    The other two are SAELens's: it sums the sparse activations over the batch, once to see what fired and
+    once to count.
+    """
+    ours = ["nonzero", "nonzero", "nonzero", "_local_scalar_dense"]
+    assert _steady_waits(gpus, with_dead=False) == [*ours, "coalesce", "coalesce"]
+
+
+def test_waits_of_a_step_that_revives_latents(gpus: PretendGPUs) -> None:
+    """One more: whether a row has ties among its dead latents."""
+    ours = ["nonzero", "nonzero", "nonzero", "nonzero", "_local_scalar_dense"]
+    assert _steady_waits(gpus, with_dead=True) == [*ours, "coalesce", "coalesce"]
+
+
+def test_waits_of_a_step_that_revives_latents_level_by_level(gpus: PretendGPUs) -> None:
+    """One more: how many dead latents each level has."""
+    ours = ["nonzero", "nonzero", "nonzero", "tolist", "_local_scalar_dense"]
+    found = _steady_waits(gpus, with_dead=True, use_matryoshka_aux_loss=True)
+    assert found == [*ours, "coalesce", "coalesce"]
