@@ -249,8 +249,9 @@ class PretendGPUs(TorchDispatchMode):
         self._patches.setattr(torch, "Generator", _Generator)
         self._patches.setattr(torch, "autocast", _Autocast)
         self._patches.setattr(torch.amp, "autocast", _Autocast)
-        enabled = torch.is_autocast_enabled
+        enabled, dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
         self._patches.setattr(torch, "is_autocast_enabled", lambda *_: enabled("cpu"))
+        self._patches.setattr(torch, "get_autocast_dtype", lambda *_: dtype("cpu"))
         self._patches.setattr(torch._C, "_group_tensors_by_device_and_dtype", _grouped)
 
     def named(self, device: Any) -> torch.device:

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import saelens_matryoshka as sm
-from saelens_matryoshka.ops import NestedWeights, SparseStep
+from saelens_matryoshka.ops import NestedObjective, NestedWeights, SparseStep, entries, reference_step
 from saelens_matryoshka.ops import encoder as encoder_module
 from saelens_matryoshka.ops import sparse as sparse_module
+from saelens_matryoshka.ops.entries import DenseEntries, GatheredEntries
 from saelens_matryoshka.runner import prepare_trainer
 from tests.helpers import sparse_batches, trainer_for
 from tests.ops import test_sparse as on_cpu
@@ -83,3 +84,32 @@ def test_waits_of_a_step_that_revives_latents_level_by_level(gpus: PretendGPUs) 
     ours = ["nonzero", "nonzero", "nonzero", "tolist", "_local_scalar_dense"]
     found = _steady_waits(gpus, with_dead=True, use_matryoshka_aux_loss=True)
     assert found == [*ours, "coalesce", "coalesce"]
+
+
+@pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize(("every", "form"), [(1, DenseEntries), (256, GatheredEntries)])
+def test_under_autocast_entries_are_multiplied_or_gathered_in_bfloat16(
+    every: int, form: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All positive ones are kept, since near a threshold bfloat16 selects others; 1 in `every` may be one."""
+    d_sae = 64 * every
+    found = []
+
+    def kept_entries(*args: Any) -> Any:
+        found.append(entries.kept_entries(*args))
+        return found[-1]
+
+    monkeypatch.setattr(sparse_module, "kept_entries", kept_entries)
+    b_enc = torch.where(torch.arange(d_sae) % every == 0, 0.0, -100.0)
+    values = torch.randn(8, d_sae), b_enc, torch.randn(d_sae, 8) / d_sae, torch.zeros(8)
+    x = torch.randn(32, 8)
+    objective = NestedObjective((16, d_sae), (1.0, 1.0), k=d_sae)
+    _, expected = on_cpu._run(reference_step, NestedWeights(*values), x, x, objective, None)
+    weights, x = NestedWeights(*(value.cuda() for value in values)), x.cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        _, grads = on_cpu._run(SparseStep(), weights, x, x, objective, None)
+    assert type(found[0]) is form
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        error = (grads[name].cpu() - expected[name]).norm() / expected[name].norm()
+        assert grads[name].dtype == torch.float32
+        assert bool(error < 0.06), name
