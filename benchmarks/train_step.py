@@ -6,6 +6,8 @@ weights and gradients, measured in the same turns.
 
     python -m benchmarks.train_step
     python -m benchmarks.train_step --d 2304 --d-sae 36864 --k 96 --batch 4096 --device cuda --autocast
+    python -m benchmarks.train_step --d 2304 --d-sae 36864 --k 96 --batch 4096 --device cuda --autocast \\
+        --only ours --tensor-core-advantage 1000  # with dense products for the kept entries; 0 gathers rows
     python -m benchmarks.train_step --memory      # peak memory, each contestant in a process of its own
 """
 
@@ -38,7 +40,7 @@ from sae_lens.config import SAETrainerConfig
 
 import saelens_matryoshka as sm
 from benchmarks import machine
-from saelens_matryoshka.ops import reference_step
+from saelens_matryoshka.ops import entries, reference_step
 from saelens_matryoshka.runner import prepare_trainer
 
 STOCK, ONE_LEVEL, REFERENCE, OURS, FLOOR = (
@@ -235,11 +237,14 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--autocast", action="store_true")
+    parser.add_argument("--tensor-core-advantage", type=int, help="instead of ours, for bfloat16 on a GPU")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--one-memory", choices=ALL, help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
+    if args.tensor_core_advantage is not None:
+        entries.TENSOR_CORE_ADVANTAGE = args.tensor_core_advantage
 
     def problem(levels: int, dead: float) -> Problem:
         sizes = (args.d, args.d_sae, args.k, args.batch)
