@@ -284,8 +284,8 @@ class PretendGPUs(TorchDispatchMode):
                 )
             if device.type not in ("cpu", "cuda"):
                 return factory(*args, device=device, **kwargs)
-            with torch._C.DisableTorchFunction():  # whose device is known by now
-                made = factory(*args, **kwargs)
+            with torch._C.DisableTorchFunction():  # nothing is to choose another device
+                made = factory(*args, device=CPU, **kwargs)
             if factory in _FROM_DATA and of_tensors:
                 return made.to(device)
             if factory in _FROM_DATA and device.type == "cuda":
