@@ -38,6 +38,10 @@ CPU_DECODE_VALUES = 1 << 20
 SPARSE_AUX = 12
 
 
+# Values gathered at a time where a product of entries has no kernel of its own.
+GATHERED_VALUES = 1 << 25
+
+
 class SparseStep:
     """The step as a callable that remembers, from batch to batch, where the candidates begin.
 
@@ -380,6 +384,11 @@ class _EntriesByLatent(NamedTuple):
 
     def dot(self, index: torch.Tensor, table: torch.Tensor, by_latent: torch.Tensor) -> torch.Tensor:
         """For each entry e, table[index[e]] · by_latent[its latent]: `[n]`."""
+        if table.is_cuda and table.dtype == torch.bfloat16:  # which the kernel does not take in every torch
+            chunk = max(1, GATHERED_VALUES // table.shape[1])
+            pairs = zip(index.split(chunk), self.columns.split(chunk), strict=True)
+            products = [torch.bmm(table[i][:, None], by_latent[c][:, :, None]) for i, c in pairs]
+            return torch.cat(products).view(-1)
         return torch.ops.aten._embedding_bag_per_sample_weights_backward(
             by_latent, table, index, self.offsets[:-1], self.columns, 0, -1
         )
