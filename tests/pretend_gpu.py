@@ -52,7 +52,9 @@ _WITH_SCALARS = {
     aten._fused_adam_,
 }
 _COPY = "copy between devices"
-_CPU_ONLY = {aten.histogram, aten._histogramdd_bin_edges, aten._histogramdd_from_bin_cts}
+# Without a kernel for GPUs: nonzero_static before torch 2.7, products of entries in bfloat16 before mid-2026.
+_CPU_ONLY = {aten.histogram, aten._histogramdd_bin_edges, aten._histogramdd_from_bin_cts, aten.nonzero_static}
+_NOT_IN_BFLOAT16 = {aten._embedding_bag_per_sample_weights_backward}
 _PRODUCTS = {aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.mv, aten.addmv, aten.dot, aten.vdot}
 _FROM_DATA = (torch.tensor, torch.as_tensor, torch.asarray)
 _OF_THE_ARGUMENT = ("empty", "full", "ones", "rand", "randint", "randn", "zeros")
@@ -241,6 +243,7 @@ class PretendGPUs(TorchDispatchMode):
             "manual_seed": None,
             "manual_seed_all": None,
             "get_rng_state_all": [torch.zeros(16, dtype=torch.uint8) for _ in range(self.n)],
+            "get_rng_state": torch.zeros(16, dtype=torch.uint8),
             "set_rng_state": None,
         }
         for name, answer in answers.items():
@@ -285,8 +288,8 @@ class PretendGPUs(TorchDispatchMode):
                 )
             if device.type not in ("cpu", "cuda"):
                 return factory(*args, device=device, **kwargs)
-            with torch._C.DisableTorchFunction():  # whose device is known by now
-                made = factory(*args, **kwargs)
+            with torch._C.DisableTorchFunction():  # nothing is to choose another device
+                made = factory(*args, device=CPU, **kwargs)
             if factory in _FROM_DATA and of_tensors:
                 return made.to(device)
             if factory in _FROM_DATA and device.type == "cuda":
@@ -440,7 +443,10 @@ def _refuse(packet: Any, given: list[torch.Tensor]) -> None:
     """Raise what a GPU has no kernel for."""
     if packet in _CPU_ONLY:
         raise NotImplementedError(f"Could not run '{packet}' with arguments from the 'CUDA' backend.")
-    if packet in _PRODUCTS and not given[-1].is_floating_point():
+    without_kernel = (packet in _PRODUCTS and not given[-1].is_floating_point()) or (
+        packet in _NOT_IN_BFLOAT16 and given[0].dtype == torch.bfloat16
+    )
+    if without_kernel:
         raise RuntimeError(f'"{packet.__name__}_cuda" not implemented for {given[-1].dtype}')
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from itertools import zip_longest
 from pathlib import Path
 from textwrap import fill
@@ -24,10 +25,30 @@ from saelens_matryoshka.atomic import write_atomically
 OUTPUT, TEXT = "Output", "Text and tokens"
 """panels of the help: what is printed and written, and what is measured on"""
 
+
+class _Aside:
+    """Standard error, in the place of a standard output that is kept for the result."""
+
+    def __init__(self, kept: IO[str]) -> None:
+        self.kept = kept
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
+def _alone_on_stdout(context: typer.Context, json: Path | None) -> Path | None:
+    """Have what libraries print, about a model they load or move, stay out of JSON on standard output."""
+    if on_stdout(json):
+        aside: Any = _Aside(sys.stdout)
+        context.with_resource(redirect_stdout(aside))
+    return json
+
+
 Json = Annotated[
     Path | None,
     typer.Option(
         "--json",
+        callback=_alone_on_stdout,
         metavar="[FILE.json]",
         help="Print the result as JSON, and nothing else; with a file, write it there beside the table.",
         rich_help_panel=OUTPUT,
@@ -113,7 +134,7 @@ def write_numbers(numbers: str, json: Path | None) -> None:
     if json is None:
         return
     if on_stdout(json):
-        print(numbers)
+        print(numbers, file=getattr(sys.stdout, "kept", sys.stdout))
         return
     write_atomically(json, numbers + "\n")
     Console().print(f"written: {json}", markup=False)

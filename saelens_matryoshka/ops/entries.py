@@ -26,6 +26,9 @@ from saelens_matryoshka.ops.selection import Selection
 # for an H100, 206 for an H200, 160 for an A100, and of memory scattered reads get less. Not measured.
 TENSOR_CORE_ADVANTAGE = 256
 
+# Values gathered at a time where products of entries have no kernel of their own.
+GATHERED_VALUES = 1 << 25
+
 Take = Callable[[torch.Tensor, tuple[int, ...]], torch.Tensor]
 """Gives memory for a result, as `SparseStep.take`"""
 
@@ -36,7 +39,7 @@ class Entries(Protocol):
     columns: torch.Tensor
     """`[n]`: the latent of each, in their own order"""
 
-    def decode(self, acts: torch.Tensor, decoder: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def decode(self, acts: torch.Tensor, W_dec: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """What each level's latents add to the output of rows start to stop: `[rows, n_levels, d_out]`."""
         ...
 
@@ -44,7 +47,7 @@ class Entries(Protocol):
         """Values `[n]` of the entries, given row-major, in their own order."""
         ...
 
-    def act_grads(self, output_grads: torch.Tensor, decoder: torch.Tensor) -> torch.Tensor:
+    def act_grads(self, output_grads: torch.Tensor, W_dec: torch.Tensor) -> torch.Tensor:
         """Gradients of the activations `[n]`, from those of the levels' outputs `[B, n_levels, d_out]`."""
         ...
 
@@ -66,11 +69,11 @@ def kept_entries(selection: Selection, levels: Levels, n_rows: int, W_dec: torch
         n_rows: B.
         W_dec: `[d_sae, d_out]`
     """
-    size = n_rows * len(W_dec)
-    on_tensor_cores = W_dec.device.type == "cuda" and gathered_dtype(W_dec) == torch.bfloat16
+    size, dtype = n_rows * len(W_dec), gathered_dtype(W_dec)
+    on_tensor_cores = W_dec.device.type == "cuda" and dtype == torch.bfloat16
     if on_tensor_cores and size <= min(BLOCK_VALUES, TENSOR_CORE_ADVANTAGE * len(selection.rows)):
-        return DenseEntries(selection, levels, n_rows)
-    return GatheredEntries(selection, levels, n_rows)
+        return DenseEntries(selection, levels, n_rows, dtype)
+    return GatheredEntries(selection, levels, n_rows, dtype)
 
 
 class GatheredEntries:
@@ -80,8 +83,8 @@ class GatheredEntries:
     those of large ones in sequence.
     """
 
-    def __init__(self, selection: Selection, levels: Levels, n_rows: int) -> None:
-        self._decoded, self._n_levels = selection.columns, len(levels.widths)
+    def __init__(self, selection: Selection, levels: Levels, n_rows: int, dtype: torch.dtype) -> None:
+        self._decoded, self._n_levels, self._dtype = selection.columns, len(levels.widths), dtype
         # A level's latents are neighbours, so the bags are in order as the entries are.
         bags = selection.rows * self._n_levels + levels.of_latent[selection.columns]
         bounds = torch.arange(n_rows * self._n_levels + 1, device=bags.device)
@@ -93,60 +96,63 @@ class GatheredEntries:
     def order(self, values: torch.Tensor) -> torch.Tensor:
         return values[self._by_latent.order]
 
-    def decode(self, acts: torch.Tensor, decoder: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def decode(self, acts: torch.Tensor, W_dec: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         offsets = self._offsets[start * self._n_levels : stop * self._n_levels + 1]
         columns = self._decoded
         if len(offsets) < len(self._offsets):
             first, last = int(offsets[0]), int(offsets[-1])
             columns, acts, offsets = columns[first:last], acts[first:last], offsets - first
-        return bag_sums(columns, decoder, offsets, acts).view(stop - start, self._n_levels, -1)
+        parts = bag_sums(columns, W_dec.to(self._dtype), offsets, acts)
+        return parts.view(stop - start, self._n_levels, -1)
 
-    def act_grads(self, output_grads: torch.Tensor, decoder: torch.Tensor) -> torch.Tensor:
-        return self._by_latent.dot(self._bags, output_grads.flatten(0, 1), decoder)
+    def act_grads(self, output_grads: torch.Tensor, W_dec: torch.Tensor) -> torch.Tensor:
+        # as they are: see `ByLatent.dot`
+        return self._by_latent.dot(self._bags, output_grads.flatten(0, 1), W_dec)
 
     def decoder_grad(self, acts: torch.Tensor, output_grads: torch.Tensor, take: Take) -> torch.Tensor:
-        return self._by_latent.sum(self._bags, output_grads.flatten(0, 1), acts, take=take)
+        return self._by_latent.sum(self._bags, output_grads.flatten(0, 1).to(self._dtype), acts, take=take)
 
     def encoder_grad(self, act_grads: torch.Tensor, encoder_in: torch.Tensor, take: Take) -> torch.Tensor:
-        return self._by_latent.sum(self._rows, encoder_in, act_grads, take=take)
+        return self._by_latent.sum(self._rows, encoder_in.to(self._dtype), act_grads, take=take)
 
 
 class DenseEntries:
     """As a dense matrix, made anew for each product, so that there is one at a time."""
 
-    def __init__(self, selection: Selection, levels: Levels, n_rows: int) -> None:
-        self._rows, self.columns = selection.rows, selection.columns
+    def __init__(self, selection: Selection, levels: Levels, n_rows: int, dtype: torch.dtype) -> None:
+        self._rows, self.columns, self._dtype = selection.rows, selection.columns, dtype
         self._shape, self._levels = (n_rows, levels.widths[-1]), list(pairwise((0, *levels.widths)))
 
     def order(self, values: torch.Tensor) -> torch.Tensor:
         return values
 
-    def decode(self, acts: torch.Tensor, decoder: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        matrix = self._matrix(acts, decoder.dtype)[start:stop]
+    def decode(self, acts: torch.Tensor, W_dec: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        matrix, decoder = self._matrix(acts)[start:stop], W_dec.to(self._dtype)
         parts = decoder.new_empty(stop - start, len(self._levels), decoder.shape[1])
         for level, (first, last) in enumerate(self._levels):
             torch.mm(matrix[:, first:last], decoder[first:last], out=parts[:, level])
         return parts
 
-    def act_grads(self, output_grads: torch.Tensor, decoder: torch.Tensor) -> torch.Tensor:
+    def act_grads(self, output_grads: torch.Tensor, W_dec: torch.Tensor) -> torch.Tensor:
+        given, decoder = output_grads.to(self._dtype), W_dec.to(self._dtype)
         grads = decoder.new_empty(self._shape)
         for level, (first, last) in enumerate(self._levels):
-            torch.mm(output_grads[:, level], decoder[first:last].T, out=grads[:, first:last])
+            torch.mm(given[:, level], decoder[first:last].T, out=grads[:, first:last])
         return grads[self._rows, self.columns]
 
     def decoder_grad(self, acts: torch.Tensor, output_grads: torch.Tensor, take: Take) -> torch.Tensor:  # noqa: ARG002
-        matrix = self._matrix(acts, output_grads.dtype)
-        grad = output_grads.new_empty(self._shape[1], output_grads.shape[-1])
+        matrix, given = self._matrix(acts), output_grads.to(self._dtype)
+        grad = given.new_empty(self._shape[1], given.shape[-1])
         for level, (first, last) in enumerate(self._levels):
-            torch.mm(matrix[:, first:last].T, output_grads[:, level], out=grad[first:last])
+            torch.mm(matrix[:, first:last].T, given[:, level], out=grad[first:last])
         return grad
 
     def encoder_grad(self, act_grads: torch.Tensor, encoder_in: torch.Tensor, take: Take) -> torch.Tensor:  # noqa: ARG002
-        return self._matrix(act_grads, encoder_in.dtype).T @ encoder_in
+        return self._matrix(act_grads).T @ encoder_in.to(self._dtype)
 
-    def _matrix(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        matrix = torch.zeros(self._shape, dtype=dtype, device=values.device)
-        matrix[self._rows, self.columns] = values.to(dtype)
+    def _matrix(self, values: torch.Tensor) -> torch.Tensor:
+        matrix = torch.zeros(self._shape, dtype=self._dtype, device=values.device)
+        matrix[self._rows, self.columns] = values.to(self._dtype)
         return matrix
 
 
@@ -186,6 +192,11 @@ class ByLatent(NamedTuple):
 
     def dot(self, index: torch.Tensor, table: torch.Tensor, by_latent: torch.Tensor) -> torch.Tensor:
         """For each entry e, table[index[e]] · by_latent[its latent]: `[n]`."""
+        if table.is_cuda and table.dtype == torch.bfloat16:  # which the kernel does not take in every torch
+            chunk = max(1, GATHERED_VALUES // table.shape[1])
+            pairs = zip(index.split(chunk), self.columns.split(chunk), strict=True)
+            products = [torch.bmm(table[i][:, None], by_latent[c][:, :, None]) for i, c in pairs]
+            return torch.cat(products).view(-1)
         return torch.ops.aten._embedding_bag_per_sample_weights_backward(
             by_latent, table, index, self.offsets[:-1], self.columns, 0, -1
         )

@@ -1,4 +1,7 @@
-"""Sorting and k-th largest values. On a CPU numpy's are several times as fast as torch's."""
+"""Order: sorting, k-th largest values, places in a mask.
+
+On a CPU numpy's sorting is several times as fast as torch's.
+"""
 
 from __future__ import annotations
 
@@ -25,3 +28,13 @@ def stable_order(values: torch.Tensor, bound: int) -> torch.Tensor:
     for shift in range(16, max(bound - 1, 0).bit_length(), 16):
         order = order[np.argsort((digits[order] >> shift).astype(np.uint16), kind="stable")]
     return torch.from_numpy(order)
+
+
+def true_places(mask: torch.Tensor, n: int) -> torch.Tensor:
+    """Where a mask `[m]` is true, which it is n times: `[n]`, increasing, without waiting for a GPU."""
+    if mask.device.type == "cpu":
+        return mask.nonzero().squeeze(1)
+    # nonzero would count them, and nonzero_static has no CUDA kernel before torch 2.7
+    place = torch.where(mask, mask.cumsum(0) - 1, n)  # of all that are false the one after the last
+    index = torch.arange(len(mask), device=mask.device)
+    return place.new_zeros(n + 1).scatter_(0, place, index)[:n]

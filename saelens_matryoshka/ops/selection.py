@@ -16,7 +16,7 @@ import torch
 
 from saelens_matryoshka.ops.encoder import Encoder
 from saelens_matryoshka.ops.group import ALONE, Group
-from saelens_matryoshka.ops.order import kth_largest
+from saelens_matryoshka.ops.order import kth_largest, true_places
 from saelens_matryoshka.ops.scan import entries_above
 
 # How far below the last batch's threshold the candidates begin.
@@ -77,8 +77,8 @@ def select_batch(
         found = group.count(len(index), "all")
     if found > n:
         keep = group.largest(scores, n, index, (encoder.n_rows, encoder.d_sae))
-        if group is ALONE:  # the number is known, so a GPU need not be waited for
-            keep = keep.nonzero_static(size=n).squeeze(1)
+        if group is ALONE:  # the number is known
+            keep = true_places(keep, n)
         index, pre, scores = index[keep], pre[keep], scores[keep]
     return _selection(index // encoder.d_sae, index % encoder.d_sae, pre, scores, group)
 

@@ -25,7 +25,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from saelens_matryoshka.ops.bags import bag_sums, gathered_dtype
+from saelens_matryoshka.ops.bags import bag_sums
 from saelens_matryoshka.ops.encoder import Encoder
 from saelens_matryoshka.ops.entries import ByLatent, Entries, kept_entries, sum_by_latent
 from saelens_matryoshka.ops.group import ALONE, Group
@@ -211,7 +211,7 @@ class _NestedLoss(torch.autograd.Function):
         ctx.save_for_backward(W_enc, W_dec, W_skip, x, encoder_in)
         ctx.entries, ctx.acts, ctx.norms = entries, entries.order(acts), norms
         ctx.output_grads, ctx.aux, ctx.objective = decoded.output_grads, aux, objective
-        ctx.step, ctx.gathered = step, gathered_dtype(W_dec)
+        ctx.step = step
         ctx.autocast = torch.is_autocast_enabled(x.device.type)
         return (levels.weight_tensor * level_losses).sum() + aux_loss + l1_loss
 
@@ -223,15 +223,15 @@ class _NestedLoss(torch.autograd.Function):
         ctx.output_grads = ctx.aux = None  # free them now: the trainer holds on to the loss
         base_grad = output_grads[:, 0] * grad_loss  # every level contains the base
 
-        level_grads, acts = output_grads.to(ctx.gathered), ctx.acts * grad_loss
-        act_grads = entries.act_grads(level_grads, W_dec.to(ctx.gathered)).to(acts.dtype)
+        acts = ctx.acts * grad_loss
+        act_grads = entries.act_grads(output_grads, W_dec).to(acts.dtype)
         l1_rate = objective.l1_coefficient / len(x)
         if l1_rate > 0:
             act_grads = act_grads + l1_rate * ctx.norms[entries.columns]
         act_grads = act_grads * grad_loss
 
-        W_dec_grad = entries.decoder_grad(acts, level_grads, take).to(W_dec.dtype)
-        W_enc_grad = entries.encoder_grad(act_grads, encoder_in.to(ctx.gathered), take).to(W_enc.dtype)
+        W_dec_grad = entries.decoder_grad(acts, output_grads, take).to(W_dec.dtype)
+        W_enc_grad = entries.encoder_grad(act_grads, encoder_in, take).to(W_enc.dtype)
         b_enc_grad = sum_by_latent(entries.columns, act_grads, len(W_dec))
         if l1_rate > 0:
             rate = l1_rate * sum_by_latent(entries.columns, acts, len(W_dec)) / ctx.norms.clamp(min=1e-30)
@@ -277,14 +277,13 @@ def _decode(
     n_rows, n_levels, d_out = len(y), len(levels.widths), W_dec.shape[1]
     level_losses = torch.zeros_like(levels.weight_tensor)
     rates = [weight * 2 / n_rows for weight in levels.weights]
-    decoder = W_dec.to(gathered_dtype(W_dec))
     residuals = W_dec.new_empty(n_rows, n_levels if all_residuals else 1, d_out)
     start_from = (base - y).expand(n_rows, d_out)
     on_cpu = W_dec.device.type == "cpu"
     chunk = max(1, CPU_DECODE_VALUES // (n_levels * d_out)) if on_cpu else n_rows
     for start in range(0, n_rows, chunk):
         stop = min(start + chunk, n_rows)
-        parts = entries.decode(acts, decoder, start, stop)
+        parts = entries.decode(acts, W_dec, start, stop)
         if group is not ALONE:
             parts = group.sum(parts.to(W_dec.dtype), "latents")
         out, running = output_grads[start:stop], start_from[start:stop]

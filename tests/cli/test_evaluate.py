@@ -83,6 +83,27 @@ def test_eval_gives_the_numbers_of_the_function(
     assert json.loads(said) == json.loads(expected.to_json())
 
 
+def test_json_is_alone_on_standard_output_whatever_libraries_print(
+    folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = tiny.load_hooked_transformer
+
+    def load_aloud() -> HookedTransformer:
+        print("Loaded pretrained model tiny into HookedTransformer")  # as TransformerLens does
+        return load()
+
+    monkeypatch.setattr(tiny, "load_hooked_transformer", load_aloud)
+    arguments = ("eval", str(folders / "first"), "--tokens", "300", "--ce-tokens", "0", "--json")
+    monkeypatch.setattr(sys, "argv", ["saelens-matryoshka", *arguments])
+    with pytest.raises(SystemExit):
+        main()
+    said = capsys.readouterr()
+    assert json.loads(said.out)["n_ce_tokens"] == 0
+    assert "Loaded pretrained model" in said.err
+    print("afterwards")
+    assert capsys.readouterr().out == "afterwards\n"
+
+
 def test_a_checkpoint_is_evaluated_as_the_model_it_would_be_saved_as(
     folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

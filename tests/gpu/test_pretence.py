@@ -106,7 +106,6 @@ def test_what_does_not_wait_is_not_noted(gpus: PretendGPUs) -> None:
         a[1:] += a.sum()
         a.topk(2)
         torch.full((3,), 2.0, device="cuda")
-        (a > 0).nonzero_static(size=2)
         torch.ones(4).to("cuda", non_blocking=True)
         torch.ones(4).nonzero()
         float(torch.ones(()))

@@ -12,6 +12,7 @@ from saelens_matryoshka.ops import NestedObjective, NestedWeights, SparseStep, e
 from saelens_matryoshka.ops import encoder as encoder_module
 from saelens_matryoshka.ops import sparse as sparse_module
 from saelens_matryoshka.ops.entries import DenseEntries, GatheredEntries
+from saelens_matryoshka.ops.order import true_places
 from saelens_matryoshka.runner import prepare_trainer
 from tests.helpers import sparse_batches, trainer_for
 from tests.ops import test_sparse as on_cpu
@@ -42,6 +43,36 @@ def test_step_equals_reference_in_many_blocks_with_few_of_the_dead_chosen(
     monkeypatch.setattr(encoder_module, "BLOCK_VALUES", 50)
     monkeypatch.setattr(sparse_module, "SPARSE_AUX", 1)
     on_cpu._assert_same(_moved(on_cpu._random_case(seed)), SparseStep())
+
+
+def test_places_of_a_mask_are_found_without_waiting(gpus: PretendGPUs) -> None:
+    mask = torch.rand(300) < 0.4
+    for mask_of in (mask, ~mask, mask | True, mask & False):
+        expected, on_gpu = mask_of.nonzero().squeeze(1), mask_of.cuda()
+        with gpus.waiting() as waits:
+            found = true_places(on_gpu, len(expected))
+        assert not waits
+        assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_step_in_low_precision_is_that_of_the_cpu(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entries, "GATHERED_VALUES", 100)
+    made = (torch.randn(16, 64) / 4, torch.zeros(64), torch.randn(64, 16) / 4, torch.zeros(16))
+    weights = NestedWeights(*(values.to(dtype) for values in made))
+    x = torch.randn(32, 16).to(dtype)
+    dead = torch.arange(64) % 7 == 0
+    objective = NestedObjective((16, 64), (1.0, 1.0), k=8, subtract_b_dec=True, aux_coefficient=1.0)
+    case = (weights, x, x, objective, dead, None)
+    _, expected = on_cpu._run(SparseStep(), *case[:-1])
+    _, found = on_cpu._run(SparseStep(), *_moved(case)[:-1])
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        assert found[name].dtype == dtype
+        error = (found[name].cpu() - expected[name]).double().norm()
+        assert error < 0.01 * expected[name].double().norm(), name
 
 
 def _steady_waits(gpus: PretendGPUs, *, with_dead: bool, **settings: Any) -> list[str]:

@@ -35,7 +35,7 @@ def test_products_are_those_of_the_matrix(form: Any) -> None:
     decoder, source = torch.randn(WIDTHS[-1], D).double(), torch.randn(N_ROWS, 3).double()
     grads = torch.randn(N_ROWS, len(WIDTHS), D).double()
     level = LEVELS.of_latent
-    entries = form(selection, LEVELS, N_ROWS)
+    entries = form(selection, LEVELS, N_ROWS, torch.double)
 
     by_level = torch.stack([(matrix * (level == i)) @ decoder for i in range(3)], dim=1)
     torch.testing.assert_close(entries.decode(selection.pre, decoder, 0, N_ROWS), by_level)
@@ -58,7 +58,10 @@ def test_products_are_those_of_the_matrix(form: Any) -> None:
 @pytest.mark.parametrize("form", [GatheredEntries, DenseEntries])
 def test_without_entries_all_is_zero(form: Any) -> None:
     selection, _ = _selection(share=0.0)
-    entries, grads = form(selection, LEVELS, N_ROWS), torch.randn(N_ROWS, len(WIDTHS), D).double()
+    entries, grads = (
+        form(selection, LEVELS, N_ROWS, torch.double),
+        torch.randn(N_ROWS, len(WIDTHS), D).double(),
+    )
     assert not entries.decode(selection.pre, torch.randn(WIDTHS[-1], D).double(), 0, N_ROWS).any()
     assert not entries.decoder_grad(selection.pre, grads, _take).any()
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saelens_matryoshka.ops.order import kth_largest, stable_order
+from saelens_matryoshka.ops.order import kth_largest, stable_order, true_places
 
 
 @pytest.mark.parametrize("bound", [1, 2, 12288, 65536, 65537, 1 << 17, 1 << 33])
@@ -23,3 +23,8 @@ def test_the_kth_largest_is_that_of_a_sort(dtype: torch.dtype, k: int) -> None:
     assert torch.equal(kth_largest(values, k), expected)
     assert torch.equal(kth_largest(values[1], k), expected[1])
     assert torch.equal(kth_largest(values.T.contiguous().T, k), expected), "whatever the layout"
+
+
+def test_places_of_a_mask_are_those_that_nonzero_gives() -> None:
+    mask = torch.rand(300) < 0.4
+    assert torch.equal(true_places(mask, int(mask.sum())), mask.nonzero().squeeze(1))

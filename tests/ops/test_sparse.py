@@ -119,7 +119,7 @@ def test_step_equals_reference_when_decoded_in_many_chunks(
 def test_step_equals_reference_when_its_entries_are_multiplied_densely(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sparse_module, "kept_entries", lambda *args: DenseEntries(*args[:3]))
+    monkeypatch.setattr(sparse_module, "kept_entries", lambda *args: DenseEntries(*args[:3], torch.double))
     monkeypatch.setattr(sparse_module, "CPU_DECODE_VALUES", (8, 1 << 20)[seed % 2])
     _assert_same(_random_case(seed), SparseStep())
 
@@ -218,8 +218,7 @@ def test_copying_a_model_does_not_copy_the_scratch_memory() -> None:
 def test_autocast_gives_the_reference_gradients_to_bfloat16_accuracy(
     gathered: torch.dtype, form: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sparse_module, "gathered_dtype", lambda _: gathered)
-    monkeypatch.setattr(sparse_module, "kept_entries", lambda *args: form(*args[:3]))
+    monkeypatch.setattr(sparse_module, "kept_entries", lambda *args: form(*args[:3], gathered))
     torch.manual_seed(0)
     d_in, d_sae, n_rows = 16, 64, 32
     weights = NestedWeights(
