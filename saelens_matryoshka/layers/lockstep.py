@@ -37,6 +37,7 @@ from saelens_matryoshka.layers.store import (
     SharedBatches,
     many_hook_store,
 )
+from saelens_matryoshka.ops import SparseStep
 from saelens_matryoshka.pairs import probe_hooks, require_enough_text
 from saelens_matryoshka.reading import Reading
 from saelens_matryoshka.runner import (
@@ -201,6 +202,7 @@ class LockstepTrainer(MultiSAETrainer):
             evaluator=self._evaluate,
             save_checkpoint_fn=batches.save_to_checkpoint,
         )
+        _share_memory(list(saes.values()))
         self.observers: list[Callable[[LockstepTrainer, Any], None]] = []
         self._is_prepared = False
         for name, runner in runners.items():
@@ -278,6 +280,15 @@ class LockstepTrainer(MultiSAETrainer):
             if trainer.evaluator is not None
             for key, value in trainer.evaluator(saes[name], data_provider, activation_scalers[name]).items()
         }
+
+
+def _share_memory(saes: Sequence[Any]) -> None:
+    """Have dictionaries of the same sizes, which step one after the other, use the same buffers."""
+    first: dict[Any, SparseStep] = {}
+    for sae in saes:
+        if isinstance(sae.step_fn, SparseStep):
+            sizes = (sae.W_enc.shape, sae.W_dec.shape, sae.dtype)
+            sae.step_fn.share_memory(first.setdefault(sizes, sae.step_fn))
 
 
 def estimate_scaling_factors(trainer: MultiSAETrainer) -> None:

@@ -91,6 +91,10 @@ class SparseStep:
     def __reduce__(self) -> tuple[Any, ...]:
         return SparseStep, (self.group,)
 
+    def share_memory(self, other: SparseStep) -> None:
+        """Use the buffers of another step, of a dictionary of the same sizes with which it takes turns."""
+        self._scratch, self._spare, self._lent = other._scratch, other._spare, other._lent
+
     def scratch(
         self, name: str, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype
     ) -> torch.Tensor | None:

@@ -40,6 +40,7 @@ _STEP = (FORWARD, BACKWARD)
 _LOADED = PHASES[1:]
 
 BUFFER, WAITING = "activation buffer", "waiting rows as saved"
+_BUFFERS = ("gradients", "pre-activations", "outputs of the levels")
 CUDA_CONTEXT, PROCESS, WORKSPACES = "CUDA context", "Python and libraries", "workspaces"
 # What a process takes that trains nothing yet: measured on Linux with torch 2.13. The figures of CUDA, its
 # context on the GPU with cuBLAS's workspace and its libraries in main memory, are the usual ones, unmeasured.
@@ -201,7 +202,7 @@ def memory_needs(cfgs: Configs, trace: ForwardTrace, mesh: Mesh = ALONE) -> list
     """
     cfg, rows = cfgs[0], store_rows(cfgs[0], mesh.size)
     shares = [_share(one, mesh) for one in cfgs]
-    training = _in_turn([[*_dictionary(one), *_step(one, rows.refills > 1)] for one in shares])
+    training = _in_turn(shares, rows.refills > 1)
     if mesh.size > 1:
         training = _together(cfg, training, mesh)
     if cfg.prefetch_llm_batches:  # the buffer is filled while the steps go on
@@ -257,13 +258,27 @@ def _given_away(store: list[Need], training: list[Need]) -> Need:
     return Need("state for the first process", "cpu", max(0, 2 * state - files), (SAVING,))
 
 
-def _in_turn(each: Sequence[list[Need]]) -> list[Need]:
-    """The needs of dictionaries that take turns: what is not kept between turns is there once."""
+def _in_turn(cfgs: Configs, refilled: bool) -> list[Need]:
+    """The needs of dictionaries that take turns.
+
+    What is kept between turns is there for each, but for buffers, which those of the same sizes share; the
+    rest is there once.
+    """
+    by_sizes: dict[Any, list[list[Need]]] = {}
+    for cfg in cfgs:
+        sizes = (cfg.sae.d_in, getattr(cfg.sae, "d_out", None), cfg.sae.d_sae, cfg.sae.dtype)
+        by_sizes.setdefault(sizes, []).append([*_dictionary(cfg), *_step(cfg, refilled)])
+    return _added([_added(each, once=_BUFFERS) for each in by_sizes.values()])
+
+
+def _added(each: Sequence[list[Need]], once: Sequence[str] = ()) -> list[Need]:
+    """The needs of all: the largest of what is not kept between turns, or named in `once`, and the sum of the
+    rest."""
     found: dict[tuple[Any, ...], Need] = {}
     for need in (need for needs in each for need in needs):
         key = need._replace(n_bytes=0)
         before = found[key].n_bytes if key in found else 0
-        is_kept = {*_STEP, SAVING} <= set(need.phases)
+        is_kept = {*_STEP, SAVING} <= set(need.phases) and need.what not in once
         n_bytes = before + need.n_bytes if is_kept else max(before, need.n_bytes)
         found[key] = need._replace(n_bytes=n_bytes)
     return list(found.values())

@@ -339,8 +339,8 @@ def test_prefetching_adds_the_step_to_the_refill(llm_device: str) -> None:
 
 
 def test_dictionaries_in_lockstep_share_the_model_and_take_turns() -> None:
-    def peaks(*layers: int) -> dict[str, int]:
-        cfgs = [_gemma(device="cuda", hook_name=f"blocks.{layer}.ln2.hook_normalized") for layer in layers]
+    def peaks(*layers: int, device: str = "cuda") -> dict[str, int]:
+        cfgs = [_gemma(device=device, hook_name=f"blocks.{layer}.ln2.hook_normalized") for layer in layers]
         for cfg, layer in zip(cfgs, layers, strict=True):
             cfg.sae.hook_name_out = f"blocks.{layer}.hook_mlp_out"
         needs = memory_needs(cfgs, trace_forward(cfgs, model_shape(cfgs[0])))
@@ -355,6 +355,10 @@ def test_dictionaries_in_lockstep_share_the_model_and_take_turns() -> None:
         assert two[what] == 2 * one[what]
     for what in ("language model", "gradients", "outputs of the levels"):
         assert two[what] == one[what]
+    # on a CPU the buffers are kept, and shared by dictionaries of the same sizes
+    one_on_cpu, two_on_cpu = peaks(8, device="cpu"), peaks(7, 8, device="cpu")
+    for what in ("gradients", "pre-activations", "outputs of the levels"):
+        assert two_on_cpu[what] == one_on_cpu[what]
     assert two[memory_module.BUFFER] == 2 * one[memory_module.BUFFER]
     assert twice[memory_module.BUFFER] == one[memory_module.BUFFER]
 
