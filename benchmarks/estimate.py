@@ -1,8 +1,9 @@
 """Memory as `saelens-matryoshka estimate` predicts it, beside what real runs take.
 
 Every run is SAELens's runner on a language model of the given shape with random weights and random tokens,
-in a process of its own. On a CPU its largest resident memory counts, less that of the process after a run of
-no size; on a GPU `torch.cuda.max_memory_allocated`. The time is that of the training loop.
+in a process of its own, or in two that train together. On a CPU its largest resident memory counts, less that
+of the process after a run of no size, and of two processes the larger; on a GPU
+`torch.cuda.max_memory_allocated`. The time is that of the training loop.
 
     python -m benchmarks.estimate
     python -m benchmarks.estimate --only gpt2 --device cuda
@@ -14,6 +15,7 @@ import argparse
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -33,10 +35,14 @@ from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunne
 import saelens_matryoshka as sm
 from benchmarks import machine
 from saelens_matryoshka.layers import train_layers
+from saelens_matryoshka.parallel import Mesh, joined
 from saelens_matryoshka.runner import observe
 from saelens_matryoshka.runs.estimate import estimate
 from saelens_matryoshka.runs.language_models import model_shape
-from saelens_matryoshka.runs.memory import CUDA_CONTEXT_BYTES, LOADING, PROCESS_BYTES
+from saelens_matryoshka.runs.memory import ALONE, CUDA_CONTEXT_BYTES, LOADING, PROCESS_BYTES
+from saelens_matryoshka.runs.training import RunRunner
+from saelens_matryoshka.upkeep.checkpoints import Checkpoints
+from saelens_matryoshka.upkeep.keeper import Keeper
 
 # name: (architecture, settings of the dictionary, settings of the runner)
 _GPT2 = {"model_name": "gpt2", "context_size": 128, "store_batch_size_prompts": 8}
@@ -99,6 +105,18 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {**_GPT2, "model_name": "gpt2-medium", "layer": 0, "n_batches_in_buffer": 64,
          "train_batch_size_tokens": 2048, "steps": 6},
     ),
+    "tiny SAE, data parallel on 2": (
+        "sae",
+        {"d_in": 128, "d_sae": 65536, "k": 32},
+        {**_TINY, "layer": 1, "n_batches_in_buffer": 64, "train_batch_size_tokens": 1024, "steps": 6,
+         "mesh": Mesh(row_blocks=2)},
+    ),
+    "tiny SAE, 2 shards": (
+        "sae",
+        {"d_in": 128, "d_sae": 65536, "k": 32},
+        {**_TINY, "layer": 1, "n_batches_in_buffer": 64, "train_batch_size_tokens": 1024, "steps": 6,
+         "mesh": Mesh(shards=2)},
+    ),
 }  # fmt: skip
 _CLASSES = {
     "sae": sm.MatryoshkaTrainingSAEConfig,
@@ -114,6 +132,7 @@ def runner_configs(
     kind, sae, run = CASES[name]
     run = dict(run)
     layers, steps = run.pop("layers", None) or [run.pop("layer")], run.pop("steps")
+    run.pop("mesh", None)
     dictionary: dict[str, Any] = {**sae, "device": device}
     d_sae = dictionary["d_sae"]
     widths = [d_sae // 16, d_sae // 4, d_sae // 2, d_sae]
@@ -149,7 +168,10 @@ def measure(name: str, device: str) -> dict[str, float]:
         before = psutil.Process().memory_info().rss
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        seconds = _run(runner_configs(name, device, f"{folder}/run"))
+        mesh = mesh_of(name)
+        if mesh.size > 1:
+            os.environ["WORLD_SIZE"] = str(mesh.size)  # only now: the miniature is a run of one process
+        seconds = _run(runner_configs(name, device, f"{folder}/run"), mesh)
     if device == "cuda":
         used = torch.cuda.max_memory_allocated()
     else:
@@ -168,7 +190,12 @@ def _miniature(device: str, output_path: str) -> LanguageModelSAERunnerConfig[An
     return cfg
 
 
-def _run(cfgs: dict[str, LanguageModelSAERunnerConfig[Any]]) -> float:
+def mesh_of(name: str) -> Mesh:
+    """The processes that a case is for."""
+    return CASES[name][2].get("mesh", ALONE)
+
+
+def _run(cfgs: dict[str, LanguageModelSAERunnerConfig[Any]], mesh: Mesh = ALONE) -> float:
     """Seconds of the training loop."""
     cfg = next(iter(cfgs.values()))
     n_prompts = cfg.store_batch_size_prompts * 4
@@ -184,6 +211,13 @@ def _run(cfgs: dict[str, LanguageModelSAERunnerConfig[Any]]) -> float:
 
     if len(cfgs) > 1:
         train_layers(cfgs, observers={list(cfgs)[-1]: [note_time]}, on_start=note_time, **replaced)
+        return times[-1] - times[0]
+    if mesh.size > 1:
+        with joined(cfg, "dictionary", mesh.shards) as job:
+            keeper = Keeper(Checkpoints(Path(f"{cfg.output_path}/checkpoints")), minutes=0)
+            together = RunRunner(cfg, observers=[note_time], keeper=keeper, **replaced, **job.overrides(cfg))
+            job.share(together, keeper)
+            together.run()
         return times[-1] - times[0]
     runner = LanguageModelSAETrainingRunner(cfg, **replaced)
     stock = SAETrainer.fit
@@ -203,12 +237,9 @@ def _run(cfgs: dict[str, LanguageModelSAERunnerConfig[Any]]) -> float:
 
 def compare(name: str, device: str, *, with_time: bool = True) -> dict[str, Any]:
     """Estimate and measurement of a case, each in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.estimate", "--device", device, "--measure", name]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{name}: {done.stderr.strip().splitlines()[-1]}")
-    measured = json.loads(done.stdout.splitlines()[-1])
-    predicted = estimate(*runner_configs(name, device, None).values(), with_time=with_time)
+    mesh = mesh_of(name)
+    measured = _measured(name, device, mesh.size)
+    predicted = estimate(*runner_configs(name, device, None).values(), with_time=with_time, mesh=mesh)
     place = next(d for d in predicted.devices if d.name.startswith(device))
     # the model is not loaded from files here, and the process was there before
     there = CUDA_CONTEXT_BYTES if device == "cuda" else PROCESS_BYTES
@@ -222,6 +253,31 @@ def compare(name: str, device: str, *, with_time: bool = True) -> dict[str, Any]
         "estimated_seconds": predicted.time.total if predicted.time else None,
         "measured_seconds": measured["seconds"],
     }
+
+
+def _measured(name: str, device: str, n_processes: int) -> dict[str, float]:
+    """What `measure` finds in processes of their own: of several, the most."""
+    command = [sys.executable, "-m", "benchmarks.estimate", "--device", device, "--measure", name]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    started = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(n_processes)
+    ]
+    found: list[dict[str, float]] = []
+    for process in started:
+        said, errors = process.communicate()
+        if process.returncode != 0:
+            raise RuntimeError(f"{name}: {errors.strip().splitlines()[-1]}")
+        found.append(json.loads(said.splitlines()[-1]))
+    return {key: max(one[key] for one in found) for key in found[0]}
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

@@ -24,6 +24,7 @@ from saelens_matryoshka.cache.manifest import MANIFEST
 from saelens_matryoshka.cache.reader import ActivationCache, CachedBatches, open_cache
 from saelens_matryoshka.evaluation.evaluator import evaluate_activations
 from saelens_matryoshka.evaluation.result import EvalResult
+from saelens_matryoshka.ops import ALONE, Group
 from saelens_matryoshka.pairs import warn_of_same_tensor
 from saelens_matryoshka.reading import Reading
 from saelens_matryoshka.sites import Site
@@ -112,11 +113,13 @@ class CachedActivationsStore(ResumableStore):
             self._ahead.clear()
             self.batches.position = int(saved["position"])
 
-    def evaluate(self, sae: SAE[Any], *, with_redundancy: bool = True) -> EvalResult | None:
+    def evaluate(
+        self, sae: SAE[Any], *, with_redundancy: bool = True, group: Group = ALONE
+    ) -> EvalResult | None:
         """FVU, L0 and dead latents of every prefix on the held-out rows; None if there are none."""
         if not self.cache.manifest.held_out:
             return None
-        return evaluate_cached(sae, self.cache, with_redundancy=with_redundancy)
+        return evaluate_cached(sae, self.cache, with_redundancy=with_redundancy, group=group)
 
 
 def is_cache(path: str | Path | None) -> bool:
@@ -172,13 +175,16 @@ def reading_of(cfg: LanguageModelSAERunnerConfig[Any], cache: ActivationCache) -
     return Reading(cache.site(cfg.hook_name, with_gain=with_gain), cfg.sae.hook_name_out)
 
 
-def evaluate_cached(sae: SAE[Any], cache: ActivationCache, *, with_redundancy: bool = True) -> EvalResult:
+def evaluate_cached(
+    sae: SAE[Any], cache: ActivationCache, *, with_redundancy: bool = True, group: Group = ALONE
+) -> EvalResult:
     """FVU, L0 and dead latents of every prefix on the held-out rows of a cache.
 
     Args:
         sae: SAE or transcoder, ours or stock, that reads the raw hook.
         cache: Of the language model it was trained on.
         with_redundancy: As in `sm.evaluate`.
+        group: As in `sm.evaluate`.
 
     Raises:
         ValueError: the cache has no such hook or no held-out rows, or is of another frame.
@@ -195,4 +201,6 @@ def evaluate_cached(sae: SAE[Any], cache: ActivationCache, *, with_redundancy: b
         for rows in cache.held_out(hooks, _HELD_OUT_BATCH, device=sae.device, dtype=sae.dtype):
             yield rows[source], rows[target]
 
-    return evaluate_activations(sae, CachedModel(cache), pairs(), with_redundancy=with_redundancy)
+    return evaluate_activations(
+        sae, CachedModel(cache), pairs(), with_redundancy=with_redundancy, group=group
+    )

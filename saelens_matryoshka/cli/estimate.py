@@ -10,7 +10,7 @@ import typer
 
 from saelens_matryoshka.cli.interruption import interruptible
 from saelens_matryoshka.cli.output import Console, Json, on_stdout, quieten, require_writable, write_numbers
-from saelens_matryoshka.cli.settings import read_sources, require_no_layer
+from saelens_matryoshka.cli.settings import read_mesh, read_sources, require_no_layer, require_one_process
 
 _UNITS = {
     "": 1,
@@ -45,6 +45,14 @@ def estimate(
     layers_: Annotated[
         str | None, typer.Option("--layers", help="Several, e.g. 0-11, in lockstep; see `train`.")
     ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="As many as torchrun is to start. The memory is that of one of them."),
+    ] = None,
+    shard: Annotated[
+        str | None, typer.Option(help='"dictionary" divides the latents among them; see `train`.')
+    ] = None,
+    shards: Annotated[int | None, typer.Option(help="Of each copy of the dictionary; see `train`.")] = None,
     saelens_defaults: Annotated[
         bool,
         typer.Option("--saelens-defaults", help="SAELens's defaults instead of the recommended settings."),
@@ -65,12 +73,15 @@ def estimate(
       saelens-matryoshka estimate --preset gemma-2-2b --device cuda \\
           --gpu-memory 24GB
       saelens-matryoshka estimate --preset gpt2 --layers 0-11
+      saelens-matryoshka estimate --preset gemma-2-2b --device cuda \\
+          --gpu-memory 80GB --d_sae 1048576 --shard dictionary --processes 8
       saelens-matryoshka estimate --model_name gpt2 --mapping mlp --layer 8 \\
           -k 64 --d_sae 12288 --dataset_path any --training_tokens 50M
     """
     require_writable(json)
     quieten()
     console = Console(stderr=True)
+    mesh = read_mesh(shard, shards, processes)
     available = {
         device: read_size(flag, given)
         for device, flag, given in (("cuda", "--gpu-memory", gpu_memory), ("cpu", "--cpu-memory", cpu_memory))
@@ -85,13 +96,14 @@ def estimate(
         own = {"mapping": None if several else mapping, "layer": layer}
         sources, _, runs = read_sources(context.args, preset=preset, config=config, own=own)
         if several or runs is not None:
+            require_one_process(mesh)
             require_no_layer(layer)
             many = resolve_many(sources, each_of(layers_, mapping, runs), recommended=not saelens_defaults)
             cfgs = [one.cfg for one in many.values()]
         else:
             cfgs = [resolve(sources, recommended=not saelens_defaults).cfg]
     with console.status("a few steps to calibrate the time" if not no_time else "counting"):
-        result = estimate_run(*cfgs, available=available, with_time=not no_time)
+        result = estimate_run(*cfgs, available=available, with_time=not no_time, mesh=mesh)
     write(result, json)
     if result.fits is False:
         raise typer.Exit(1)

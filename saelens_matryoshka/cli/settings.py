@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 if TYPE_CHECKING:
+    from saelens_matryoshka.parallel import Mesh, Sharding
     from saelens_matryoshka.runs.fields import Given
     from saelens_matryoshka.runs.settings import SettingsSource
 
@@ -63,6 +64,33 @@ def require_no_layer(layer: int | None) -> None:
     """Refuse --layer beside what names several."""
     if layer is not None:
         raise ValueError(f"--layer {layer} is of a single run: with several, give --layers.")
+
+
+def read_mesh(shard: str | None, shards: int | None, processes: int | None = None) -> Mesh:
+    """How processes are to divide the work, before anything is loaded that they would share.
+
+    Args:
+        shard: --shard.
+        shards: --shards.
+        processes: How many there would be; None, those that torchrun has started.
+
+    Raises:
+        ValueError: they cannot divide it so.
+    """
+    from saelens_matryoshka.parallel import mesh_shape
+
+    if shard not in (None, "dictionary"):
+        raise ValueError(f"--shard {shard} is not known: 'dictionary' divides the latents among processes.")
+    return mesh_shape(cast("Sharding | None", shard), shards, processes)
+
+
+def require_one_process(mesh: Mesh) -> None:
+    """Refuse several processes for dictionaries in lockstep."""
+    if mesh.size > 1:
+        raise ValueError(
+            "several layers are trained in lockstep by one process: under torchrun, or with --shard, train "
+            "one --layer."
+        )
 
 
 def _cache_settings(folder: Path) -> dict[str, Given]:

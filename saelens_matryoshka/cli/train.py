@@ -15,14 +15,14 @@ from rich.markup import escape
 
 from saelens_matryoshka.cli.interruption import interruptible
 from saelens_matryoshka.cli.output import Console, Json, on_stdout, quieten, require_writable, write_numbers
-from saelens_matryoshka.cli.settings import read_sources, require_no_layer
+from saelens_matryoshka.cli.settings import read_mesh, read_sources, require_no_layer, require_one_process
 from saelens_matryoshka.valid_json import dumps
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from saelens_matryoshka.evaluation.result import EvalResult
-    from saelens_matryoshka.parallel import Sharding
+    from saelens_matryoshka.parallel import Mesh, Sharding
     from saelens_matryoshka.runs.fields import Given
     from saelens_matryoshka.runs.folder import RunFolder
     from saelens_matryoshka.runs.settings import Settings
@@ -194,7 +194,8 @@ def train(
     given = {"keep": keep, "checkpoint_minutes": checkpoint_minutes, "skip_bad_batches": skip_bad_batches}
     upkeep = {field: value for field, value in given.items() if value is not None}
     Upkeep(**upkeep)
-    sharding = _sharding(shard, shards)
+    mesh = read_mesh(shard, shards)
+    sharding = cast("Sharding | None", shard)
     if resume is not None:
         others = [
             f"--{parameter.replace('_', '-')}"
@@ -204,7 +205,7 @@ def train(
         ]
         if others := others + context.args:
             raise ValueError(f"--resume goes on with the run's own settings: leave out {' '.join(others)}.")
-        _resume(resume, upkeep, console, json, sharding=sharding, shards=shards)
+        _resume(resume, upkeep, console, json, mesh=mesh, sharding=sharding, shards=shards)
         return
     with console.status("resolving the settings"):
         from saelens_matryoshka.runs.folder import require_name
@@ -226,7 +227,7 @@ def train(
         from saelens_matryoshka.cli.layers import train_layers
         from saelens_matryoshka.runs.layers import each_of
 
-        _require_one_process(sharding)
+        require_one_process(mesh)
         require_no_layer(layer)
         train_layers(
             sources,
@@ -248,7 +249,7 @@ def train(
         if not dry_run:
             require_devices(settings.cfg)
     if dry_run:
-        _show_plan(settings, folder, console, json)
+        _show_plan(settings, folder, console, json, mesh)
         return
     from saelens_matryoshka.runs.training import train_run
 
@@ -266,34 +267,13 @@ def train(
     _show_result(result, folder, console, json)
 
 
-def _sharding(shard: str | None, shards: int | None) -> Sharding | None:
-    """What is to be divided among processes, before anything is loaded that they would share."""
-    if shard not in (None, "dictionary"):
-        raise ValueError(f"--shard {shard} is not known: 'dictionary' divides the latents among processes.")
-    sharding = cast("Sharding | None", shard)
-    if sharding is not None or shards is not None:
-        from saelens_matryoshka.parallel import mesh_shape
-
-        mesh_shape(sharding, shards)
-    return sharding
-
-
-def _require_one_process(sharding: Sharding | None) -> None:
-    from saelens_matryoshka.parallel import is_torchrun
-
-    if sharding is not None or is_torchrun():
-        raise ValueError(
-            "several layers are trained in lockstep by one process: under torchrun, or with --shard, train "
-            "one --layer."
-        )
-
-
 def _resume(
     path: Path,
     upkeep: dict[str, Any],
     console: Console,
     json: Path | None,
     *,
+    mesh: Mesh,
     sharding: Sharding | None,
     shards: int | None,
 ) -> None:
@@ -302,7 +282,7 @@ def _resume(
     from saelens_matryoshka.runs.training import resume_run
 
     if runs_in(path):
-        _require_one_process(sharding)
+        require_one_process(mesh)
         from saelens_matryoshka.cli.layers import resume_layers
 
         resume_layers(path, upkeep, console, json)
@@ -394,14 +374,19 @@ def _summary(settings: Settings) -> str:
     )
 
 
-def _show_plan(settings: Settings, folder: RunFolder, console: Console, json: Path | None) -> None:
+def _show_plan(
+    settings: Settings, folder: RunFolder, console: Console, json: Path | None, mesh: Mesh
+) -> None:
+    from saelens_matryoshka.parallel import is_first_process
     from saelens_matryoshka.runs.estimate import estimate
 
+    if not is_first_process():
+        return
     values = settings.values()
     if not on_stdout(json):
         _show_settings(settings, folder, console, len(values))
     with console.status("estimating memory and time"):
-        found = estimate(settings.cfg)
+        found = estimate(settings.cfg, mesh=mesh)
     if not on_stdout(json):
         console.print(found.tables())
     plan = {"folder": str(folder.path), "mapping": settings.mapping, "settings": values}

@@ -25,6 +25,7 @@ from saelens_matryoshka.evaluation.metrics import (
     NextTokenSums,
     ReconstructionSums,
     decoder_redundancy,
+    summed,
 )
 from saelens_matryoshka.evaluation.passes import Passes, Progress
 from saelens_matryoshka.evaluation.result import EvalResult, PrefixMetrics
@@ -72,8 +73,8 @@ def evaluate(
             metrics; at their positions the target is not replaced.
         model_kwargs: Passed on when the language model is called.
         with_redundancy: Compute `decoder_redundancy` too: it takes a product of d_sae² by d_out.
-        group: The processes that have the dictionary in shards, of which `sae` is this one's. Each runs its
-            language model on the same text, and all return the same.
+        group: The processes that evaluate it together, of which `sae` is this one's shard or copy. Each runs
+            its language model on its part of the text, and all return the same.
         on_progress: Called with what is measured, and the numbers of tokens done and to do.
         unfinished: Where the sums are kept until the end, and taken from if they are there: an evaluation
             that was ended goes on, and gives the same numbers. The caller removes it once they are safe.
@@ -96,7 +97,8 @@ def evaluate(
         )
     sae = inference_model(sae)
     evaluation = Evaluation(sae, model, exclude_special_tokens, model_kwargs, group)
-    batches = list(token_batches(sae, model, dataset, n_tokens, context_size, batch_size_prompts))
+    n_prompts = batch_size_prompts * group.size
+    batches = list(token_batches(sae, model, dataset, n_tokens, context_size, n_prompts))
     Passes([evaluation], batches, n_ce_tokens).run(on_progress, unfinished)
     return evaluation.result(with_redundancy=with_redundancy)
 
@@ -108,6 +110,7 @@ def evaluate_activations(
     pairs: Iterable[tuple[torch.Tensor, torch.Tensor]],
     *,
     with_redundancy: bool = True,
+    group: Group = ALONE,
 ) -> EvalResult:
     """The metrics that need no language model: all but cross-entropy and KL.
 
@@ -116,15 +119,19 @@ def evaluate_activations(
         model: Says in which frame the source is; it is not run.
         pairs: Sources `[n, d_in]` and targets `[n, d_out]`, on the SAE's device and in its dtype.
         with_redundancy: As in `evaluate`.
+        group: As in `evaluate`; the pairs are the same in all processes.
     """
-    evaluation = Evaluation(inference_model(sae), model, exclude_special_tokens=False)
+    evaluation = Evaluation(inference_model(sae), model, exclude_special_tokens=False, group=group)
     for source, target in pairs:
-        evaluation.add_pairs(source, target)
+        evaluation.add_pairs(group.part(source), group.part(target))
     return evaluation.result(with_redundancy=with_redundancy)
 
 
 class Evaluation:
-    """The sums of one evaluation, and how a batch of tokens is added to them. See `evaluate`."""
+    """The sums of one evaluation, and how a batch of tokens is added to them. See `evaluate`.
+
+    All processes of a group add the same batches; the sums of each are of its part of them.
+    """
 
     def __init__(
         self,
@@ -156,36 +163,46 @@ class Evaluation:
         return {name: getattr(self, name) for name in names}
 
     def add_reconstruction(self, tokens: torch.Tensor) -> None:
-        keep = self._evaluated(tokens)
+        tokens, keep = self._part(tokens)
         source, target = self._activations(tokens)
         self.add_pairs(source[keep], target[keep])
 
     def add_pairs(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Add sources `[n, d_in]` and targets `[n, d_out]`."""
-        rows = max(1, _ACTIVATION_VALUES // self.sae.cfg.d_sae)
-        with flattened_heads(self.sae):
-            for x, y in zip(source.split(rows), target.split(rows), strict=True):
-                acts = self.sae.encode(x)
-                self.firing.add(acts)
-                self.reconstruction.add(y, self._predict(x, acts))
+        """Add sources `[n, d_in]` and targets `[n, d_out]` of this process's part."""
+        targets = iter(target.split(self._rows_at_a_time))
+        for acts, predictions, is_own in self._predictions(source):
+            self.firing.add(acts)
+            if is_own:
+                self.reconstruction.add(next(targets), predictions)
 
-    def _predict(self, x: torch.Tensor, acts: torch.Tensor) -> torch.Tensor:
-        return predict_prefixes(self.sae, x, acts, group=self.group)
+    def _predictions(self, source: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, bool]]:
+        """What every prefix makes of sources `[n, d_in]`, a few rows at a time.
+
+        Yields:
+            Activations `[rows, latents]` of this process's shard, predictions `[n_levels, rows, d_out]` of
+            the whole dictionary, and whether they are of these sources, not of those of another shard.
+        """
+        with flattened_heads(self.sae):
+            for rows, is_own in self.group.in_turn(source):
+                for x in rows.split(self._rows_at_a_time):
+                    acts = self.sae.encode(x)
+                    yield acts, predict_prefixes(self.sae, x, acts, group=self.group), is_own
+
+    @property
+    def _rows_at_a_time(self) -> int:
+        return max(1, _ACTIVATION_VALUES // self.sae.cfg.d_sae)
 
     def add_next_token(self, tokens: torch.Tensor) -> None:
         d_vocab = self._logits(tokens[:1, :1]).shape[-1]
         prompts = max(1, _LOGIT_VALUES // (tokens.shape[1] * d_vocab))
-        for part in tokens.split(prompts):
-            self._add_next_token(part)
+        for part in tokens.split(prompts * self.group.size):
+            self._add_next_token(*self._part(part))
 
-    def _add_next_token(self, tokens: torch.Tensor) -> None:
-        keep = self._evaluated(tokens)
+    def _add_next_token(self, tokens: torch.Tensor, keep: torch.Tensor) -> None:
         source, target, clean = self._activations_and_logits(tokens)
-        rows = max(1, _ACTIVATION_VALUES // self.sae.cfg.d_sae)
-        with flattened_heads(self.sae):
-            parts = [self._predict(x, self.sae.encode(x)) for x in source.flatten(0, 1).split(rows)]
-        predictions = torch.cat(parts, dim=1).unflatten(1, tokens.shape)
-        mean = self.reconstruction.mean().expand_as(target)
+        own = [predictions for _, predictions, is_own in self._predictions(source.flatten(0, 1)) if is_own]
+        predictions = torch.cat(own, dim=1).unflatten(1, tokens.shape)
+        mean = self.reconstruction.mean(self.group).expand_as(target)
         # What is predicted where the target is replaced, unless that is a special token.
         counted = torch.zeros_like(keep)
         counted[:, :-1] = keep[:, :-1] & ~self._is_excluded(tokens)[:, 1:].to(keep.device)
@@ -202,20 +219,20 @@ class Evaluation:
             sums.add(logits[counted.to(logits.device)], clean, labels)
 
     def result(self, *, with_redundancy: bool) -> EvalResult:
-        with_ce = self.clean.n_tokens > 0
-        clean = self.clean.mean_ce() if with_ce else None
-        zero = self.zero.mean_ce() if with_ce else None
-        mean = self.mean.mean_ce() if with_ce else None
+        reconstruction = summed(self.reconstruction, self.group, "all")
+        firing = self.firing.gathered(self.group)
+        next_token = summed([self.clean, self.zero, self.mean, *self.prefixes], self.group, "all")
+        n_ce_tokens = next_token[0].n_tokens
+        with_ce = n_ce_tokens > 0
+        clean, zero, mean, *prefix_ce = [sums.mean_ce() if with_ce else None for sums in next_token]
         rows: list[PrefixMetrics] = []
-        fvu = self.reconstruction.fvu().tolist()
-        cosine = self.reconstruction.mean_cosine().tolist()
-        explained_variance = self.reconstruction.explained_variance()
+        fvu = reconstruction.fvu().tolist()
+        cosine = reconstruction.mean_cosine().tolist()
+        explained_variance = reconstruction.explained_variance()
         redundancy: list[float] | list[None] = [None] * len(self.widths)
         if with_redundancy and self.group is ALONE:
             redundancy = decoder_redundancy(self.sae.W_dec, self.widths)
-        firing = self.firing.gathered(self.group)
-        for level, (width, sums) in enumerate(zip(self.widths, self.prefixes, strict=True)):
-            ce = sums.mean_ce() if with_ce else None
+        for level, (width, ce) in enumerate(zip(self.widths, prefix_ce, strict=True)):
             rows.append(
                 PrefixMetrics(
                     width=width,
@@ -229,13 +246,13 @@ class Evaluation:
                     ce=ce,
                     ce_recovered=_recovered(ce, clean, zero),
                     ce_recovered_mean=_recovered(ce, clean, mean),
-                    kl=sums.mean_kl() if with_ce else None,
+                    kl=next_token[3 + level].mean_kl() if with_ce else None,
                 )
             )
         return EvalResult(
             prefixes=rows,
-            n_tokens=self.reconstruction.n_tokens,
-            n_ce_tokens=self.clean.n_tokens,
+            n_tokens=reconstruction.n_tokens,
+            n_ce_tokens=n_ce_tokens,
             hook_name=self.source_hook,
             hook_name_out=self.target_hook,
             input_frame=self.frame,
@@ -244,6 +261,16 @@ class Evaluation:
             ce_zero=zero,
             ce_mean=mean,
         )
+
+    def _part(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """This process's prompts of a batch, and the mask of their positions that count.
+
+        Where it has none, one of which no position counts: a language model takes no empty batch.
+        """
+        own = self.group.part(tokens)
+        if len(own):
+            return own, self._evaluated(own)
+        return tokens[:1], torch.zeros_like(tokens[:1], dtype=torch.bool, device=self.sae.device)
 
     def _evaluated(self, tokens: torch.Tensor) -> torch.Tensor:
         """Mask `[prompts, context_size]` of the positions that count, where the target is replaced."""

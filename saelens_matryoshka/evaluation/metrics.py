@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from sae_lens.evals import ExplainedVarianceCalculator
 
-from saelens_matryoshka.ops import Group
+from saelens_matryoshka.ops import ALONE, Group
+from saelens_matryoshka.ops.group import Over
 
 # Edges of the density histogram, in log10 of the share of tokens a latent fires on.
 DENSITY_EDGES = tuple(exponent / 2 for exponent in range(-14, 1))
@@ -17,6 +19,8 @@ DENSITY_EDGES = tuple(exponent / 2 for exponent in range(-14, 1))
 REDUNDANT_COSINE = 0.9
 # Values computed at a time where a whole matrix would not fit.
 _CHUNK_VALUES = 1 << 25
+
+T = TypeVar("T")
 
 
 class ReconstructionSums:
@@ -46,9 +50,10 @@ class ReconstructionSums:
             self.cosine[level] += F.cosine_similarity(predicted, wide, dim=-1).sum()
             self._explained[level].add_batch(prediction, target)
 
-    def mean(self) -> torch.Tensor:
-        """Mean target `[d_out]`."""
-        return self.sum / self.n_tokens
+    def mean(self, group: Group = ALONE) -> torch.Tensor:
+        """Mean target `[d_out]`, over the tokens of all blocks of a group."""
+        sums = group.sum(torch.cat([self.sum, self.sum.new_tensor([self.n_tokens])]), "all")
+        return sums[:-1] / sums[-1]
 
     def fvu(self) -> torch.Tensor:
         """`[n_levels]`."""
@@ -77,10 +82,9 @@ class FiringCounts:
         self.fired += (feature_acts != 0).sum(dim=0)
 
     def gathered(self, group: Group) -> FiringCounts:
-        """Of the whole dictionary, where a group has it in shards that saw the same tokens."""
-        fired = group.gather_latents(self.fired)
-        whole = FiringCounts(len(fired), fired.device)
-        whole.n_tokens, whole.fired = self.n_tokens, fired
+        """Of the whole dictionary on all tokens, where the shards of a copy saw the same ones."""
+        whole = summed(self, group, "rows")
+        whole.fired = group.gather_latents(whole.fired)
         return whole
 
     def l0(self, width: int) -> float:
@@ -167,6 +171,19 @@ def decoder_redundancy(W_dec: torch.Tensor, widths: Sequence[int]) -> list[float
                 nearest = cosines[:inside, :width].amax(dim=-1)
                 found[level] += (nearest > REDUNDANT_COSINE).sum()
     return [count / width for count, width in zip(found.tolist(), widths, strict=True)]
+
+
+def summed(sums: T, group: Group, over: Over) -> T:
+    """What sums would be, had one process added all that each block of a group has.
+
+    Args:
+        sums: As in `state_of`; left as they are. All blocks have added something, if only empty tensors.
+        group: The blocks.
+        over: Which of them.
+    """
+    whole = copy.deepcopy(sums)
+    restore(whole, {name: group.sum(value, over) for name, value in state_of(whole).items()})
+    return whole
 
 
 def state_of(sums: Any) -> dict[str, torch.Tensor]:

@@ -98,7 +98,8 @@ class HeldOutEvaluator:
             return logged_metrics(self.result(model, sae.group, with_redundancy=False))
 
     def result(self, model: SAE[Any], group: Group = ALONE, *, with_redundancy: bool = True) -> EvalResult:
-        """Every prefix of an inference model, or of a group's shards of one, on the held-out prompts."""
+        """Every prefix of an inference model, or of a group's shards or copies of one, on the held-out
+        prompts."""
         return evaluate(
             model,
             self.model,
@@ -126,7 +127,8 @@ class CachedEvaluator:
         data_provider: Any,  # noqa: ARG002  (held-out rows are read apart from the stream)
         activation_scaler: ActivationScaler,
     ) -> dict[str, Any]:
-        result = self.result(_as_saved(sae, activation_scaler), with_redundancy=False)
+        model = _as_saved(sae, activation_scaler)
+        result = self.result(model, with_redundancy=False, group=sae.group)
         return {} if result is None else logged_metrics(result)
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +38,7 @@ from saelens_matryoshka.layers.store import (
     SharedBatches,
     many_hook_store,
 )
+from saelens_matryoshka.ops import SparseStep
 from saelens_matryoshka.pairs import probe_hooks, require_enough_text
 from saelens_matryoshka.reading import Reading
 from saelens_matryoshka.runner import (
@@ -117,51 +119,69 @@ def train_layers(
     for name, cfg in cfgs.items():
         with _naming(name):
             require_own_output_path(cfg)
-    is_finished = finished or (lambda name: _is_saved(cfgs[name]))
-    cfgs = {name: cfg for name, cfg in cfgs.items() if not is_finished(name)}
+    cfgs = _unfinished(cfgs, finished)
     if not cfgs:
         return {}
-    first = next(iter(cfgs.values()))
-    if first.use_cached_activations:
-        runners, batches = _from_cache(cfgs)
-    else:
-        model = load_model_for(list(cfgs.values())) if override_model is None else override_model
-        runners, batches = _from_model(cfgs, model, override_dataset)
-    if first.logger.log_to_wandb:
-        wandb.init(
-            project=first.logger.wandb_project,
-            entity=first.logger.wandb_entity,
-            config={name: cfg.to_dict() for name, cfg in cfgs.items()},
-            name=first.logger.run_name,
-            id=first.logger.wandb_id,
-        )
-    if on_start is not None:
-        on_start()
-    trainer = LockstepTrainer(runners, batches)
-    for runner in runners.values():
-        sae: Any = runner.sae
-        sae.finite.may_skip = may_skip
-    for name, given in (observers or {}).items():
-        for observer in given if name in trainer.trainers else ():
-            observe(trainer.trainers[name], observer)
-    try:
+    runners, batches = _opened(cfgs, override_model, override_dataset)
+    with _wandb_run(cfgs), closing(batches):
+        if on_start is not None:
+            on_start()
+        trainer = LockstepTrainer(runners, batches)
+        for name, one in trainer.trainers.items():
+            one.sae.finite.may_skip = may_skip
+            for observer in (observers or {}).get(name, ()):
+                observe(one, observer)
         with wandb_cannot_stop_it():
-            if resume_from is not None:
-                trainer.load_checkpoint(resume_from)
-            if keeper is None:
-                trainer.fit()
-            else:
-                trainer.observers.append(keeper)  # type: ignore[arg-type]
-                keeper.train(trainer, trainer.fit)  # type: ignore[arg-type]
-            for name, runner in runners.items():
-                if runner.cfg.output_path is not None:
-                    sparsity = trainer.trainers[name].log_feature_sparsity
-                    runner.save_final_sae(runner.sae, runner.cfg.output_path, sparsity)
-    finally:
-        batches.close()
-        if first.logger.log_to_wandb:
-            wandb.finish()
+            _fit(trainer, keeper, resume_from)
+            _save(trainer, runners)
     return runners
+
+
+def _unfinished(
+    cfgs: Mapping[str, LanguageModelSAERunnerConfig[Any]], finished: Callable[[str], bool] | None
+) -> dict[str, LanguageModelSAERunnerConfig[Any]]:
+    """Those that are left to train."""
+    is_finished = finished or (lambda name: _is_saved(cfgs[name]))
+    return {name: cfg for name, cfg in cfgs.items() if not is_finished(name)}
+
+
+@contextmanager
+def _wandb_run(cfgs: Mapping[str, LanguageModelSAERunnerConfig[Any]]) -> Iterator[None]:
+    """Within, the run of all together in W&B, if it logs there."""
+    logger = next(iter(cfgs.values())).logger
+    if not logger.log_to_wandb:
+        yield
+        return
+    wandb.init(
+        project=logger.wandb_project,
+        entity=logger.wandb_entity,
+        config={name: cfg.to_dict() for name, cfg in cfgs.items()},
+        name=logger.run_name,
+        id=logger.wandb_id,
+    )
+    try:
+        yield
+    finally:
+        wandb.finish()
+
+
+def _fit(trainer: LockstepTrainer, keeper: Keeper | None, resume_from: Path | None) -> None:
+    """Train to the end, from the start or a checkpoint."""
+    if resume_from is not None:
+        trainer.load_checkpoint(resume_from)
+    if keeper is None:
+        trainer.fit()
+    else:
+        trainer.observers.append(keeper)  # type: ignore[arg-type]
+        keeper.train(trainer, trainer.fit)  # type: ignore[arg-type]
+
+
+def _save(trainer: LockstepTrainer, runners: Mapping[str, PartRunner]) -> None:
+    """Save each in its `output_path`, if it has one."""
+    for name, runner in runners.items():
+        if runner.cfg.output_path is not None:
+            sparsity = trainer.trainers[name].log_feature_sparsity
+            runner.save_final_sae(runner.sae, runner.cfg.output_path, sparsity)
 
 
 class PartRunner(LanguageModelSAETrainingRunner):
@@ -201,6 +221,7 @@ class LockstepTrainer(MultiSAETrainer):
             evaluator=self._evaluate,
             save_checkpoint_fn=batches.save_to_checkpoint,
         )
+        _share_memory(list(saes.values()))
         self.observers: list[Callable[[LockstepTrainer, Any], None]] = []
         self._is_prepared = False
         for name, runner in runners.items():
@@ -280,6 +301,15 @@ class LockstepTrainer(MultiSAETrainer):
         }
 
 
+def _share_memory(saes: Sequence[Any]) -> None:
+    """Have dictionaries of the same sizes, which step one after the other, use the same buffers."""
+    first: dict[Any, SparseStep] = {}
+    for sae in saes:
+        if isinstance(sae.step_fn, SparseStep):
+            sizes = (sae.W_enc.shape, sae.W_dec.shape, sae.dtype)
+            sae.step_fn.share_memory(first.setdefault(sizes, sae.step_fn))
+
+
 def estimate_scaling_factors(trainer: MultiSAETrainer) -> None:
     """The scaling factor of every dictionary that has one, as SAELens estimates it, from the same batches.
 
@@ -306,6 +336,18 @@ def estimate_scaling_factors(trainer: MultiSAETrainer) -> None:
 
 
 # ---- what they read
+
+
+def _opened(
+    cfgs: Mapping[str, LanguageModelSAERunnerConfig[Any]],
+    override_model: Any,
+    override_dataset: HfDataset | None,
+) -> tuple[dict[str, PartRunner], Any]:
+    """A runner of each, and the batches of all."""
+    if next(iter(cfgs.values())).use_cached_activations:
+        return _from_cache(cfgs)
+    model = load_model_for(list(cfgs.values())) if override_model is None else override_model
+    return _from_model(cfgs, model, override_dataset)
 
 
 def _from_model(

@@ -8,7 +8,7 @@ and the largest scores; `Group` is the answer of a process that is alone, for wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -22,6 +22,8 @@ Over = Literal["rows", "latents", "all"]
 class Group:
     """A process alone. Methods are called by all processes of a group, in the same order."""
 
+    size: int = 1
+    """how many blocks there are"""
     row_blocks: int = 1
     """into how many blocks the rows are cut, all of the same length"""
 
@@ -40,6 +42,16 @@ class Group:
     def count(self, n: int, over: Over) -> int:  # noqa: ARG002
         """The sum of a number over blocks."""
         return n
+
+    def part(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This block's of the items `[n, ...]` that all blocks divide among themselves: at most 1 fewer than
+        another's."""
+        return tensor
+
+    def in_turn(self, rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, bool]]:
+        """The rows `[m, d]` that each block of latents has, one block after the other, and whether they are
+        this one's: for all of them to apply their latents to."""
+        yield rows, True
 
     def gather_latents(self, values: torch.Tensor) -> torch.Tensor:
         """Values `[d_sae]` of all latents of the whole dictionary, of this block's `[m]`."""

@@ -100,6 +100,10 @@ class SparseStep:
             self._levels = key, Levels.of(objective, W_dec)
         return self._levels[1]
 
+    def share_memory(self, other: SparseStep) -> None:
+        """Use the buffers of another step, of a dictionary of the same sizes with which it takes turns."""
+        self._scratch, self._spare, self._lent = other._scratch, other._spare, other._lent
+
     def scratch(
         self, name: str, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype
     ) -> torch.Tensor | None:

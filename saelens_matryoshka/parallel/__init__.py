@@ -7,10 +7,21 @@ SAELens's trainer and the weights it trains, `processes` has the collectives.
 from saelens_matryoshka.parallel.job import (
     Job,
     LostProcessError,
+    Mesh,
     Sharding,
+    is_first_process,
     is_torchrun,
     joined,
     mesh_shape,
 )
 
-__all__ = ["Job", "LostProcessError", "Sharding", "is_torchrun", "joined", "mesh_shape"]
+__all__ = [
+    "Job",
+    "LostProcessError",
+    "Mesh",
+    "Sharding",
+    "is_first_process",
+    "is_torchrun",
+    "joined",
+    "mesh_shape",
+]

@@ -36,11 +36,7 @@ def share_data(store: ResumableStore, rank: int, size: int) -> None:
         ValueError: the batch or the dataset cannot be divided.
     """
     batch = store.train_batch_size_tokens
-    if batch % size:
-        raise ValueError(
-            f"train_batch_size_tokens={batch} is the batch of all processes together, and cannot be divided "
-            f"among {size}. Take a multiple of {size}, e.g. {-(-batch // size) * size}."
-        )
+    require_divisible(batch, size)
     store.train_batch_size_tokens = batch // size
     whole = store.cached_activation_dataset or store.dataset
     if whole is not None and not isinstance(whole, IterableDataset) and len(whole) < size:
@@ -53,6 +49,19 @@ def share_data(store: ResumableStore, rank: int, size: int) -> None:
         raise ValueError(
             f"The share of process {rank} of {size} has too little text for one sequence of "
             f"context_size={store.context_size} tokens: use more text, or fewer processes."
+        )
+
+
+def require_divisible(batch: int, size: int) -> None:
+    """Refuse a batch that so many processes cannot divide.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if batch % size:
+        raise ValueError(
+            f"train_batch_size_tokens={batch} is the batch of all processes together, and cannot be divided "
+            f"among {size}. Take a multiple of {size}, e.g. {-(-batch // size) * size}."
         )
 
 

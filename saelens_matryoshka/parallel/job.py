@@ -18,7 +18,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,20 @@ Sharding = Literal["dictionary"]
 # How long a process waits for another. The longest wait is for the first one, while it saves.
 _TIMEOUT = timedelta(minutes=30)
 _lost = threading.Event()
+
+
+class Mesh(NamedTuple):
+    """How processes divide the work on one dictionary."""
+
+    row_blocks: int = 1
+    """into how many blocks the rows are cut, each with a copy of the dictionary"""
+    shards: int = 1
+    """of each copy"""
+
+    @property
+    def size(self) -> int:
+        """How many processes there are."""
+        return self.row_blocks * self.shards
 
 
 class LostProcessError(RuntimeError):
@@ -133,13 +147,19 @@ def is_torchrun() -> bool:
     return _n_processes() > 1 and "RANK" in os.environ
 
 
-def mesh_shape(sharding: Sharding | None, shards: int | None = None) -> tuple[int, int]:
-    """Into how many blocks of rows, and of latents, the processes of torchrun's job divide the work.
+def is_first_process() -> bool:
+    """Whether this process is the one that shows and writes what all would."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def mesh_shape(sharding: Sharding | None, shards: int | None = None, size: int | None = None) -> Mesh:
+    """Into how many blocks of rows, and of latents, processes divide the work.
 
     Args:
         sharding: "dictionary" divides the latents; None, only the rows.
         shards: Among how many processes; None, all. There are then as many copies of the dictionary as the
             processes allow, each of which has its rows.
+        size: How many processes; None, those of torchrun's job.
 
     Raises:
         ValueError: this process was started alone, or the processes cannot be divided like that.
@@ -147,13 +167,14 @@ def mesh_shape(sharding: Sharding | None, shards: int | None = None) -> tuple[in
     if sharding is None:
         if shards is not None:
             raise ValueError(f"--shards {shards} is of a dictionary in shards: give --shard dictionary too.")
-        return _n_processes(), 1
-    if not is_torchrun():
+        return Mesh(row_blocks=size or _n_processes())
+    if not (size or is_torchrun()):
         raise ValueError(
             f"--shard {sharding} divides the dictionary among processes, and there is one. Start several, "
-            "e.g. torchrun --nproc-per-node 8 -m saelens_matryoshka train --shard dictionary ..."
+            "e.g. torchrun --nproc-per-node 8 -m saelens_matryoshka train --shard dictionary ..., or give an "
+            "estimate their number, e.g. --processes 8."
         )
-    size = _n_processes()
+    size = size or _n_processes()
     shards = size if shards is None else shards
     if shards < 1 or size % shards:
         possible = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
@@ -161,7 +182,7 @@ def mesh_shape(sharding: Sharding | None, shards: int | None = None) -> tuple[in
             f"--shards {shards} does not divide the {size} processes: take one of {possible}, e.g. the GPUs "
             "of a node."
         )
-    return size // shards, shards
+    return Mesh(size // shards, shards)
 
 
 def _n_processes() -> int:

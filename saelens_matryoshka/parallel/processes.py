@@ -12,7 +12,7 @@ often than the others, are not all on one device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -84,6 +84,21 @@ class Processes(Group):
         return int(self.sum(torch.tensor(n, device=self.device), over))
 
     @override
+    def part(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.tensor_split(self.size)[self.rank]
+
+    @override
+    def in_turn(self, rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, bool]]:
+        group = self._groups["latents"]
+        lengths = self.gather(torch.tensor([len(rows)], device=self.device), "latents")
+        for shard, length in enumerate(map(int, lengths)):
+            is_own = shard == self.shard
+            found = rows.contiguous() if is_own else rows.new_empty(length, *rows.shape[1:])
+            if group is not None:
+                dist.broadcast(found, self.row_block * self.shards + shard, group=group)
+            yield found, is_own
+
+    @override
     def gather_latents(self, values: torch.Tensor) -> torch.Tensor:
         if self.shards == 1:
             return values
@@ -104,7 +119,7 @@ class Processes(Group):
         group = self._groups[over]
         if group is None:
             return tensor
-        tensor = tensor.contiguous()
+        tensor = tensor.to(self.device).contiguous()
         dist.all_reduce(tensor, op, group=group)
         return tensor
 

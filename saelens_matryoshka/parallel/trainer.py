@@ -6,7 +6,8 @@ unchanged in every process, on the same numbers:
 1. the step knows its group: one selection, one loss, one set of dead latents for the whole batch;
 2. the gradients are those of the whole batch, and clipped by their whole norm;
 3. what fires is counted over the whole batch, and activations are scaled by all processes' rows;
-4. only the first process writes. All evaluate, each its shard (see `evaluation.training_evaluator`).
+4. only the first process writes. All evaluate, each its part of the held-out prompts (see
+   `evaluation.evaluator`).
 """
 
 from __future__ import annotations

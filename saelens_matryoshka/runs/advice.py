@@ -10,8 +10,10 @@ from typing import Any
 
 from sae_lens import LanguageModelSAERunnerConfig
 
+from saelens_matryoshka.parallel import Mesh
 from saelens_matryoshka.runs.language_models import ModelShape
 from saelens_matryoshka.runs.memory import (
+    ALONE,
     Configs,
     ForwardTrace,
     device_name,
@@ -56,6 +58,7 @@ def advise(
     trace: ForwardTrace,
     shape: ModelShape,
     limits: Mapping[str, int | None],
+    mesh: Mesh = ALONE,
 ) -> list[Advice]:
     """Single changes, those that make it fit first: in the order in which they cost the least in quality.
 
@@ -64,8 +67,9 @@ def advise(
         trace: Of its language model.
         shape: Of its language model.
         limits: Bytes available by device.
+        mesh: The processes that train together.
     """
-    before = _peaks(cfgs, trace)
+    before = _peaks(cfgs, trace, mesh)
     short = {name: n - limit for name, n in before.items() if (limit := limits.get(name)) and n > limit}
     worst = max(short, key=lambda name: short[name])
     found: list[Advice] = []
@@ -76,7 +80,7 @@ def advise(
             tried = [cfg for cfg in changed if cfg is not None]
             if len(tried) < len(cfgs):
                 break
-            peaks = _peaks(tried, _trace_again(tried, cfgs[0], trace, shape))
+            peaks = _peaks(tried, _trace_again(tried, cfgs[0], trace, shape), mesh)
             fits = all(n <= (limits.get(name) or n) for name, n in peaks.items())
             saved = before[worst] - peaks.get(worst, 0)
             if saved >= _WORTH * before[worst] and (best is None or fits or saved > best.saved):
@@ -90,8 +94,8 @@ def advise(
     )
 
 
-def _peaks(cfgs: Configs, trace: ForwardTrace) -> dict[str, int]:
-    needs = memory_needs(cfgs, trace)
+def _peaks(cfgs: Configs, trace: ForwardTrace, mesh: Mesh) -> dict[str, int]:
+    needs = memory_needs(cfgs, trace, mesh)
     return {name: peak(needs, name) for name in {need.device for need in needs}}
 
 

@@ -24,9 +24,12 @@ from rich.table import Table
 from sae_lens import LanguageModelSAERunnerConfig
 
 from saelens_matryoshka.architectures.config import MatryoshkaTrainingConfig
+from saelens_matryoshka.parallel import Mesh
+from saelens_matryoshka.parallel.data import require_divisible
 from saelens_matryoshka.runs.advice import Advice, advise
 from saelens_matryoshka.runs.language_models import model_shape
 from saelens_matryoshka.runs.memory import (
+    ALONE,
     Need,
     by_phase,
     device_name,
@@ -80,6 +83,8 @@ class Estimate:
     """None if it was not asked for, or the run's device is not in this machine"""
     advice: list[Advice]
     """single changes that help where it does not fit, the best first; empty if it fits"""
+    mesh: Mesh = ALONE
+    """the processes that train together, of which the memory is what one takes"""
 
     @property
     def fits(self) -> bool | None:
@@ -92,6 +97,8 @@ class Estimate:
         found: dict[str, Any] = {
             "model_name": self.model_name,
             "n_parameters": self.n_parameters,
+            "processes": self.mesh.size,
+            "shards": self.mesh.shards,
             "fits": self.fits,
             "devices": [
                 {
@@ -138,12 +145,21 @@ class Estimate:
 
     def tables(self) -> Group:
         """For rich; fits 80 columns."""
-        shown: list[Any] = []
+        shown: list[Any] = [self._processes_line()]
         for device in self.devices:
             shown += [_device_table(device), _verdict(device)]
         shown.append(self._advice_line())
         shown.append(self._time_line())
         return Group(*[one for one in shown if one is not None])
+
+    def _processes_line(self) -> str | None:
+        n_copies, n_shards = self.mesh
+        if self.mesh.size == 1:
+            return None
+        has = "a copy" if n_shards == 1 else f"1/{n_shards}"
+        return (
+            f"[bold]Each of {n_copies * n_shards} processes[/], which has {has} of the dictionary, takes:\n"
+        )
 
     def _advice_line(self) -> str | None:
         if self.fits is not False:
@@ -174,6 +190,7 @@ def estimate(
     *cfgs: LanguageModelSAERunnerConfig[Any],
     available: Mapping[str, int] | None = None,
     with_time: bool = True,
+    mesh: Mesh = ALONE,
 ) -> Estimate:
     """Memory and time of a run of SAELens's runner, without its weights and its text.
 
@@ -181,10 +198,13 @@ def estimate(
         *cfgs: A runner config whose `sae` is ours; or several, of dictionaries that are trained in lockstep.
         available: Bytes per device ("cpu", "cuda"), for another machine than this one. What is not given is
             looked up, if the device is in this machine.
-        with_time: Calibrate the time. It takes some seconds.
+        with_time: Calibrate the time. It takes some seconds. Not of several processes: what they say to each
+            other is not measured.
+        mesh: The processes that train together, e.g. `Mesh(shards=8)`. The memory is that of one of them.
 
     Raises:
-        ValueError: the shape of the language model is not known, or the config does not fit it.
+        ValueError: the shape of the language model is not known, the config does not fit it, or the batch
+            cannot be divided among the processes.
     """
     for cfg in cfgs:
         if not isinstance(cfg.sae, MatryoshkaTrainingConfig):
@@ -193,27 +213,29 @@ def estimate(
                 "not SAELens's. Choose one of the matryoshka_ architectures."
             )
     cfg = cfgs[0]
+    require_divisible(cfg.train_batch_size_tokens, mesh.size)
     shape = model_shape(cfg)
     if cfg.context_size > shape.n_ctx:
         raise ValueError(
             f"context_size={cfg.context_size} is more than the {shape.n_ctx} tokens {cfg.model_name!r} takes."
         )
     trace = trace_forward(cfgs, shape)
-    needs = memory_needs(cfgs, trace)
+    needs = memory_needs(cfgs, trace, mesh)
     names = sorted({need.device for need in needs}, reverse=True)
     limits = {name: _available(name, available or {}) for name in names}
     devices = [_device(name, needs, limits[name]) for name in names]
     advice = []
     if any(device.fits is False for device in devices):
-        advice = advise(cfgs, trace, shape, limits)
+        advice = advise(cfgs, trace, shape, limits, mesh)
     seconds = None
+    with_time = with_time and mesh.size == 1
     if with_time and all(_is_here(device) for device in (cfg.device, cfg.llm_device, cfg.act_store_device)):
         free = (
             psutil.virtual_memory().available if device_name(cfg.device) == "cpu" else _free_cuda(cfg.device)
         )
         with _quiet():
             seconds = measure_time(cfgs, shape, store_rows(cfg), budget=free // 3)
-    return Estimate(cfg.model_name, trace.n_parameters, devices, seconds, advice)
+    return Estimate(cfg.model_name, trace.n_parameters, devices, seconds, advice, mesh)
 
 
 def _device(name: str, needs: list[Need], available: int | None) -> Device:

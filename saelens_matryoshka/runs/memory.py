@@ -8,6 +8,7 @@ CUDA context; on a CPU those of the resident memory.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -23,7 +24,7 @@ from saelens_matryoshka.architectures.calibration import CHUNK_VALUES, MAX_ROWS,
 from saelens_matryoshka.ops.encoder import BLOCK_VALUES
 from saelens_matryoshka.ops.entries import TENSOR_CORE_ADVANTAGE
 from saelens_matryoshka.ops.sparse import CPU_DECODE_VALUES, SPARSE_AUX
-from saelens_matryoshka.parallel import is_torchrun
+from saelens_matryoshka.parallel import Mesh
 from saelens_matryoshka.runs.buffer import BufferRows, buffer_rows
 from saelens_matryoshka.runs.language_models import ModelShape
 from saelens_matryoshka.runs.tracing import PeakMemory
@@ -40,6 +41,7 @@ _STEP = (FORWARD, BACKWARD)
 _LOADED = PHASES[1:]
 
 BUFFER, WAITING = "activation buffer", "waiting rows as saved"
+_BUFFERS = ("gradients", "pre-activations", "outputs of the levels")
 CUDA_CONTEXT, PROCESS, WORKSPACES = "CUDA context", "Python and libraries", "workspaces"
 # What a process takes that trains nothing yet: measured on Linux with torch 2.13. The figures of CUDA, its
 # context on the GPU with cuBLAS's workspace and its libraries in main memory, are the usual ones, unmeasured.
@@ -52,6 +54,7 @@ DEAD_SHARE = 0.1
 # Bytes per kept entry: indices by row and by latent, values, the two sparse results.
 _ENTRY_BYTES = 100
 _FLOAT32 = 4
+ALONE = Mesh()
 Configs = Sequence[LanguageModelSAERunnerConfig[Any]]
 """of one run, or of several in lockstep, which share the language model and the buffer"""
 
@@ -150,14 +153,14 @@ def _require_widths(cfg: LanguageModelSAERunnerConfig[Any], shapes: dict[str, to
             )
 
 
-def store_rows(cfg: LanguageModelSAERunnerConfig[Any]) -> BufferRows:
-    """Rows the activation store holds."""
+def store_rows(cfg: LanguageModelSAERunnerConfig[Any], n_processes: int = 1) -> BufferRows:
+    """Rows the activation store of one process holds."""
     return buffer_rows(
         buffer_size=cfg.n_batches_in_buffer * _per_prompt(cfg),
         llm_batch=cfg.store_batch_size_prompts * _per_prompt(cfg),
-        train_batch=cfg.train_batch_size_tokens,
+        train_batch=cfg.train_batch_size_tokens // n_processes,
         mix=cfg.activations_mixing_fraction,
-        wanted=cfg.training_tokens,
+        wanted=cfg.training_tokens // n_processes,
     )
 
 
@@ -189,22 +192,63 @@ def device_name(device: Any) -> str:
     return f"cuda:{device.index or 0}" if device.type == "cuda" else device.type
 
 
-def memory_needs(cfgs: Configs, trace: ForwardTrace) -> list[Need]:
-    """Everything that a run holds, or several in lockstep, with when and where."""
-    cfg, rows = cfgs[0], store_rows(cfgs[0])
-    training = _in_turn([[*_dictionary(one), *_step(one, rows.refills > 1)] for one in cfgs])
+def memory_needs(cfgs: Configs, trace: ForwardTrace, mesh: Mesh = ALONE) -> list[Need]:
+    """Everything that a run holds, or several in lockstep, with when and where.
+
+    Args:
+        cfgs: Of one run, or of those in lockstep.
+        trace: Of their language model.
+        mesh: The processes that train together. What is counted is what one of them holds: most of it is the
+            same in all, and of what only the first or only the others hold, it is the larger.
+    """
+    cfg, rows = cfgs[0], store_rows(cfgs[0], mesh.size)
+    shares = [_share(one, mesh) for one in cfgs]
+    training = _in_turn(shares, rows.refills > 1)
+    if mesh.size > 1:
+        training = _together(cfg, training, mesh)
     if cfg.prefetch_llm_batches:  # the buffer is filled while the steps go on
         training = [_also_while_filling(need) for need in training]
         training.append(Need(WORKSPACES, "cpu", _WORKSPACE_BYTES))  # of the thread that fills it
     store = _store(cfgs, rows, trace)
     needs = [*_language_model(cfg, trace), *store, *training]
-    if is_torchrun():
+    if mesh.size > 1:
         needs.append(_given_away(store, training))
     gpus = sorted({need.device for need in needs if need.device.startswith("cuda")})
     needs += [Need(CUDA_CONTEXT, gpu, CUDA_CONTEXT_BYTES, PHASES) for gpu in gpus]
     needs.append(Need(WORKSPACES, "cpu", _WORKSPACE_BYTES))
     needs.append(Need(PROCESS, "cpu", PROCESS_BYTES + (CUDA_PROCESS_BYTES if gpus else 0), PHASES))
     return [need for need in needs if need.n_bytes > 0]
+
+
+def _share(cfg: LanguageModelSAERunnerConfig[Any], mesh: Mesh) -> LanguageModelSAERunnerConfig[Any]:
+    """What one process computes in a step, as a config: its latents, on the rows of its copy."""
+    share = copy.deepcopy(cfg)
+    share.sae.d_sae = -(-cfg.sae.d_sae // mesh.shards)
+    share.sae.k = cfg.sae.k / mesh.shards
+    share.train_batch_size_tokens //= mesh.row_blocks
+    share.training_tokens //= mesh.row_blocks
+    return share
+
+
+def _together(cfg: LanguageModelSAERunnerConfig[Any], training: list[Need], mesh: Mesh) -> list[Need]:
+    """The needs of training a dictionary, where processes train it together."""
+    device, size = device_name(cfg.device), _itemsize(cfg.sae.dtype)
+    weights = _n_parameters(cfg) * size
+    if mesh.shards == 1:
+        # DDP averages the gradients in buckets of its own, which are what the optimizer then sees.
+        needs = [need._replace(phases=(BACKWARD,)) if need.what == "gradients" else need for need in training]
+        return [*needs, Need("buckets of gradients", device, weights)]
+    # The first process saves what it has gathered in main memory, the moments too while it is a checkpoint.
+    needs = [need for need in training if need.what not in ("folded copy", "file in the making")]
+    largest = max(cfg.sae.d_in, getattr(cfg.sae, "d_out", 0)) * -(-cfg.sae.d_sae // mesh.shards)
+    return [
+        *needs,
+        Need(
+            "squares of the gradients", device, largest * _FLOAT32, (BACKWARD,)
+        ),  # to clip by the norm of all
+        Need("whole dictionary and moments", "cpu", 3 * weights, (SAVING,)),
+        Need("encoder, row by row", "cpu", weights // 2, (SAVING,)),
+    ]
 
 
 def _given_away(store: list[Need], training: list[Need]) -> Need:
@@ -215,13 +259,27 @@ def _given_away(store: list[Need], training: list[Need]) -> Need:
     return Need("state for the first process", "cpu", max(0, 2 * state - files), (SAVING,))
 
 
-def _in_turn(each: Sequence[list[Need]]) -> list[Need]:
-    """The needs of dictionaries that take turns: what is not kept between turns is there once."""
+def _in_turn(cfgs: Configs, refilled: bool) -> list[Need]:
+    """The needs of dictionaries that take turns.
+
+    What is kept between turns is there for each, but for buffers, which those of the same sizes share; the
+    rest is there once.
+    """
+    by_sizes: dict[Any, list[list[Need]]] = {}
+    for cfg in cfgs:
+        sizes = (cfg.sae.d_in, getattr(cfg.sae, "d_out", None), cfg.sae.d_sae, cfg.sae.dtype)
+        by_sizes.setdefault(sizes, []).append([*_dictionary(cfg), *_step(cfg, refilled)])
+    return _added([_added(each, once=_BUFFERS) for each in by_sizes.values()])
+
+
+def _added(each: Sequence[list[Need]], once: Sequence[str] = ()) -> list[Need]:
+    """The needs of all: the largest of what is not kept between turns, or named in `once`, and the sum of the
+    rest."""
     found: dict[tuple[Any, ...], Need] = {}
     for need in (need for needs in each for need in needs):
         key = need._replace(n_bytes=0)
         before = found[key].n_bytes if key in found else 0
-        is_kept = {*_STEP, SAVING} <= set(need.phases)
+        is_kept = {*_STEP, SAVING} <= set(need.phases) and need.what not in once
         n_bytes = before + need.n_bytes if is_kept else max(before, need.n_bytes)
         found[key] = need._replace(n_bytes=n_bytes)
     return list(found.values())
@@ -279,19 +337,25 @@ def _dictionary(cfg: LanguageModelSAERunnerConfig[Any]) -> list[Need]:
     device, size = device_name(cfg.device), _itemsize(cfg.sae.dtype)
     weights = _n_parameters(cfg) * size
     statistics = 2 * cfg.sae.d_sae * _FLOAT32
+    folded = weights if size >= _FLOAT32 else 3 * weights  # it is made in float32
     needs = [
         Need("dictionary", device, weights),
         Need("Adam's moments", device, 2 * weights + statistics),
-        Need("folded copy", device, weights * 3 // 2, (SAVING,)),
-        Need("file in the making", "cpu", weights, (SAVING,)),
+        Need("folded copy", device, folded, (SAVING,)),
+        Need("file in the making", "cpu", _file_bytes(weights, device), (SAVING,)),
     ]
     if getattr(cfg.sae, "threshold_calibration", None) == "l0":
         rows = min(MAX_ROWS, ROWS_PER_BATCH * cfg.total_training_steps)
         needs.append(Need("recent rows", device, rows * cfg.sae.d_in * size))
         scores = min(CHUNK_VALUES, rows * cfg.sae.d_sae) * (_FLOAT32 + 1)
         # it is over before the copy is made
-        needs.append(Need("threshold calibration", device, max(0, scores - weights * 3 // 2), (SAVING,)))
+        needs.append(Need("threshold calibration", device, max(0, scores - folded), (SAVING,)))
     return needs
+
+
+def _file_bytes(weights: int, device: str) -> int:
+    """Bytes in main memory of a file that is written: tensors on a CPU are written from where they are."""
+    return 0 if device == "cpu" else weights
 
 
 def _step(cfg: LanguageModelSAERunnerConfig[Any], refilled: bool) -> list[Need]:

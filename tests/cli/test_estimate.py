@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from saelens_matryoshka.cli import main
+from saelens_matryoshka.cli import app, main
 from saelens_matryoshka.cli.estimate import read_size
 
 
@@ -82,6 +84,76 @@ def test_a_gpu_that_is_not_here_is_not_guessed(
     numbers = json.loads(said)
     assert numbers["fits"] is None
     assert numbers["devices"][0]["available_bytes"] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "processes", "shards"),
+    [
+        (["--processes", "8"], 8, 1),
+        (["--processes", "8", "--shard", "dictionary"], 8, 8),
+        (["--processes", "8", "--shard", "dictionary", "--shards", "2"], 8, 2),
+    ],
+    ids=lambda value: str(value),
+)
+def test_one_of_many_processes_is_estimated(
+    flags: list[str],
+    processes: int,
+    shards: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["estimate", "--preset", "tiny", "--cpu-memory", "16GB", "--no-time"]
+    code, said = _run(monkeypatch, capsys, *words, *flags)
+    assert code == 0, said
+    has = "a copy" if shards == 1 else f"1/{shards}"
+    assert f"Each of {processes} processes, which has {has} of the dictionary, takes:" in said
+    assert max(map(len, said.splitlines())) <= 80
+    _, said = _run(monkeypatch, capsys, *words, *flags, "--json", "-")
+    numbers = json.loads(said)
+    assert (numbers["processes"], numbers["shards"]) == (processes, shards)
+    found = numbers["devices"][0]["parts"]["dictionary"]
+    assert found == pytest.approx(4 * 1024 * (128 + 128 + 1) / shards, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--shard", "dictionary"], r"there is one.*--processes 8"),
+        (["--shard", "rows", "--processes", "8"], "--shard rows is not known"),
+        (["--shards", "2", "--processes", "8"], "give --shard dictionary too"),
+        (["--shard", "dictionary", "--shards", "3", "--processes", "8"], "--shards 3 does not divide the 8"),
+        (["--layers", "0-3", "--processes", "8"], "in lockstep by one process"),
+        (["--processes", "3"], "train_batch_size_tokens=1024 .* among 3"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_processes_that_cannot_divide_the_work_are_refused(flags: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["estimate", "--preset", "tiny", "--no-time", *flags])
+    assert isinstance(result.exception, ValueError)
+    assert re.search(message, str(result.exception))
+
+
+def test_under_torchrun_the_first_process_shows_the_plan_of_a_shard(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = [
+        "train",
+        "--preset",
+        "tiny",
+        "--shard",
+        "dictionary",
+        "--out",
+        tmp_path,
+        "--dry-run",
+        "--json",
+        "-",
+    ]
+    monkeypatch.setenv("RANK", "1")
+    assert _run(monkeypatch, capsys, *words) == (0, "")
+    monkeypatch.setenv("RANK", "0")
+    _, said = _run(monkeypatch, capsys, *words)
+    assert json.loads(said)["estimate"]["shards"] == 2
 
 
 @pytest.mark.parametrize(

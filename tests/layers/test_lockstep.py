@@ -121,6 +121,25 @@ def test_dictionaries_of_different_kinds_each_learn_what_they_would_alone_on_the
         assert len(seen[name]) == 8
 
 
+def test_dictionaries_of_the_same_sizes_share_the_buffers_of_their_steps(
+    tiny_model: HookedTransformer, token_dataset: datasets.Dataset
+) -> None:
+    cfgs = {
+        "a": _transcoder(1),
+        "b": _transcoder(2),
+        "smaller": _transcoder(2, d_sae=128, matryoshka_widths=[128]),
+    }
+    runners = train_layers(cfgs, override_model=tiny_model, override_dataset=token_dataset)
+    batch = cfgs["a"].train_batch_size_tokens
+
+    def product(name: str) -> int:
+        sae: Any = runners[name].sae
+        buffer = sae.step_fn.scratch("product", torch.device("cpu"), (batch, sae.cfg.d_sae), sae.dtype)
+        return buffer.data_ptr()
+
+    assert product("a") == product("b") != product("smaller")
+
+
 def test_the_language_model_runs_once_per_batch_and_up_to_the_deepest_hook(
     tiny_model: HookedTransformer, token_dataset: datasets.Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

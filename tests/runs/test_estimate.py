@@ -17,6 +17,7 @@ from transformer_lens import HookedTransformer
 import saelens_matryoshka as sm
 from benchmarks.estimate import compare
 from saelens_matryoshka.mixing import MixingBuffer
+from saelens_matryoshka.parallel import Mesh
 from saelens_matryoshka.random_state import random_state
 from saelens_matryoshka.runner import prepare_trainer
 from saelens_matryoshka.runs import language_models
@@ -338,8 +339,8 @@ def test_prefetching_adds_the_step_to_the_refill(llm_device: str) -> None:
 
 
 def test_dictionaries_in_lockstep_share_the_model_and_take_turns() -> None:
-    def peaks(*layers: int) -> dict[str, int]:
-        cfgs = [_gemma(device="cuda", hook_name=f"blocks.{layer}.ln2.hook_normalized") for layer in layers]
+    def peaks(*layers: int, device: str = "cuda") -> dict[str, int]:
+        cfgs = [_gemma(device=device, hook_name=f"blocks.{layer}.ln2.hook_normalized") for layer in layers]
         for cfg, layer in zip(cfgs, layers, strict=True):
             cfg.sae.hook_name_out = f"blocks.{layer}.hook_mlp_out"
         needs = memory_needs(cfgs, trace_forward(cfgs, model_shape(cfgs[0])))
@@ -354,23 +355,67 @@ def test_dictionaries_in_lockstep_share_the_model_and_take_turns() -> None:
         assert two[what] == 2 * one[what]
     for what in ("language model", "gradients", "outputs of the levels"):
         assert two[what] == one[what]
+    # on a CPU the buffers are kept, and shared by dictionaries of the same sizes
+    one_on_cpu, two_on_cpu = peaks(8, device="cpu"), peaks(7, 8, device="cpu")
+    for what in ("gradients", "pre-activations", "outputs of the levels"):
+        assert two_on_cpu[what] == one_on_cpu[what]
     assert two[memory_module.BUFFER] == 2 * one[memory_module.BUFFER]
     assert twice[memory_module.BUFFER] == one[memory_module.BUFFER]
 
 
+def test_a_process_has_its_share_of_the_dictionary_and_of_the_rows() -> None:
+    cfg = _gemma(device="cuda")
+    trace = trace_forward([cfg], model_shape(cfg))
+
+    def parts(mesh: Mesh) -> dict[str, int]:
+        return {
+            need.what: need.n_bytes
+            for need in memory_needs([cfg], trace, mesh)
+            if need.device != "cpu" and BACKWARD in need.phases
+        }
+
+    alone, shard, copy, both = (parts(Mesh(*shape)) for shape in ((1, 1), (1, 8), (8, 1), (2, 4)))
+    for what in ("dictionary", "gradients", "Adam's moments"):
+        assert shard[what] == pytest.approx(alone[what] / 8, rel=1e-3)
+        assert both[what] == pytest.approx(alone[what] / 4, rel=1e-3)
+        assert copy[what] == alone[what]
+    assert copy["buckets of gradients"] == alone["gradients"]
+    assert "buckets of gradients" not in shard
+    levels = "outputs of the levels"
+    assert (shard[levels], copy[levels], both[levels]) == (
+        alone[levels],
+        alone[levels] / 8,
+        alone[levels] / 2,
+    )
+
+
+def test_the_first_process_gathers_the_whole_dictionary_and_its_moments_in_main_memory() -> None:
+    cfg = _gemma(device="cuda", act_store_device="cuda")
+    trace = trace_forward([cfg], model_shape(cfg))
+    saving = {
+        shards: by_phase(memory_needs([cfg], trace, Mesh(shards=shards)), "cpu")[SAVING]
+        for shards in (1, 8, 64)
+    }
+    weights = 4 * (18432 * (2304 + 2304 + 1) + 2304)
+    assert saving[8] - saving[1] > 2 * weights
+    assert saving[64] == saving[8]
+
+
+def test_a_batch_that_the_processes_cannot_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"train_batch_size_tokens=4096 .* among 6\. Take a multiple of 6"):
+        estimate(_gemma(), mesh=Mesh(row_blocks=6), with_time=False)
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
-def test_the_state_that_a_process_gives_away_takes_what_is_foretold(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_state_that_a_process_gives_away_takes_what_is_foretold() -> None:
     cfg = runner_config(transcoder_config(), n_batches_in_buffer=2048)
     shape = model_shape(cfg)
-    alone = by_phase(memory_needs([cfg], trace_forward([cfg], shape)), "cpu")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    needs = memory_needs([cfg], trace_forward([cfg], shape))
-    together = by_phase(needs, "cpu")
-    assert {phase for phase in PHASES if together[phase] > alone[phase]} == {SAVING}
+    needs = memory_needs([cfg], trace_forward([cfg], shape), Mesh(row_blocks=2))
+    (given,) = (need for need in needs if need.what == "state for the first process")
+    assert given.phases == (SAVING,)
     files = sum(need.n_bytes for need in needs if need.what in ("folded copy", "file in the making"))
     waiting = sum(need.n_bytes for need in needs if need.what == memory_module.WAITING)
-    foretold = together[SAVING] - alone[SAVING] + files + waiting
+    foretold = given.n_bytes + files + waiting
 
     rows, serving = torch.ones(1024 * 32, 256), torch.ones(1024 * 32, 256)
     ctypes.CDLL(None).malloc_trim(0)  # what is free, but still resident, would be used first
@@ -394,7 +439,13 @@ def _peak_resident(*, reset: bool = True) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
-    ["tiny SAE, 32,768 latents", "tiny, 4 transcoders in lockstep", "pythia-70m, prompts of 1,024 tokens"],
+    [
+        "tiny SAE, 32,768 latents",
+        "tiny, 4 transcoders in lockstep",
+        "pythia-70m, prompts of 1,024 tokens",
+        "tiny SAE, data parallel on 2",
+        "tiny SAE, 2 shards",
+    ],
 )
 def test_the_estimate_is_within_15_percent_of_a_real_run(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
