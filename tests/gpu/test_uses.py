@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformer_lens import HookedTransformer
 
 import saelens_matryoshka as sm
 from saelens_matryoshka.cache import CachedModel, open_cache, write_cache
+from saelens_matryoshka.cli import main
 from saelens_matryoshka.formats import Folder, build, converter, from_saelens, load
 from saelens_matryoshka.formats.registry import FORMATS
 from saelens_matryoshka.layers import train_layers
@@ -151,6 +153,22 @@ def test_an_evaluation_gives_the_same_numbers(
     assert elsewhere["ce_clean"] == pytest.approx(theirs["ce_clean"], rel=1e-4)
     compared = sm.compare({"one": sae, "other": random_sae()}, model, prompts, **settings)
     assert json.loads(compared.to_json())
+
+
+@pytest.mark.parametrize("command", ["eval", "samples", "report"])
+def test_commands_take_the_gpu_and_print_what_they_are_asked_for(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    random_sae().save_model(tmp_path / "sae")
+    monkeypatch.chdir(tmp_path)
+    arguments = {"eval": ["--tokens", "300", "--ce-tokens", "100"]}.get(command, ["--tokens", "400"])
+    monkeypatch.setattr(sys, "argv", ["saelens-matryoshka", command, "sae", *arguments, "--json"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    said = capsys.readouterr()
+    assert not stopped.value.code, said.err
+    assert json.loads(said.out)
+    assert "Moving model" not in said.err
 
 
 def test_samples_are_the_same(
