@@ -206,6 +206,7 @@ def test_what_was_saved_is_loaded_onto_a_gpu(sae: JumpReLUSAE, tmp_path: Path) -
     acts = loaded.encode(x)
     _assert_close(sm.decode_prefixes(loaded, acts)[1], small(x))
     assert {str(tensor.device) for tensor in small.state_dict().values()} == {"cuda:1"}
+    assert str(small.cfg.device) == str(small.device) == "cuda:1"
 
 
 @pytest.mark.parametrize("format", ["circuit-tracer", "sparsify", "dictionary-learning"])
