@@ -47,8 +47,7 @@ def load_language_model(
     if is_tiny(name):
         from saelens_matryoshka.tiny import load_hooked_transformer
 
-        model = load_hooked_transformer()
-        return model if device == "cpu" else model.to(device)
+        return load_hooked_transformer().to(device, print_details=False)
     from sae_lens.load_model import load_model
 
     try:

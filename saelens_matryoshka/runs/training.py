@@ -265,10 +265,8 @@ def overrides(settings: Settings) -> dict[str, Any]:
         return found
     from saelens_matryoshka import tiny
 
-    model = tiny.load_hooked_transformer()
     device = cfg.llm_device or cfg.device
-    # .to says on stdout that it moves the model
-    found["override_model"] = model if device == "cpu" else model.to(device)
+    found["override_model"] = tiny.load_hooked_transformer().to(device, print_details=False)
     if cfg.dataset_path == TINY_TEXT:
         found["override_dataset"] = tiny.text.dataset("train")
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformer_lens import HookedTransformer
 
 import saelens_matryoshka as sm
 from saelens_matryoshka.cache import CachedModel, open_cache, write_cache
+from saelens_matryoshka.cli import main
 from saelens_matryoshka.formats import Folder, build, converter, from_saelens, load
 from saelens_matryoshka.formats.registry import FORMATS
 from saelens_matryoshka.layers import train_layers
@@ -153,6 +155,22 @@ def test_an_evaluation_gives_the_same_numbers(
     assert json.loads(compared.to_json())
 
 
+@pytest.mark.parametrize("command", ["eval", "samples", "report"])
+def test_commands_take_the_gpu_and_print_what_they_are_asked_for(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    random_sae().save_model(tmp_path / "sae")
+    monkeypatch.chdir(tmp_path)
+    arguments = {"eval": ["--tokens", "300", "--ce-tokens", "100"]}.get(command, ["--tokens", "400"])
+    monkeypatch.setattr(sys, "argv", ["saelens-matryoshka", command, "sae", *arguments, "--json"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    said = capsys.readouterr()
+    assert not stopped.value.code, said.err
+    assert json.loads(said.out)
+    assert "Moving model" not in said.err
+
+
 def test_samples_are_the_same(
     tiny_model: HookedTransformer, model: HookedTransformer, sae: JumpReLUSAE, prompts: torch.Tensor
 ) -> None:
@@ -188,6 +206,7 @@ def test_what_was_saved_is_loaded_onto_a_gpu(sae: JumpReLUSAE, tmp_path: Path) -
     acts = loaded.encode(x)
     _assert_close(sm.decode_prefixes(loaded, acts)[1], small(x))
     assert {str(tensor.device) for tensor in small.state_dict().values()} == {"cuda:1"}
+    assert str(small.cfg.device) == str(small.device) == "cuda:1"
 
 
 @pytest.mark.parametrize("format", ["circuit-tracer", "sparsify", "dictionary-learning"])
