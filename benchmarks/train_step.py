@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -166,20 +167,30 @@ def floor(problem: Problem, data: list[torch.Tensor]) -> Callable[[int], None]:
     return turn
 
 
-def measure(problem: Problem, names: tuple[str, ...], turns: int, warmup: int) -> dict[str, float]:
-    """Median seconds of each contestant's turns, taken in alternation."""
-    data = batches(problem)
-    running = {name: contestant(name, problem, data) for name in (*names, FLOOR)}
-    seconds: dict[str, list[float]] = {name: [] for name in running}
+def measure(
+    problems: list[Problem], names: tuple[str, ...], turns: int, warmup: int
+) -> list[dict[str, float]]:
+    """Median seconds of each contestant's turns, for each problem; all take turns in alternation.
+
+    The problems differ in levels and dead latents only.
+    """
+    data = batches(problems[0])
+    running = {
+        (row, name): contestant(name, problem, data)
+        for row, problem in enumerate(problems)
+        for name in (*names, FLOOR)
+    }
+    seconds: dict[tuple[int, str], list[float]] = {key: [] for key in running}
     for i in range(warmup + turns):
-        for name, turn in running.items():
-            _synchronize(problem.device)
+        for key, turn in running.items():
+            _synchronize(problems[0].device)
             start = time.perf_counter()
             turn(i)
-            _synchronize(problem.device)
+            _synchronize(problems[0].device)
             if i >= warmup:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+                seconds[key].append(time.perf_counter() - start)
+    medians = {key: statistics.median(times) for key, times in seconds.items()}
+    return [{name: medians[row, name] for name in (*names, FLOOR)} for row in range(len(problems))]
 
 
 def peak_memory(problem: Problem, name: str) -> float:
@@ -237,6 +248,9 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--autocast", action="store_true")
+    parser.add_argument(
+        "--together", action="store_true", help="all rows in the same turns, to compare them; more memory"
+    )
     parser.add_argument("--tensor-core-advantage", type=int, help="instead of ours, for bfloat16 on a GPU")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--json", type=Path, help="where to write the figures")
@@ -275,9 +289,13 @@ def main() -> None:
                     for name in args.only
                 }
                 console.print(row)
-            else:
-                row["seconds"] = measure(problem(levels, dead), tuple(args.only), args.turns, args.warmup)
             rows.append(row)
+    if not args.memory:
+        problems = [problem(row["levels"], row["dead"]) for row in rows]
+        together = [problems] if args.together else [[one] for one in problems]
+        found = [measure(some, tuple(args.only), args.turns, args.warmup) for some in together]
+        for row, seconds in zip(rows, chain.from_iterable(found), strict=True):
+            row["seconds"] = seconds
     result = {"machine": machine.describe(args.device), "settings": vars(args) | {"json": None}, "rows": rows}
     if not args.memory:
         console.print(_table(problem(1, 0), rows))
