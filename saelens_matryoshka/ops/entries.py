@@ -69,11 +69,16 @@ def kept_entries(selection: Selection, levels: Levels, n_rows: int, W_dec: torch
         n_rows: B.
         W_dec: `[d_sae, d_out]`
     """
-    size, dtype = n_rows * len(W_dec), gathered_dtype(W_dec)
+    dtype = gathered_dtype(W_dec)
     on_tensor_cores = W_dec.device.type == "cuda" and dtype == torch.bfloat16
-    if on_tensor_cores and size <= min(BLOCK_VALUES, TENSOR_CORE_ADVANTAGE * len(selection.rows)):
+    if on_tensor_cores and are_dense(len(selection.rows), n_rows * len(W_dec)):
         return DenseEntries(selection, levels, n_rows, dtype)
     return GatheredEntries(selection, levels, n_rows, dtype)
+
+
+def are_dense(n: int, size: int) -> bool:
+    """Whether tensor cores are to multiply a matrix of so many values, n of them not 0, as a dense one."""
+    return size <= min(BLOCK_VALUES, TENSOR_CORE_ADVANTAGE * n)
 
 
 class GatheredEntries:

@@ -22,7 +22,7 @@ from torch._subclasses import FakeTensorMode
 from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig
 from saelens_matryoshka.architectures.calibration import CHUNK_VALUES, MAX_ROWS, ROWS_PER_BATCH
 from saelens_matryoshka.ops.encoder import BLOCK_VALUES
-from saelens_matryoshka.ops.entries import TENSOR_CORE_ADVANTAGE
+from saelens_matryoshka.ops.entries import are_dense
 from saelens_matryoshka.ops.sparse import CPU_DECODE_VALUES, SPARSE_AUX
 from saelens_matryoshka.parallel import Mesh
 from saelens_matryoshka.runs.buffer import BufferRows, buffer_rows
@@ -243,9 +243,8 @@ def _together(cfg: LanguageModelSAERunnerConfig[Any], training: list[Need], mesh
     largest = max(cfg.sae.d_in, getattr(cfg.sae, "d_out", 0)) * -(-cfg.sae.d_sae // mesh.shards)
     return [
         *needs,
-        Need(
-            "squares of the gradients", device, largest * _FLOAT32, (BACKWARD,)
-        ),  # to clip by the norm of all
+        # to clip by the norm of all
+        Need("squares of the gradients", device, largest * _FLOAT32, (BACKWARD,)),
         Need("whole dictionary and moments", "cpu", 3 * weights, (SAVING,)),
         Need("encoder, row by row", "cpu", weights // 2, (SAVING,)),
     ]
@@ -370,9 +369,8 @@ def _step(cfg: LanguageModelSAERunnerConfig[Any], refilled: bool) -> list[Need]:
     values = min(batch, max(1, BLOCK_VALUES // sae.d_sae)) * sae.d_sae
     decoded = batch * n_levels * d_out * size
     decoding = min(decoded, CPU_DECODE_VALUES * size) if on_cpu else 2 * decoded
-    as_matrix = 0
-    if not on_cpu and pre_size == 2 and batch * sae.d_sae <= BLOCK_VALUES:
-        as_matrix = 2 * batch * sae.d_sae if sae.d_sae <= TENSOR_CORE_ADVANTAGE * sae.k else 0
+    on_tensor_cores = not on_cpu and pre_size == 2
+    is_matrix = on_tensor_cores and are_dense(int(sae.k * batch), batch * sae.d_sae)
     n_dead = int(DEAD_SHARE * sae.d_sae) if _may_have_dead(cfg) else 0
     copies = 3 if n_dead > SPARSE_AUX * (sae.aux_k or max(d_out // 2, 1)) else 5
     dead = n_dead * (copies * batch + 2 * (sae.d_in + d_out)) * size
@@ -387,7 +385,7 @@ def _step(cfg: LanguageModelSAERunnerConfig[Any], refilled: bool) -> list[Need]:
         Need("weights in bfloat16", device, in_bfloat16, (FORWARD,) if on_cpu else _STEP),
         Need("outputs of the levels", device, decoded, afterwards if on_cpu else _STEP),
         Need("the same in bfloat16", device, 0 if on_cpu or not cfg.autocast else decoded // 2, (BACKWARD,)),
-        Need("kept entries as a matrix", device, as_matrix, (BACKWARD,)),
+        Need("kept entries as a matrix", device, 2 * batch * sae.d_sae if is_matrix else 0, (BACKWARD,)),
         Need("levels being decoded", device, decoding, (FORWARD,)),
         Need("batch and results", device, 2 * reads + int(sae.k * batch) * _ENTRY_BYTES, afterwards),
         Need("dead latents", device, dead, _STEP),
