@@ -102,6 +102,16 @@ def read(source: Source, item: str, device: str = "cpu") -> SAE[Any]:
     return sae.eval()
 
 
+def _unfinished(folder: Path) -> str:
+    """A hint at what there is of a run that has not come to its end, if the folder is that of one."""
+    if not (folder / "config.yaml").is_file():
+        return ""
+    found = (path.parent for path in folder.glob(f"checkpoints/*/{SAE_CFG_FILENAME}"))
+    whole = sorted((path for path in found if path.name.isdecimal()), key=lambda path: int(path.name))
+    newest = f" Its newest checkpoint is '{whole[-1]}'." if whole else ""
+    return f" Is it a run that is not finished? `train --resume` goes on with it.{newest}"
+
+
 def open_folder(folder: Path, device: str = "cpu") -> SAE[Any]:
     """The model of a folder of SAELens's, of any architecture it has.
 
@@ -115,7 +125,7 @@ def open_folder(folder: Path, device: str = "cpu") -> SAE[Any]:
     config_path, path = folder / SAE_CFG_FILENAME, folder / SAE_WEIGHTS_FILENAME
     if not config_path.is_file():
         inside = sorted(found.parent.name for found in folder.glob(f"*/{SAE_CFG_FILENAME}"))
-        hint = f" Name one of those in it: {', '.join(inside[:5])}." if inside else ""
+        hint = f" Name one of those in it: {', '.join(inside[:5])}." if inside else _unfinished(folder)
         raise FormatError(
             f"'{folder}' holds no SAE: a folder saved by SAELens has a {SAE_CFG_FILENAME} in it.{hint}"
         )
