@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from saelens_matryoshka.evaluation.metrics import DENSITY_EDGES
@@ -17,6 +18,8 @@ from saelens_matryoshka.valid_json import dumps
 T = TypeVar("T")
 _OF_CE = frozenset({"ce", "kl", "ce_clean", "ce_zero", "ce_mean"})
 """None where no cross-entropy was measured, and only there"""
+_UNLIMITED = 1000
+"""columns of a terminal that every table fits in"""
 
 
 @dataclass(frozen=True)
@@ -131,9 +134,19 @@ def _from_dict(kind: type[T], record: dict[str, Any], *, with_ce: bool) -> T:
     return kind(**values | missing)
 
 
+class _Numbers(Table):
+    """A table whose columns move together on a narrow terminal, where rich would cut the figures."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        wanted = self.__rich_measure__(console, options.update(width=_UNLIMITED)).maximum
+        if wanted > options.max_width:
+            self.padding = 0
+        yield from super().__rich_console__(console, options)
+
+
 def metrics_table(title: str, *, with_ce: bool) -> Table:
     """An empty table with the columns of `metrics_row`."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, caption_justify="left")
+    table = _Numbers(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, caption_justify="left")
     headings = ["width", "FVU", "cosine", "L0", "dead"]
     if with_ce:
         headings += ["CE", "CE rec.\nzero", "CE rec.\nmean", "KL"]

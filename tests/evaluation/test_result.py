@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from saelens_matryoshka.evaluation.comparison import Comparison
 from saelens_matryoshka.evaluation.result import EvalResult, PrefixMetrics
@@ -36,3 +38,12 @@ def test_json_gives_the_result_back_and_never_has_nan(result: dict[str, Any], pr
     assert "NaN" not in text
     assert repr(EvalResult.from_json(text)) == repr(given)  # NaN is equal to nothing
     assert json.loads(Comparison({"a": given}).to_json())["a"] == json.loads(text)
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_a_narrow_terminal_shows_every_figure_whole(columns: int) -> None:
+    console = Console(width=columns, file=io.StringIO())
+    with console.capture() as shown:
+        console.print(_changed({}, {"width": 1024, "ce_recovered_mean": -1.234, "n_dead": 512}).table())
+    assert "1,024 0.100 0.950 3.5 50.0% 3.100 80.0% -123.4% 0.050" in " ".join(shown.get().split())
+    assert "…" not in shown.get()
