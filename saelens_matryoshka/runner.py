@@ -25,7 +25,10 @@ from sae_lens.training.prefetch import PrefetchingIterator
 from tqdm.auto import tqdm
 
 from saelens_matryoshka.adam import fuse_adam, hand_back_gradients
-from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig
+from saelens_matryoshka.architectures import (
+    MatryoshkaTrainingTranscoder,
+    MatryoshkaTrainingTranscoderConfig,
+)
 from saelens_matryoshka.cache.store import CachedActivationsStore, cached_store, is_cache
 from saelens_matryoshka.evaluation.training_evaluator import (
     CachedEvaluator,
@@ -262,11 +265,38 @@ def _add_what_is_missing(trainer: SAETrainer[Any, Any]) -> None:
     store = stock.activations_store
     if isinstance(trainer.data_provider, PrefetchingIterator) and isinstance(store, ResumableStore):
         trainer.data_provider = PrefetchedBatches(trainer.data_provider, store)
+    _say_what_it_is_trained_on(trainer.sae, store)
     trainer.sae.cfg.metadata.input_frame = norm_frame(store.model, store.hook_name)
     source: Site | None = getattr(store, "source", None)
     if source is not None and source.gain is not None:
         trainer.sae.set_input_gain(source.gain, source.offset)
     trainer.evaluator = held_out_evaluator(stock)
+
+
+def _say_what_it_is_trained_on(sae: Any, store: Any) -> None:
+    """Record a loaded transcoder's target as it is in this run, as SAELens does with its source.
+
+    Raises:
+        ValueError: the dictionary given is not one for the data of the run.
+    """
+    target: str | None = getattr(store, "target_hook", None)
+    given = "from_pretrained_path or override_sae"
+    if isinstance(sae, MatryoshkaTrainingTranscoder) != (target is not None):
+        wanted = "an SAE" if target is None else "a transcoder"
+        raise ValueError(
+            f"{given}: the dictionary is a {sae.cfg.architecture()!r}, but the run's config describes "
+            f"{wanted}. Give a dictionary of the architecture of the config."
+        )
+    if target is None:
+        return
+    in_run = "none" if store.source.gain is None else "norm_weight"
+    if sae.cfg.input_gain != in_run:
+        raise ValueError(
+            f"input_gain={in_run!r}, but the dictionary of {given} was made with "
+            f"input_gain={sae.cfg.input_gain!r}: it would be saved for another tensor than it is trained on. "
+            f"Set input_gain={sae.cfg.input_gain!r}."
+        )
+    sae.cfg.hook_name_out = sae.cfg.metadata.hook_name_out = target
 
 
 def held_out_evaluator(stock: LLMSaeEvaluator[Any]) -> HeldOutEvaluator | CachedEvaluator | None:

@@ -225,6 +225,51 @@ def test_resume_from_checkpoint_continues(
     assert type(SAE.load_from_disk(tmp_path / "out")) is JumpReLUTranscoder
 
 
+def _pretrained(model: Any, dataset: Any, place: Path, sae: Any, **fields: Any) -> str:
+    cfg = runner_config(sae, n_checkpoints=1, checkpoint_path=str(place / "pretrained"), **fields)
+    _run(cfg, model, dataset)
+    (checkpoint,) = (place / "pretrained").glob("*/*")
+    return str(checkpoint)
+
+
+def test_a_loaded_transcoder_records_the_target_it_is_trained_on(
+    tiny_model: HookedTransformer, token_dataset: datasets.Dataset, tmp_path: Path
+) -> None:
+    """As SAELens records the runner's hook_name, whatever the loaded one has read before."""
+    pretrained = _pretrained(tiny_model, token_dataset, tmp_path, transcoder_config())
+    target = "blocks.3.hook_mlp_out"
+    cfg = runner_config(
+        transcoder_config(hook_name_out=target),
+        from_pretrained_path=pretrained,
+        output_path=str(tmp_path / "out"),
+    )
+    _run(cfg, tiny_model, token_dataset)
+    assert SAE.load_from_disk(tmp_path / "out").cfg.metadata.hook_name_out == target
+
+
+@pytest.mark.parametrize(("loaded", "here"), [("norm_weight", "none"), ("none", "norm_weight")])
+def test_a_loaded_transcoder_of_another_gain_is_refused(
+    loaded: str, here: str, tiny_model: HookedTransformer, token_dataset: datasets.Dataset, tmp_path: Path
+) -> None:
+    pretrained = _pretrained(tiny_model, token_dataset, tmp_path, transcoder_config(input_gain=loaded))
+    cfg = runner_config(
+        transcoder_config(input_gain=here), from_pretrained_path=pretrained, output_path=str(tmp_path / "out")
+    )
+    with pytest.raises(ValueError, match=f"input_gain='{here}'.*Set input_gain='{loaded}'"):
+        _run(cfg, tiny_model, token_dataset)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loaded_sae_is_refused_where_a_transcoder_is_to_be_trained(
+    tiny_model: HookedTransformer, token_dataset: datasets.Dataset, tmp_path: Path
+) -> None:
+    sae = sm.MatryoshkaTrainingSAEConfig(d_in=128, d_sae=64, k=4, matryoshka_widths=[64])
+    pretrained = _pretrained(tiny_model, token_dataset, tmp_path, sae)
+    cfg = runner_config(transcoder_config(), from_pretrained_path=pretrained)
+    with pytest.raises(ValueError, match="from_pretrained_path.*'matryoshka_sae'.*a transcoder"):
+        _run(cfg, tiny_model, token_dataset)
+
+
 def test_stock_architectures_are_left_alone(
     tiny_model: HookedTransformer, token_dataset: datasets.Dataset
 ) -> None:

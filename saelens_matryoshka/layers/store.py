@@ -110,6 +110,11 @@ class PartOfStore:
         return self.reading.source
 
     @property
+    def target_hook(self) -> str | None:
+        """The hook that is predicted; None of an SAE."""
+        return self.reading.target_hook
+
+    @property
     def hook_name(self) -> str:
         """The hook that is read."""
         return self.reading.source.hook_name
