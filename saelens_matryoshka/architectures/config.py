@@ -70,6 +70,16 @@ class MatryoshkaTrainingConfig(MatryoshkaBatchTopKTrainingSAEConfig, ABC):
         require_positive_int("d_in", self.d_in)
         require_positive_int("d_sae", self.d_sae)
         self.matryoshka_widths = cumulative_widths(self.matryoshka_widths, self.d_sae)
+        if isinstance(weights := self.level_weights, Sequence | np.ndarray) and not isinstance(weights, str):
+            self.level_weights = [w.item() if isinstance(w, np.generic) else w for w in weights]
+        for name in (
+            "apply_b_dec_to_input",
+            "rescale_acts_by_decoder_norm",
+            "use_matryoshka_aux_loss",
+            "use_sparse_activations",
+        ):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name}={value!r} must be True or False.")
         self._check_k()
         self._check_level_weights()
         if self.threshold_calibration not in ("ema", "l0"):

@@ -237,3 +237,10 @@ def test_numbers_of_numpy_are_taken_and_stored_as_plain_ones() -> None:
     )  # type: ignore[arg-type]
     assert json.loads(json.dumps(cfg.to_dict()))["k"] == 4.5
     assert cfg.matryoshka_widths == [32, 64]
+
+
+@pytest.mark.parametrize("weights", [np.array([1.0, 2.0]), [np.float32(1), np.int64(2)], (1.0, 2.0)])
+def test_level_weights_of_numpy_are_numbers(weights: Any) -> None:
+    cfg = sm.MatryoshkaTrainingSAEConfig(**SAE, level_weights=weights)
+    assert cfg.level_weights == [1.0, 2.0]
+    assert TrainingSAEConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
