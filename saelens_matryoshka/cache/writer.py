@@ -40,6 +40,7 @@ from saelens_matryoshka.cache.manifest import (
     damage,
     describe_file,
 )
+from saelens_matryoshka.evaluation.activations import in_eval_mode
 from saelens_matryoshka.evaluation.tokens import special_token_ids
 from saelens_matryoshka.fingerprint import hash_of_model
 from saelens_matryoshka.locks import alone
@@ -79,16 +80,12 @@ def write_cache(
     for hook in settings.hook_names:
         check_hook(model, hook, "hook_names")
         make_readable(model, hook)
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         manifest, gains = _describe(model, settings)
         folder.mkdir(parents=True, exist_ok=True)
         in_use = CacheError(f"{folder} is being written by another process.")
         with alone(folder / _LOCK, in_use):
             _write(folder, model, settings, dataset, manifest, gains, progress)
-    finally:
-        model.train(was_training)
     return Manifest.load(folder)
 
 

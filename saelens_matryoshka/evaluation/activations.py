@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
+
+
+@contextmanager
+def in_eval_mode(model: Any) -> Iterator[None]:
+    """Within, all of a language model is in eval mode; afterwards, each module in the mode it was in.
+
+    A model may hold one in another mode: `HookedProxyLM` is in training mode, the one it runs is not, and
+    would drop out from then on.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in modes:
+            module.training = was_training
 
 
 def hook_activations(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from saelens_matryoshka.evaluation.activations import in_eval_mode
 from saelens_matryoshka.evaluation.metrics import restore, state_of
 from saelens_matryoshka.fingerprint import hash_of_tensors
 from saelens_matryoshka.unfinished import Unfinished
@@ -49,23 +50,18 @@ class Passes:
         Raises:
             RunStopped: SIGINT or SIGTERM has come, and the state is kept in `unfinished`.
         """
-        model = self.evaluations[0].model
-        was_training = model.training
-        model.eval()
-        try:
-            with nullcontext() if unfinished is None else unfinished.kept() as keep_state:
-                if unfinished is not None:
-                    self._go_on_with(unfinished.load())
-                for what, add, tokens, done, total in itertools.islice(self._steps(), self.n_done, None):
-                    add(tokens)
-                    self.n_done += 1
-                    self.n_seen += tokens.numel()
-                    if on_progress is not None:
-                        on_progress(what, done, total)
-                    if keep_state is not None:
-                        keep_state(self)
-        finally:
-            model.train(was_training)
+        kept = nullcontext() if unfinished is None else unfinished.kept()
+        with in_eval_mode(self.evaluations[0].model), kept as keep_state:
+            if unfinished is not None:
+                self._go_on_with(unfinished.load())
+            for what, add, tokens, done, total in itertools.islice(self._steps(), self.n_done, None):
+                add(tokens)
+                self.n_done += 1
+                self.n_seen += tokens.numel()
+                if on_progress is not None:
+                    on_progress(what, done, total)
+                if keep_state is not None:
+                    keep_state(self)
 
     def _steps(self) -> Iterator[tuple[str, Callable[[torch.Tensor], None], torch.Tensor, int, int]]:
         """What is measured, how a batch is added, the batch, and tokens of the pass after it and together."""

@@ -13,7 +13,7 @@ import torch
 from sae_lens import SAE
 
 from saelens_matryoshka.architectures.calibration import threshold_for_l0
-from saelens_matryoshka.evaluation.activations import hook_activations, require_width
+from saelens_matryoshka.evaluation.activations import hook_activations, in_eval_mode, require_width
 from saelens_matryoshka.evaluation.tokens import special_token_ids, token_batches
 from saelens_matryoshka.formats.coder import SparseCoder, build
 from saelens_matryoshka.formats.files import FormatError
@@ -102,9 +102,7 @@ def hook_rows(
     limit = getattr(getattr(model, "cfg", None), "n_ctx", None)
     context_size = context_size or min(sae.cfg.metadata.context_size, limit or sae.cfg.metadata.context_size)
     excluded = special_token_ids(model, True)
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         for tokens in token_batches(sae, model, dataset, n_tokens, context_size, 8):
             seen = hook_activations(model, tokens, names)
             if hooks is None:
@@ -113,8 +111,6 @@ def hook_rows(
             if excluded is not None:
                 keep = ~torch.isin(tokens, excluded.to(tokens.device))
             yield {name: seen[name].flatten(2)[keep.to(seen[name].device)].cpu() for name in names}
-    finally:
-        model.train(was_training)
 
 
 def calibrate(

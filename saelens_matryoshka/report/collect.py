@@ -16,8 +16,8 @@ import torch
 from sae_lens import SAE
 from sae_lens.config import HfDataset
 
-from saelens_matryoshka.evaluation.activations import hook_activations
-from saelens_matryoshka.evaluation.evaluator import hooks_and_frame
+from saelens_matryoshka.evaluation.activations import hook_activations, in_eval_mode
+from saelens_matryoshka.evaluation.evaluator import flattened_heads, hooks_and_frame
 from saelens_matryoshka.evaluation.tokens import special_token_ids, token_batches
 from saelens_matryoshka.prefixes import inference_model
 from saelens_matryoshka.report.collector import HISTOGRAM_BINS, Collector
@@ -89,31 +89,24 @@ def collect_samples(
         after=after,
         seed=seed,
     )
-    was_training, had_reshaping = model.training, sae.hook_z_reshaping_mode
-    model.eval()
-    sae.turn_off_forward_pass_hook_z_reshaping()  # heads are flattened here
     batches = functools.partial(
         token_batches, sae, model, dataset, n_tokens, context_size, batch_size_prompts
     )
-    try:
-        with nullcontext() if unfinished is None else unfinished.kept() as keep_state:
-            for tokens in _still_to_do(batches, collector, unfinished):
-                source = hook_activations(model, tokens, [hook], model_kwargs)[hook]
-                if sae.cfg.metadata.hook_head_index is not None:
-                    source = source[:, :, sae.cfg.metadata.hook_head_index]
-                keep = torch.zeros_like(tokens, dtype=torch.bool)
-                keep[:, slice(*(sae.cfg.metadata.seqpos_slice or (None,)))] = True
-                if excluded is not None:
-                    keep &= ~torch.isin(tokens, excluded.to(tokens.device))
-                collector.add(tokens, source.flatten(2).to(sae.device, sae.dtype), keep.to(sae.device))
-                if on_progress is not None:
-                    on_progress(collector.n_seen)
-                if keep_state is not None:
-                    keep_state(collector)
-    finally:
-        model.train(was_training)
-        if had_reshaping:
-            sae.turn_on_forward_pass_hook_z_reshaping()
+    kept = nullcontext() if unfinished is None else unfinished.kept()
+    with flattened_heads(sae), in_eval_mode(model), kept as keep_state:
+        for tokens in _still_to_do(batches, collector, unfinished):
+            source = hook_activations(model, tokens, [hook], model_kwargs)[hook]
+            if sae.cfg.metadata.hook_head_index is not None:
+                source = source[:, :, sae.cfg.metadata.hook_head_index]
+            keep = torch.zeros_like(tokens, dtype=torch.bool)
+            keep[:, slice(*(sae.cfg.metadata.seqpos_slice or (None,)))] = True
+            if excluded is not None:
+                keep &= ~torch.isin(tokens, excluded.to(tokens.device))
+            collector.add(tokens, source.flatten(2).to(sae.device, sae.dtype), keep.to(sae.device))
+            if on_progress is not None:
+                on_progress(collector.n_seen)
+            if keep_state is not None:
+                keep_state(collector)
     return collector.samples()
 
 
