@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from sae_lens import SAE, TrainingSAE, Transcoder
 from sae_lens.registry import get_sae_class
 
-from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoder
+from saelens_matryoshka.architectures import MatryoshkaTraining, MatryoshkaTrainingTranscoder
 from saelens_matryoshka.ops import ALONE, Group, nested_decode
 from saelens_matryoshka.widths import cumulative_widths
 
@@ -69,7 +70,8 @@ def inference_model(sae: SAE[Any]) -> SAE[Any]:
     """
     if not isinstance(sae, TrainingSAE):
         return sae
-    state = {name: tensor.detach().clone() for name, tensor in sae.state_dict().items()}
+    with sae.keeping_threshold() if isinstance(sae, MatryoshkaTraining) else nullcontext():
+        state = {name: tensor.detach().clone() for name, tensor in sae.state_dict().items()}
     sae.process_state_dict_for_saving_inference(state)
     cfg = copy.deepcopy(sae.cfg.get_inference_sae_cfg_dict())
     model = _build(cfg | {"d_sae": len(state["W_dec"])}, state, str(sae.device))

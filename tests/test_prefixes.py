@@ -102,6 +102,17 @@ def test_truncating_shares_no_memory_and_changes_nothing() -> None:
     assert sm.matryoshka_widths(stock) == WIDTHS
 
 
+def test_a_training_object_keeps_the_threshold_it_trains_with() -> None:
+    trained = _trained("transcoder")  # calibrated when it is used
+    before = {name: buffer.clone() for name, buffer in trained.named_buffers()}
+    stock = sm.inference_model(trained)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in trained.named_buffers())
+    trained.calibrate_threshold()
+    assert not torch.equal(trained.topk_threshold, before["topk_threshold"])
+    rescaled = trained.topk_threshold * trained.W_dec.norm(dim=-1)
+    torch.testing.assert_close(stock.threshold, rescaled, check_dtype=False)
+
+
 def test_widths_of_stock_saelens_matryoshka_are_read_from_its_metadata(tmp_path: Path) -> None:
     stock = MatryoshkaBatchTopKTrainingSAE(
         MatryoshkaBatchTopKTrainingSAEConfig(d_in=16, d_sae=64, k=4, matryoshka_widths=list(WIDTHS))

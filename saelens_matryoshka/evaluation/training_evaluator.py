@@ -161,11 +161,10 @@ def logged_metrics(result: EvalResult) -> dict[str, Any]:
 def _as_saved(sae: MatryoshkaTraining, scaler: ActivationScaler) -> SAE[Any]:
     """The model that would be saved if training ended now: the trainer's scaling folded, then the rest."""
     factor, whitening = scaler.scaling_factor, scaler.whitening
-    with sae.keeping_threshold():
-        if isinstance(sae, MatryoshkaTrainingTranscoder):  # which has a gain to fold after it
-            with sae.scaled_by(1.0 if factor is None else factor):
-                return inference_model(sae)
-        model = inference_model(sae)
+    if isinstance(sae, MatryoshkaTrainingTranscoder):  # which has a gain to fold after it
+        with sae.scaled_by(1.0 if factor is None else factor):
+            return inference_model(sae)
+    model = inference_model(sae)
     if factor is not None:
         model.fold_activation_norm_scaling_factor(factor)
     if whitening is not None:
