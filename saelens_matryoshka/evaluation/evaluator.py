@@ -86,7 +86,7 @@ def evaluate(
     Raises:
         RunStopped: SIGINT or SIGTERM has come, and the state is kept in `unfinished`.
         ValueError: the model has no such hook, its norms are folded otherwise than those of the model the
-            SAE was trained on, or the dataset has no tokens.
+            SAE was trained on, or the dataset has no tokens, or none that counts.
     """
     if unfinished is not None and group is not ALONE:
         raise ValueError("unfinished: what each of several processes has is not kept. Leave it out.")
@@ -220,6 +220,11 @@ class Evaluation:
 
     def result(self, *, with_redundancy: bool) -> EvalResult:
         reconstruction = summed(self.reconstruction, self.group, "all")
+        if reconstruction.n_tokens == 0:
+            raise ValueError(
+                "dataset: none of its tokens counts: all are left out by exclude_special_tokens, or by the "
+                "seqpos_slice that this was trained with."
+            )
         firing = self.firing.gathered(self.group)
         next_token = summed([self.clean, self.zero, self.mean, *self.prefixes], self.group, "all")
         n_ce_tokens = next_token[0].n_tokens

@@ -299,6 +299,12 @@ def test_missing_hook_and_empty_dataset_are_told(tiny_model: HookedTransformer, 
         sm.evaluate(_stock_transcoder(), tiny_model, empty)
 
 
+def test_text_of_which_no_token_counts_is_told(tiny_model: HookedTransformer) -> None:
+    special = torch.full((2, 8), tiny_model.tokenizer.bos_token_id)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="dataset: none of its tokens counts"):
+        sm.evaluate(_stock_transcoder(), tiny_model, special)
+
+
 def test_activations_of_all_heads_are_evaluated_flat() -> None:
     metadata = SAEMetadata(hook_name="blocks.1.attn.hook_z", matryoshka_widths=WIDTHS)
     sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=128, d_sae=64, reshape_activations="hook_z", metadata=metadata))
