@@ -66,16 +66,17 @@ class ManyHookStore(ResumableStore):
         Raises:
             ValueError: a hook is not in it.
         """
-        super().load_from_checkpoint(checkpoint_path)
         saved: dict[str, int] = json.loads((Path(checkpoint_path) / _HOOKS).read_text())
         if missing := [hook for hook in self.widths if hook not in saved]:
             raise ValueError(f"The checkpoint {checkpoint_path} is of a run without the hook {missing[0]!r}.")
-        if saved == self.widths or self._buffer is None:
-            return
-        for name in ("rows", "serving"):
-            if (rows := getattr(self._buffer, name)) is not None:
-                parts = dict(zip(saved, rows.split(list(saved.values()), dim=-1), strict=True))
-                setattr(self._buffer, name, torch.cat([parts[hook] for hook in self.widths], dim=-1))
+        with self._lock:  # no batch is made of rows that still have other hooks
+            super().load_from_checkpoint(checkpoint_path)
+            if saved == self.widths or self._buffer is None:
+                return
+            for name in ("rows", "serving"):
+                if (rows := getattr(self._buffer, name)) is not None:
+                    parts = dict(zip(saved, rows.split(list(saved.values()), dim=-1), strict=True))
+                    setattr(self._buffer, name, torch.cat([parts[hook] for hook in self.widths], dim=-1))
 
 
 def many_hook_store(

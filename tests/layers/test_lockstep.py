@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from saelens_matryoshka.formats.export import export_models
 from saelens_matryoshka.layers import LockstepTrainer, ManyHookStore, train_layers
 from saelens_matryoshka.layers import lockstep as lockstep_module
 from saelens_matryoshka.stopping import RunStopped
+from saelens_matryoshka.store import ResumableStore
 from saelens_matryoshka.upkeep.checkpoints import Checkpoints
 from saelens_matryoshka.upkeep.keeper import Keeper
 from tests.helpers import runner_config, transcoder_config
@@ -286,6 +288,30 @@ def test_some_of_a_checkpoint_may_go_on_without_the_others(
     _assert_same(resumed["mlp-2"], straight["mlp-2"])
     with pytest.raises((ValueError, FileNotFoundError), match="mlp-1"):
         _together({"mlp-1": _transcoder(1)}, tiny_model, token_dataset, resume_from=newest.path)
+
+
+def test_a_prefetcher_gets_no_rows_of_a_checkpoint_s_other_hooks(
+    tiny_model: HookedTransformer,
+    token_dataset: datasets.Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cfgs = {f"mlp-{layer}": _transcoder(layer, prefetch_llm_batches=4) for layer in (0, 2)}
+    straight = _together(cfgs, tiny_model, token_dataset)
+    keeper = Keeper(Checkpoints(tmp_path), minutes=0)
+    with pytest.raises(RunStopped):
+        _together(cfgs, tiny_model, token_dataset, keeper=keeper, observers={"mlp-0": [_stopping(keeper, 3)]})
+    load = ResumableStore.load_from_checkpoint
+
+    def load_slowly(store: ResumableStore, path: Path) -> None:
+        load(store, path)
+        time.sleep(0.1)
+
+    monkeypatch.setattr(ResumableStore, "load_from_checkpoint", load_slowly)
+    newest = Checkpoints(tmp_path).newest()
+    assert newest is not None
+    resumed = _together({"mlp-2": cfgs["mlp-2"]}, tiny_model, token_dataset, resume_from=newest.path)
+    _assert_same(resumed["mlp-2"], straight["mlp-2"])
 
 
 def test_a_damaged_part_of_a_checkpoint_is_noticed(
