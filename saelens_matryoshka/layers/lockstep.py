@@ -123,7 +123,7 @@ def train_layers(
     if not cfgs:
         return {}
     runners, batches = _opened(cfgs, override_model, override_dataset)
-    with _wandb_run(cfgs), closing(batches):
+    with closing(batches), _wandb_run(cfgs):
         if on_start is not None:
             on_start()
         trainer = LockstepTrainer(runners, batches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -327,6 +328,21 @@ def test_a_damaged_part_of_a_checkpoint_is_noticed(
         file.write(b"\xff\xff")
     with pytest.warns(UserWarning, match="mlp-2/sae_weights.safetensors is damaged"):
         assert checkpoints.newest() is None
+
+
+def test_wandb_that_does_not_start_leaves_no_prefetcher_running(
+    tiny_model: HookedTransformer, token_dataset: datasets.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise RuntimeError("not logged in")
+
+    monkeypatch.setattr(lockstep_module.wandb, "init", refuse)
+    cfg = _transcoder(1, prefetch_llm_batches=2)
+    cfg.logger.log_to_wandb = True
+    before = threading.active_count()
+    with pytest.raises(RuntimeError, match="not logged in"):
+        _together({"mlp-1": cfg}, tiny_model, token_dataset)
+    assert threading.active_count() == before
 
 
 # ---- what is observed, and refused
