@@ -206,13 +206,15 @@ class MatryoshkaTrainingTranscoder(MatryoshkaTraining):
 
         SAELens's trainer has already multiplied the packed batch by one factor; source and target get one
         more each. b_dec starts at the target's mean and b_enc at minus the mean pre-activation, so that
-        the latents compete for what varies; biases that are not zero are left alone.
+        the latents compete for what varies. Scales that are not 1 and biases that are not zero, of weights
+        that `load_state_dict` has set, are left alone.
         """
         if self.cfg.normalize_activations == "expected_average_only_in":
             parts = batch.split([self.cfg.d_in, self.d_out], dim=-1)
             for part, scale in zip(parts, (self.source_scale, self.target_scale), strict=True):
-                mean_norm = self._mean_over_rows(part.double().norm(dim=-1))
-                scale.copy_(part.shape[-1] ** 0.5 / mean_norm.clamp(min=1e-12))
+                if scale.item() == 1.0:
+                    mean_norm = self._mean_over_rows(part.double().norm(dim=-1))
+                    scale.copy_(part.shape[-1] ** 0.5 / mean_norm.clamp(min=1e-12))
         source, target = self.split_batch(batch)
         wide = torch.promote_types(self.dtype, torch.float32)
         if not bool(self.b_dec.any()):

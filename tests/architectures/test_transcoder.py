@@ -126,6 +126,16 @@ def test_resuming_does_not_start_from_the_data_again(tmp_path: Path) -> None:
     torch.testing.assert_close(run_steps(trainer_for(loaded, pairs), pairs[2:3])[0].loss, expected)
 
 
+def test_a_state_dict_is_trained_on_with_its_scales() -> None:
+    first, other = _pairs(2)
+    trained, again = (_transcoder(normalize_activations="expected_average_only_in") for _ in range(2))
+    run_steps(trainer_for(trained, [first]), [first])
+    again.load_state_dict(trained.state_dict())
+    run_steps(trainer_for(again, [3 * other]), [3 * other])
+    assert torch.equal(again.source_scale, trained.source_scale)
+    assert torch.equal(again.target_scale, trained.target_scale)
+
+
 def test_gain_and_scales_are_loaded_unrounded_whatever_the_weights_are(tmp_path: Path) -> None:
     transcoder = _transcoder(input_gain="norm_weight", dtype="bfloat16")
     transcoder.set_input_gain(1 + torch.rand(D_IN) / 100, torch.rand(D_IN) * 1e-5)
