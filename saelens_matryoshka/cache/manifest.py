@@ -173,6 +173,8 @@ class Manifest:
     complete: bool = False
     train: dict[str, Shard] = field(default_factory=dict)
     held_out: dict[str, Shard] = field(default_factory=dict)
+    others: dict[str, Shard] = field(default_factory=dict)
+    """files without rows: the gains; none in a cache that was written before they were checked"""
 
     def shards(self, split: Split) -> dict[str, Shard]:
         """The files of a split, by path in the cache."""
@@ -210,8 +212,8 @@ class Manifest:
             if found.pop("format", None) != FORMAT:
                 raise ValueError("its format is another")
             found["hooks"] = {name: Hook(**hook) for name, hook in found["hooks"].items()}
-            for split in ("train", "held_out"):
-                found[split] = {name: Shard(**shard) for name, shard in found[split].items()}
+            for kind in ("train", "held_out", "others"):
+                found[kind] = {name: Shard(**shard) for name, shard in found.get(kind, {}).items()}
             return cls(**found)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CacheError(f"{path} is not a manifest that can be read: {error}.") from None

@@ -169,8 +169,8 @@ def verify_cache(folder: Path | str) -> Manifest:
 
 
 def _require_intact(folder: Path, manifest: Manifest, *, fully: bool) -> None:
-    shards = {**manifest.train, **manifest.held_out}
-    found = [what for name, shard in shards.items() if (what := damage(folder, name, shard, fully=fully))]
+    files = {**manifest.train, **manifest.held_out, **manifest.others}
+    found = [what for name, shard in files.items() if (what := damage(folder, name, shard, fully=fully))]
     if found:
         more = f" (and {len(found) - 1} more files)" if len(found) > 1 else ""
         raise CacheError(

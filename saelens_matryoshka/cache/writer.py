@@ -103,6 +103,7 @@ def _write(
         return
     manifest.save(folder)
     save_file(gains, folder / GAINS)
+    manifest.others[GAINS] = describe_file(folder / GAINS, 0)
     store = _store(model, settings, dataset)
     work = _Writing(folder, model, settings, store, manifest)
     n_held_out = -(-settings.held_out_tokens // settings.context_size)
@@ -325,9 +326,9 @@ def _continued(folder: Path, ours: Manifest) -> Manifest:
             f"{folder} was begun with a model of the same name {ours.settings['model_name']!r} and other "
             "weights: name a new folder."
         )
-    for split in (found.train, found.held_out):
-        for name in [name for name, shard in split.items() if damage(folder, name, shard)]:
-            del split[name]
+    for files in (found.train, found.held_out, found.others):
+        for name in [name for name, shard in files.items() if damage(folder, name, shard)]:
+            del files[name]
             found.complete = False
     for leftover in folder.glob("*/.data-*"):
         leftover.unlink()

@@ -135,17 +135,24 @@ def _flip(path: Path, position: int) -> None:
     ],
     ids=["missing", "truncated", "changed"],
 )
+@pytest.mark.parametrize("name", ["train/data-00001.arrow", "gains.safetensors"])
 def test_a_damaged_file_is_seen_when_the_cache_is_opened_and_made_again(
-    harm: Any, message: str, tiny_model: HookedTransformer, token_dataset: datasets.Dataset, tmp_path: Path
+    harm: Any,
+    message: str,
+    name: str,
+    tiny_model: HookedTransformer,
+    token_dataset: datasets.Dataset,
+    tmp_path: Path,
 ) -> None:
     small = settings(training_tokens=1024, held_out_tokens=0)
     folder = tmp_path / "c"
     before = write_cache(folder, tiny_model, small, token_dataset, progress=False)
-    harm(folder / "train" / "data-00001.arrow")
-    with pytest.raises(CacheError, match=f"data-00001.arrow.*{message}"):
+    harm(folder / name)
+    with pytest.raises(CacheError, match=f"{name}.*{message}"):
         open_cache(folder)
     write_cache(folder, tiny_model, small, token_dataset, progress=False)
-    assert verify_cache(folder).train == before.train
+    after = verify_cache(folder)
+    assert (after.train, after.others) == (before.train, before.others)
 
 
 def test_damage_between_the_samples_is_seen_by_a_full_check(
