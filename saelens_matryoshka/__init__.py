@@ -4,51 +4,33 @@ Importing this package registers the architectures "matryoshka_sae", "matryoshka
 "matryoshka_skip_transcoder" in SAELens; its stock runner then trains them.
 """
 
-from saelens_matryoshka import saebench
-from saelens_matryoshka.architectures import (
-    MatryoshkaTrainingSAE,
-    MatryoshkaTrainingSAEConfig,
-    MatryoshkaTrainingSkipTranscoder,
-    MatryoshkaTrainingSkipTranscoderConfig,
-    MatryoshkaTrainingTranscoder,
-    MatryoshkaTrainingTranscoderConfig,
-    NonFiniteActivationsError,
-    recommended_runner_fields,
-)
-from saelens_matryoshka.evaluation import Comparison, EvalResult, compare, evaluate
-from saelens_matryoshka.plugin import install as _install
-from saelens_matryoshka.prefixes import (
-    decode_prefixes,
-    inference_model,
-    matryoshka_widths,
-    truncate,
-)
-from saelens_matryoshka.sites import Site, find_site
-from saelens_matryoshka.widths import cumulative_widths
+import sys
+from pathlib import PurePath
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from saelens_matryoshka.api import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Comparison",
-    "EvalResult",
-    "MatryoshkaTrainingSAE",
-    "MatryoshkaTrainingSAEConfig",
-    "MatryoshkaTrainingSkipTranscoder",
-    "MatryoshkaTrainingSkipTranscoderConfig",
-    "MatryoshkaTrainingTranscoder",
-    "MatryoshkaTrainingTranscoderConfig",
-    "NonFiniteActivationsError",
-    "Site",
-    "compare",
-    "cumulative_widths",
-    "decode_prefixes",
-    "evaluate",
-    "find_site",
-    "inference_model",
-    "matryoshka_widths",
-    "recommended_runner_fields",
-    "saebench",
-    "truncate",
-]
 
-_install()
+def load() -> None:
+    """Import all there is, and register the architectures: what importing this package does.
+
+    Only the command line does it later. SAELens and what it stands on take seconds to import, and `--help`
+    needs none of it.
+    """
+    from saelens_matryoshka import api
+
+    globals().update({name: getattr(api, name) for name in api.__all__})
+
+
+def _is_command_line() -> bool:
+    """Whether Python was started as `saelens-matryoshka` or `python -m saelens_matryoshka`."""
+    if sys.argv[:1] == ["-m"]:  # as long as Python is looking for the module
+        return sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] == [__name__]
+    return bool(sys.argv) and PurePath(sys.argv[0]).stem == "saelens-matryoshka"
+
+
+if not _is_command_line():
+    load()

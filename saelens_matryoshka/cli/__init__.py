@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import sys
+from collections.abc import Callable
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+import saelens_matryoshka
 from saelens_matryoshka.cli import (
     cache,
     demo,
@@ -34,6 +38,17 @@ class _Commands(TyperGroup):
         return super().parse_args(ctx, with_json_targets(args))
 
 
+def _loading(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command after the imports that take seconds, to which `--help` does not come."""
+
+    @functools.wraps(command)
+    def loaded(*args: Any, **kwargs: Any) -> Any:
+        saelens_matryoshka.load()
+        return command(*args, **kwargs)
+
+    return loaded
+
+
 app = typer.Typer(
     name="saelens-matryoshka",
     cls=_Commands,
@@ -52,17 +67,15 @@ for panel, commands in {
     for command in commands:
         command.register(app)
     for registered in app.registered_commands[n_before:]:
+        assert registered.callback is not None
         registered.rich_help_panel = panel
         registered.help = paragraphs(inspect.getdoc(registered.callback) or "")
+        registered.callback = _loading(registered.callback)
 
 
 def _show_version(asked: bool) -> None:
     if asked:
-        from sae_lens import __version__ as sae_lens_version
-
-        from saelens_matryoshka import __version__
-
-        print(f"saelens-matryoshka {__version__}, SAELens {sae_lens_version}")
+        print(f"saelens-matryoshka {saelens_matryoshka.__version__}, SAELens {version('sae-lens')}")
         raise typer.Exit
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from saelens_matryoshka.cli import app
 
-COMMAND = [sys.executable, "-c", "from saelens_matryoshka.cli import main; main()"]
+COMMAND = [sys.executable, "-m", "saelens_matryoshka"]
 
 
 def _call(*args: str, cwd: Path, columns: int = 80) -> subprocess.CompletedProcess[str]:

@@ -21,7 +21,7 @@ import saelens_matryoshka
 from saelens_matryoshka.cli import app
 from saelens_matryoshka.cli.output import token_progress, with_json_targets
 
-COMMAND = [sys.executable, "-c", "from saelens_matryoshka.cli import main; main()"]
+COMMAND = [sys.executable, "-m", "saelens_matryoshka"]
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
@@ -44,6 +44,17 @@ def test_help_tells_a_newcomer_what_to_type_first_and_lists_every_command() -> N
     said = _help("--help")
     assert said.index("saelens-matryoshka train --preset tiny") < said.index("Options")
     assert all(f" {name} " in said for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["train", "--help"], ["eval", "--no-such-flag"]]
+)
+def test_what_needs_no_torch_does_not_wait_for_it(words: list[str]) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "saelens_matryoshka", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "import time:" in line}
+    assert "typer" in imported
+    assert not imported & {"torch", "transformers", "sae_lens"}
 
 
 def test_prose_of_the_help_is_as_wide_as_the_terminal() -> None:

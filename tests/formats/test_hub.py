@@ -141,7 +141,7 @@ def _run(*arguments: str, hub_url: str, folder: Path) -> subprocess.CompletedPro
         "COLUMNS": "80",
     }
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", "from saelens_matryoshka.cli import main; main()", *arguments],
+        [sys.executable, "-W", "ignore", "-m", "saelens_matryoshka", *arguments],
         cwd=folder,
         env=environment,
         capture_output=True,
