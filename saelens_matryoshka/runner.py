@@ -42,6 +42,7 @@ from saelens_matryoshka.pairs import (
     require_enough_text,
     warn_of_same_tensor,
 )
+from saelens_matryoshka.scaling import FiniteScaler
 from saelens_matryoshka.seams import defer_checkpoints, replace_progress_bar
 from saelens_matryoshka.sites import Site, check_hook, make_readable, norm_frame, norm_gain
 from saelens_matryoshka.store import PrefetchedBatches, ResumableStore
@@ -257,6 +258,7 @@ def _add_what_is_missing(trainer: SAETrainer[Any, Any]) -> None:
     if isinstance(trainer.sae.step_fn, SparseStep):
         hand_back_gradients(trainer.optimizer, trainer.sae.step_fn.give_back)
     trainer.sae.finite.watch(trainer.optimizer, [trainer.sae.b_enc, trainer.sae.b_dec])
+    trainer.activation_scaler = FiniteScaler(trainer.activation_scaler, trainer.sae)
     save_if_due = defer_checkpoints(trainer)
     replace_progress_bar(trainer, functools.partial(_after_step, trainer, save_if_due, [0.0]))
     stock = trainer.evaluator

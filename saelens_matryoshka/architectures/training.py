@@ -105,9 +105,7 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
         source, target = self.split_batch(step_input.sae_in)
         n_steps = step_input.n_training_steps
         if not self._prepared:
-            finite = torch.isfinite(step_input.sae_in).all()  # the weights would start from it
-            if not bool(self.group.min(finite.float(), "all")):
-                self.finite.skip_or_raise(self._what_is_not_finite(source, target, n_steps))
+            if not self.is_usable(step_input.sae_in, n_steps):  # the weights would start from it
                 return self._left_out(source, target)
             self.prepare_for_training(step_input.sae_in)
             self._prepared = True
@@ -133,6 +131,17 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
             losses=self._losses(step),
             metrics=self._metrics(step, target, step_input.dead_neuron_mask),
         )
+
+    def is_usable(self, batch: torch.Tensor, n_steps: int = 0) -> bool:
+        """Whether a batch of activations is finite, in all processes; if not, it counts as skipped.
+
+        Raises:
+            NonFiniteActivationsError: it is not, and no more may be skipped.
+        """
+        finite = bool(self.group.min(torch.isfinite(batch).all().float(), "all"))
+        if not finite:
+            self.finite.skip_or_raise(self._what_is_not_finite(*self.split_batch(batch), n_steps))
+        return finite
 
     def _losses(self, step: NestedStep) -> dict[str, torch.Tensor]:
         """Under SAELens's names: mse_loss is the whole dictionary's, inner_mse_loss_* the prefixes'."""

@@ -323,16 +323,16 @@ def estimate_scaling_factors(trainer: MultiSAETrainer) -> None:
     }
     if not needed:
         return
-    sums = dict.fromkeys(needed, 0.0)
-    count = 0
+    sums, counts = dict.fromkeys(needed, 0.0), dict.fromkeys(needed, 0)
     for _ in range(trainer.cfg.n_batches_for_norm_estimate):
         batches = next(trainer.data_provider)
-        for name in needed:
-            norms = batches[name].norm(dim=-1)
-            sums[name] += norms.float().sum().item()
-        count += trainer.cfg.train_batch_size_samples
+        for name, one in needed.items():
+            if one.sae.is_usable(batches[name]):
+                norms = batches[name].norm(dim=-1)
+                sums[name] += norms.float().sum().item()
+                counts[name] += norms.numel()
     for name, one in needed.items():
-        one.activation_scaler.scaling_factor = one.sae.cfg.d_in**0.5 / (sums[name] / count)
+        one.activation_scaler.scaling_factor = one.sae.cfg.d_in**0.5 / (sums[name] / counts[name])
 
 
 # ---- what they read

@@ -38,6 +38,7 @@ from saelens_matryoshka.parallel.dictionary import (
     whole,
 )
 from saelens_matryoshka.parallel.processes import Processes
+from saelens_matryoshka.scaling import FiniteScaler
 
 # What SAELens's trainer clips the norm of the gradients to.
 _MAX_NORM = 1.0
@@ -55,7 +56,7 @@ def parallelize(trainer: SAETrainer[Any, Any], group: Processes) -> None:
     sae: MatryoshkaTraining = trainer.sae
     sae.group = group
     sae.step_fn = SparseStep(group) if group.shards == 1 else ShardedStep(group)
-    trainer.activation_scaler = _ScalerOfAll(trainer.activation_scaler, group)
+    trainer.activation_scaler = _ScalerOfAll(trainer.activation_scaler, sae, group)
     if group.row_blocks > 1:
         _divide_recent_rows(sae, group)
     if group.shards > 1:
@@ -146,25 +147,17 @@ class GatheredRows(Iterator[torch.Tensor]):
         return getattr(self._own, "paused", nullcontext)()
 
 
-class _ScalerOfAll(ActivationScaler):
+class _ScalerOfAll(FiniteScaler):
     """Estimates its factors from the rows of all processes."""
 
-    def __init__(self, own: ActivationScaler, group: Processes) -> None:
-        super().__init__(own.scaling_factor, own.whitening)
+    def __init__(self, own: ActivationScaler, sae: MatryoshkaTraining, group: Processes) -> None:
+        super().__init__(own, sae)
         self._group = group
 
     @override
-    def estimate_scaling_factor(
-        self, d_in: int, data_provider: DataProvider, *args: Any, **kwargs: Any
-    ) -> None:
-        super().estimate_scaling_factor(d_in, self._rows_of_all(data_provider), *args, **kwargs)
-
-    @override
-    def estimate_whitening(self, d_in: int, data_provider: DataProvider, *args: Any, **kwargs: Any) -> None:
-        super().estimate_whitening(d_in, self._rows_of_all(data_provider), *args, **kwargs)
-
-    def _rows_of_all(self, provider: DataProvider) -> DataProvider:
-        return GatheredRows(provider, self._group, "rows")  # the provider has gathered those of the shards
+    def _batches(self, provider: DataProvider) -> Iterator[torch.Tensor]:
+        # the provider has gathered those of the shards
+        return GatheredRows(super()._batches(provider), self._group, "rows")
 
 
 # ---- statistics

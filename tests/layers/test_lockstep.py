@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import saelens_matryoshka as sm
 from saelens_matryoshka.formats.export import export_models
 from saelens_matryoshka.layers import LockstepTrainer, ManyHookStore, train_layers
 from saelens_matryoshka.layers import lockstep as lockstep_module
+from saelens_matryoshka.layers.lockstep import estimate_scaling_factors
 from saelens_matryoshka.stopping import RunStopped
 from saelens_matryoshka.store import ResumableStore
 from saelens_matryoshka.upkeep.checkpoints import Checkpoints
@@ -79,6 +82,36 @@ def test_each_is_bit_for_bit_the_one_that_is_trained_alone(
     for layer in layers:
         alone = _alone(_transcoder(layer, **settings), tiny_model, token_dataset)
         _assert_same(together[f"mlp-{layer}"], alone)
+
+
+def test_a_bad_batch_is_left_out_of_the_scaling_of_each(
+    tiny_model: HookedTransformer, token_dataset: datasets.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaled = {"normalize_activations": "expected_average_only_in", "n_batches_for_norm_estimate": 3}
+    factors: list[list[float]] = []
+
+    def estimate(trainer: Any, *, bad: int | None) -> None:
+        batches = [
+            {name: batch.clone() for name, batch in next(trainer.data_provider).items()} for _ in "abc"
+        ]
+        if bad is not None:
+            batches[bad]["mlp-0"][2, 5] = torch.nan
+        else:  # what is then left of the first one's batches
+            trainer.cfg.n_batches_for_norm_estimate = 2
+            batches = [batches[0], batches[2]]
+        provider, trainer.data_provider = trainer.data_provider, iter(batches)
+        estimate_scaling_factors(trainer)
+        trainer.data_provider = provider
+        factors.append([one.activation_scaler.scaling_factor for one in trainer.trainers.values()])
+
+    for bad in (None, 1):
+        cfgs = {f"mlp-{layer}": _transcoder(layer, **scaled) for layer in (0, 2)}
+        monkeypatch.setattr(lockstep_module, "estimate_scaling_factors", partial(estimate, bad=bad))
+        with nullcontext() if bad is None else pytest.warns(UserWarning, match="in 1 of .* rows.*Skipped"):
+            _together(cfgs, tiny_model, token_dataset, may_skip=1)
+    without, skipped = factors
+    assert skipped[0] == without[0]
+    assert skipped[1] != without[1]  # which had three good ones
 
 
 def test_dictionaries_of_different_kinds_each_learn_what_they_would_alone_on_the_same_batches(

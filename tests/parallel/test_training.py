@@ -12,6 +12,7 @@ import saelens_matryoshka as sm
 from saelens_matryoshka.adam import fuse_adam
 from saelens_matryoshka.parallel.dictionary import shard, whole
 from saelens_matryoshka.parallel.trainer import parallelize
+from saelens_matryoshka.runner import prepare_trainer
 from tests.helpers import sparse_batches, trainer_for
 from tests.parallel.processes import group_of, run_in_processes
 
@@ -132,6 +133,33 @@ def test_two_processes_train_as_one(mesh: tuple[int, int], alone: dict[str, Any]
 def test_four_processes_train_as_one(mesh: tuple[int, int], alone: dict[str, Any], tmp_path: Path) -> None:
     results = run_in_processes(4, tmp_path, train_all, mesh, list(CASES))
     _assert_all_as_alone(results, alone)
+
+
+def estimate_with_a_bad_batch(mesh: tuple[int, int] | None) -> tuple[float, int]:
+    """The scaling factor where the second batch has a NaN in the rows of the first process, and skips."""
+    n_rows, n_latents = mesh or (1, 1)
+    sae, batches = sae_of(CASES["transcoder"]), batches_of("transcoder")
+    batches[1][0, 0] = torch.nan
+    sae.finite.may_skip = 1
+    if mesh is not None:
+        group = group_of(n_rows, n_latents, D_SAE)
+        own = BATCH // (n_rows * n_latents)
+        batches = [batch[group.rank * own : (group.rank + 1) * own] for batch in batches]
+    trainer = trainer_for(sae, batches, train_batch_size_samples=BATCH)
+    prepare_trainer(trainer)
+    if mesh is not None:
+        parallelize(trainer, group)
+    with pytest.warns(UserWarning, match="Skipped, 1 of at most 1"):
+        trainer.activation_scaler.estimate_scaling_factor(D, trainer.data_provider, 2)
+    assert trainer.activation_scaler.scaling_factor is not None
+    return trainer.activation_scaler.scaling_factor, sae.finite.n_skipped
+
+
+@pytest.mark.parametrize("mesh", [(2, 1), (1, 2)], ids=["data", "dictionary"])
+def test_all_processes_leave_a_bad_batch_out_of_the_scaling(mesh: tuple[int, int], tmp_path: Path) -> None:
+    expected, n_skipped = estimate_with_a_bad_batch(None)
+    for found in run_in_processes(2, tmp_path, estimate_with_a_bad_batch, mesh):
+        assert found == (pytest.approx(expected, rel=1e-6), n_skipped)
 
 
 def _assert_all_as_alone(results: list[Any], alone: dict[str, Any]) -> None:
