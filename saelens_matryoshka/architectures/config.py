@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeGuard
 
 import numpy as np
+import torch
 from sae_lens import MatryoshkaBatchTopKTrainingSAEConfig
 from sae_lens.constants import DTYPE_MAP
 from typing_extensions import Self, override
@@ -19,6 +20,8 @@ from saelens_matryoshka.widths import cumulative_widths
 
 # The auxiliary loss, and a target in another space, are undefined under a per-row normalisation.
 _PER_ROW_NORMALISATIONS = ("layer_norm", "constant_norm_rescale")
+
+_DTYPES = [repr(name) for name, dtype in DTYPE_MAP.items() if dtype != torch.float16]
 
 
 @dataclass
@@ -101,7 +104,12 @@ class MatryoshkaTrainingConfig(MatryoshkaBatchTopKTrainingSAEConfig, ABC):
         if not (_is_number(rate) and 0 <= rate <= 1):
             raise ValueError(f"topk_threshold_lr={rate!r} must be a number from 0 to 1.")
         if self.dtype not in DTYPE_MAP:
-            raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPE_MAP)}.")
+            raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(_DTYPES)}.")
+        if DTYPE_MAP[self.dtype] == torch.float16:
+            raise ValueError(
+                f"dtype={self.dtype!r}: Adam's second moments underflow in it, and its steps are then far "
+                "too large. Use 'bfloat16' or 'float32'; the activations may be float16 (the runner's dtype)."
+            )
         if self.normalize_activations in _PER_ROW_NORMALISATIONS:
             raise ValueError(
                 f"normalize_activations={self.normalize_activations!r} is not supported: the auxiliary "

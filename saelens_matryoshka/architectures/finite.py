@@ -64,7 +64,7 @@ class FiniteGuard:
             self.skip_or_raise(
                 f"Step {self._step}: the gradient holds NaN or Inf, or its norm overflows its dtype, "
                 "although loss and activations are finite. The weights have not been touched by this step. "
-                "Weights in float16 overflow: set dtype='float32' or 'bfloat16'; or lower the lr."
+                "Lower the lr."
             )
 
     def skip_or_raise(self, message: str) -> None:

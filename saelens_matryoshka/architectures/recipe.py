@@ -41,13 +41,18 @@ def recommended_runner_fields(
 
     Returns:
         lr, adam_beta1, and in steps lr_warm_up_steps, lr_decay_steps and dead_feature_window.
+
+    Raises:
+        ValueError: an argument is not what it has to be.
     """
     for name, value in (
         ("training_tokens", training_tokens),
         ("train_batch_size_tokens", train_batch_size_tokens),
     ):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be a positive number of tokens.")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a positive number of tokens, an integer.")
+    if not isinstance(getattr(sae, "d_in", None), int):
+        raise ValueError(f"sae={sae!r} must be the config of an SAE or transcoder.")
     n_steps = max(training_tokens // train_batch_size_tokens, 1)
     return {
         "lr": float(f"{_LR_TIMES_ROOT_D / sae.d_in**0.5:.1g}"),

@@ -191,7 +191,8 @@ class MatryoshkaTrainingTranscoder(MatryoshkaTraining):
             raise ValueError(
                 f"A transcoder's batch is [source | target] with d_in + d_out = {width} columns, but "
                 f"this one has {batch.shape[-1]}. Train with SAELens's LanguageModelSAETrainingRunner, "
-                "or concatenate the pairs yourself."
+                "several at once with saelens_matryoshka.layers.train_layers, or concatenate the pairs "
+                "yourself."
             )
         source, target = batch.to(self.dtype).split([self.cfg.d_in, self.d_out], dim=-1)
         if self.cfg.normalize_activations == "expected_average_only_in":

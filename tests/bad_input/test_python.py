@@ -62,7 +62,9 @@ FIELDS = [
     Case("sae", {"topk_threshold_lr": -1.0}, r"topk_threshold_lr=-1\.0 must be a number from 0 to 1"),
     Case("sae", {"topk_threshold_lr": 2.0}, r"topk_threshold_lr=2\.0 must be a number from 0 to 1"),
     Case("sae", {"topk_threshold_lr": float("nan")}, r"topk_threshold_lr=nan must be a number from 0 to 1"),
-    Case("sae", {"dtype": "float12"}, r"float12"),
+    Case("sae", {"dtype": "float12"}, r"dtype='float12' must be one of 'float32'"),
+    Case("sae", {"dtype": torch.float32}, r"dtype=torch.float32 must be one of .*'torch.float32'"),
+    Case("sae", {"dtype": "float16"}, r"dtype='float16': Adam.* underflow.* Use 'bfloat16'"),
     Case("sae", {"selection": None}, r"selection=None must be 'batch' or 'token'"),
     Case("transcoder", {"d_out": "8"}, r"d_out='8' must be a positive integer"),
     Case("transcoder", {"d_out": -8}, r"d_out=-8 must be a positive integer"),
@@ -146,6 +148,16 @@ CALLS: list[Case] = [
         "recommended_runner_fields",
         lambda _: _fields(train_batch_size_tokens=0),
         r"train_batch_size_tokens=0 ",
+    ),
+    Case(
+        "recommended_runner_fields",
+        lambda _: _fields(training_tokens="1e6"),
+        r"training_tokens='1e6' must be a positive .* integer",
+    ),
+    Case(
+        "recommended_runner_fields",
+        lambda _: sm.recommended_runner_fields({"d_in": 8}, **RUN),
+        r"sae=\{'d_in': 8\} must be the config of",
     ),
     Case("evaluate n_tokens", lambda g: _evaluate(g, n_tokens=0), r"n_tokens=0 must be at least 1"),
     Case(
