@@ -72,17 +72,18 @@ def _run_folders(root: Path) -> Iterator[RunFolder]:
 def _read(folder: RunFolder) -> Run | None:
     config, parent = folder.read(), folder.path.parent
     lockstep = bool(config.get("lockstep"))
+    tokens, evaluated, prefixes, fault = 0, False, [], None
     if config.get("completed_at"):
         status = "done"
     else:
         held = parent if lockstep else folder.path
         status = "running" if is_locked(held) else "interrupted"
-    tokens, evaluated, prefixes, fault = 0, False, [], None
+        tokens = _newest_checkpoint(held)
     try:
         log, evaluation = read_lines(folder.metrics_log), read_evaluation(folder.path)
         evaluated = evaluation is not None
         prefixes = _logged(log, folder.metrics_log) if evaluation is None else _evaluated(evaluation)
-        tokens = log[-1]["tokens"] if log else 0
+        tokens = max(tokens, log[-1]["tokens"] if log else 0)
     except ValueError as error:
         status, fault = "damaged", str(error)
     try:
@@ -106,6 +107,12 @@ def _read(folder: RunFolder) -> Run | None:
     except KeyError:
         return None  # no settings of a run
     return run if _is_sound(run) else None
+
+
+def _newest_checkpoint(folder: Path) -> int:
+    """Tokens trained on until the newest one: the log has only every so many steps."""
+    names = [path.name for path in RunFolder(folder).checkpoints.glob("*")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def _is_sound(run: Run) -> bool:

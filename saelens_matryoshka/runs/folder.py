@@ -130,10 +130,21 @@ class RunFolder:
         except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
             found = None
         if not isinstance(found, dict):
-            raise ValueError(
-                f"{self.path} is not the folder of a run: its config.yaml is missing or damaged."
-            )
+            raise ValueError(f"{self.path} is not the folder of a run: {self._what_is_wrong()}.")
         return found
+
+    def _what_is_wrong(self) -> str:
+        if not self.path.is_dir():
+            return "there is no such folder"
+        if self.config.exists():
+            return f"its {self.config.name} is damaged"
+        missing = f"it has no {self.config.name}"
+        around = (path for path in self.path.resolve().parents if RunFolder(path).is_run())
+        if (outer := next(around, None)) is not None:
+            return f"{missing}. It is part of the run {outer}"
+        if inside := sorted(path.parent.name for path in self.path.glob(f"*/{self.config.name}")):
+            return f"{missing}. Name one of those in it: {', '.join(inside[:5])}"
+        return missing
 
     def settings(self) -> dict[str, Given]:
         """The settings, as a source for `saelens_matryoshka.runs.settings.resolve`."""

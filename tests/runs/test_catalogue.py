@@ -77,6 +77,19 @@ def test_runs_are_found_with_their_state_and_numbers(tmp_path: Path) -> None:
     assert "interrupted" in _shown(tmp_path / "gpt2" / "mlp-9")  # the lock went with its holder
 
 
+def test_an_interrupted_run_is_as_far_as_its_newest_checkpoint(tmp_path: Path) -> None:
+    folder = _run(tmp_path, "gpt2/mlp-8/a", done=False)
+    for tokens, n_tokens in (("9000", 10_000), ("11264", 11_264), ("final", 11_264), (".12000", 11_264)):
+        (folder / "checkpoints" / tokens).mkdir(parents=True)
+        assert [run.tokens for run in find_runs(tmp_path)] == [n_tokens]
+
+
+def test_a_dictionary_in_lockstep_is_as_far_as_the_checkpoint_of_all(tmp_path: Path) -> None:
+    folder = _run(tmp_path, "gpt2/layers/a/mlp-8", done=False, lockstep=True)
+    (folder.parent / "checkpoints" / "12000").mkdir(parents=True)
+    assert [run.tokens for run in find_runs(tmp_path)] == [12_000]
+
+
 def test_prefixes_have_a_row_each_when_asked_for(tmp_path: Path) -> None:
     _run(tmp_path, "gpt2/mlp-8/a")
     assert "first 768" not in _shown(tmp_path)

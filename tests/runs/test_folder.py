@@ -45,6 +45,25 @@ def test_a_name_that_some_system_does_not_take_is_refused(name: str, says: str) 
         require_name(name)
 
 
+def test_what_is_not_the_folder_of_a_run_is_told_with_what_is_meant(tmp_path: Path) -> None:
+    run = tmp_path / "tiny" / "mlp-2" / "first"
+    checkpoint = run / "checkpoints" / "8192"
+    checkpoint.mkdir(parents=True)
+    (run / "config.yaml").write_text("started_at: '2026'\n")
+
+    def said(path: Path) -> str:
+        with pytest.raises(ValueError, match="is not the folder of a run") as error:
+            RunFolder(path).read()
+        return str(error.value).split(": ", 1)[1]
+
+    assert said(tmp_path / "missing") == "there is no such folder."
+    assert said(run.parent) == "it has no config.yaml. Name one of those in it: first."
+    assert said(checkpoint) == f"it has no config.yaml. It is part of the run {run.resolve()}."
+    assert said(tmp_path) == "it has no config.yaml."
+    (run / "config.yaml").write_text("a: [b")
+    assert said(run) == "its config.yaml is damaged."
+
+
 def test_model_and_mapping_are_made_fit(tmp_path: Path) -> None:
     (tmp_path / "local model").mkdir()
     path = run_folder(tmp_path, str(tmp_path / "local model"), "a:b+c", "n").path
