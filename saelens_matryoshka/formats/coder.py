@@ -263,7 +263,7 @@ def from_saelens(sae: SAE[Any]) -> SparseCoder:
     return fold_decoder_norm(coder) if getattr(cfg, "rescale_acts_by_decoder_norm", False) else coder
 
 
-def build(coder: SparseCoder, device: str = "cpu", dtype: str | None = None) -> SAE[Any]:
+def build(coder: SparseCoder, device: str = "cpu") -> SAE[Any]:
     """The stock SAELens object of a coder.
 
     Raises:
@@ -272,7 +272,7 @@ def build(coder: SparseCoder, device: str = "cpu", dtype: str | None = None) -> 
     return SAE.load_from_disk(
         "",
         device=device,
-        converter=lambda path, device, cfg_overrides: to_saelens(coder, device, dtype),  # noqa: ARG005
+        converter=lambda path, device, cfg_overrides: to_saelens(coder, device),  # noqa: ARG005
     ).eval()
 
 

@@ -173,7 +173,7 @@ def safetensors_note(path: Path, key: str) -> str | None:
         return (file.metadata() or {}).get(key)
 
 
-def read_npz(path: Path, shapes: Shapes, optional: Iterable[str] = ()) -> dict[str, torch.Tensor]:
+def read_npz(path: Path, shapes: Shapes) -> dict[str, torch.Tensor]:
     """The arrays of an .npz file. Arguments and errors as for `read_safetensors`."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -195,7 +195,7 @@ def read_npz(path: Path, shapes: Shapes, optional: Iterable[str] = ()) -> dict[s
     size = path.stat().st_size
     if total > MAX_COMPRESSION * size:
         raise FormatError(f"{path} has {size:,} bytes and declares {total:,}, as weights never would.")
-    check_shapes(found, shapes, optional, path)
+    check_shapes(found, shapes, (), path)
     try:
         with np.load(path, allow_pickle=False) as arrays:
             loaded = {name: _to_torch(arrays[name]) for name in found}

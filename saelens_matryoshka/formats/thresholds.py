@@ -72,7 +72,6 @@ def hook_rows(
     n_tokens: int,
     *,
     hooks: list[str] | None = None,
-    context_size: int | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """What hooks give on a text, special tokens left out, a few prompts at a time.
 
@@ -82,7 +81,6 @@ def hook_rows(
         dataset: As `sm.evaluate` takes it.
         n_tokens: About how many tokens.
         hooks: The hooks; None: the coder's own.
-        context_size: Tokens per prompt; None: what the coder was trained with, or as many as the model takes.
 
     Yields:
         Rows `[n, d]` of every hook.
@@ -99,8 +97,9 @@ def hook_rows(
             )
         check_hook(model, name, "hook_name")
     sae = stand_in(coder)
+    context_size: int = sae.cfg.metadata.context_size
     limit = getattr(getattr(model, "cfg", None), "n_ctx", None)
-    context_size = context_size or min(sae.cfg.metadata.context_size, limit or sae.cfg.metadata.context_size)
+    context_size = min(context_size, limit or context_size)
     excluded = special_token_ids(model, True)
     with in_eval_mode(model):
         for tokens in token_batches(sae, model, dataset, n_tokens, context_size, 8):
