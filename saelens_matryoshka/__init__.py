@@ -5,6 +5,7 @@ Importing this package registers the architectures "matryoshka_sae", "matryoshka
 """
 
 import sys
+from itertools import pairwise
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
@@ -22,14 +23,15 @@ def load() -> None:
     """
     from saelens_matryoshka import api
 
-    globals().update({name: getattr(api, name) for name in api.__all__})
+    globals().update({name: getattr(api, name) for name in ("__all__", *api.__all__)})
 
 
 def _is_command_line() -> bool:
     """Whether Python was started as `saelens-matryoshka` or `python -m saelens_matryoshka`."""
     if sys.argv[:1] == ["-m"]:  # as long as Python is looking for the module
-        return sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] == [__name__]
-    return bool(sys.argv) and PurePath(sys.argv[0]).stem == "saelens-matryoshka"
+        return ("-m", __name__) in pairwise(sys.orig_argv)
+    script = sys.argv[0] if sys.argv else ""  # inherited by processes that multiprocessing spawns
+    return script in sys.orig_argv and PurePath(script).stem == "saelens-matryoshka"
 
 
 if not _is_command_line():
