@@ -23,7 +23,8 @@ def load() -> None:
     """
     from saelens_matryoshka import api
 
-    globals().update({name: getattr(api, name) for name in ("__all__", *api.__all__)})
+    for name in ("__all__", *api.__all__):
+        globals().setdefault(name, getattr(api, name))
 
 
 def _is_command_line() -> bool:
