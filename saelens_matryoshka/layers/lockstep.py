@@ -324,13 +324,15 @@ def estimate_scaling_factors(trainer: MultiSAETrainer) -> None:
     if not needed:
         return
     sums, counts = dict.fromkeys(needed, 0.0), dict.fromkeys(needed, 0)
-    for _ in range(trainer.cfg.n_batches_for_norm_estimate):
+    left = dict.fromkeys(needed, trainer.cfg.n_batches_for_norm_estimate)
+    while any(left.values()):
         batches = next(trainer.data_provider)
         for name, one in needed.items():
-            if one.sae.is_usable(batches[name]):
+            if left[name] and one.sae.is_usable(batches[name]):
                 norms = batches[name].norm(dim=-1)
                 sums[name] += norms.float().sum().item()
                 counts[name] += norms.numel()
+                left[name] -= 1
     for name, one in needed.items():
         one.activation_scaler.scaling_factor = one.sae.cfg.d_in**0.5 / (sums[name] / counts[name])
 

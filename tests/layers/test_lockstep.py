@@ -92,13 +92,12 @@ def test_a_bad_batch_is_left_out_of_the_scaling_of_each(
 
     def estimate(trainer: Any, *, bad: int | None) -> None:
         batches = [
-            {name: batch.clone() for name, batch in next(trainer.data_provider).items()} for _ in "abc"
+            {name: batch.clone() for name, batch in next(trainer.data_provider).items()} for _ in "abcd"
         ]
         if bad is not None:
             batches[bad]["mlp-0"][2, 5] = torch.nan
         else:  # what is then left of the first one's batches
-            trainer.cfg.n_batches_for_norm_estimate = 2
-            batches = [batches[0], batches[2]]
+            del batches[1]
         provider, trainer.data_provider = trainer.data_provider, iter(batches)
         estimate_scaling_factors(trainer)
         trainer.data_provider = provider
@@ -111,7 +110,7 @@ def test_a_bad_batch_is_left_out_of_the_scaling_of_each(
             _together(cfgs, tiny_model, token_dataset, may_skip=1)
     without, skipped = factors
     assert skipped[0] == without[0]
-    assert skipped[1] != without[1]  # which had three good ones
+    assert skipped[1] != without[1]  # whose first three are good
 
 
 def test_dictionaries_of_different_kinds_each_learn_what_they_would_alone_on_the_same_batches(
