@@ -26,6 +26,7 @@ from saelens_matryoshka.formats.files import (
 from saelens_matryoshka.formats.layout import folders_with, join
 from saelens_matryoshka.formats.sources import Source
 from saelens_matryoshka.prefixes import inference_model, matryoshka_widths
+from saelens_matryoshka.upkeep.checkpoints import Checkpoints
 
 _SHAPES = {
     "W_enc": ("d_in", "d_sae"),
@@ -106,9 +107,9 @@ def _unfinished(folder: Path) -> str:
     """A hint at what there is of a run that has not come to its end, if the folder is that of one."""
     if not (folder / "config.yaml").is_file():
         return ""
-    found = (path.parent for path in folder.glob(f"checkpoints/*/{SAE_CFG_FILENAME}"))
-    whole = sorted((path for path in found if path.name.isdecimal()), key=lambda path: int(path.name))
-    newest = f" Its newest checkpoint is '{whole[-1]}'." if whole else ""
+    paths = Checkpoints(folder / "checkpoints").paths()
+    whole = next((path for path in paths if (path / SAE_CFG_FILENAME).is_file()), None)
+    newest = "" if whole is None else f" Its newest checkpoint is '{whole}'."
     return f" Is it a run that is not finished? `train --resume` goes on with it.{newest}"
 
 

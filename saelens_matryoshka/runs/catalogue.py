@@ -16,6 +16,7 @@ from rich.text import Text
 from saelens_matryoshka.runs.folder import RunFolder
 from saelens_matryoshka.runs.lock import is_locked
 from saelens_matryoshka.runs.recorded import is_number, read_evaluation, read_lines
+from saelens_matryoshka.upkeep.checkpoints import Checkpoints
 
 _PREFIX_METRICS = ("width", "fvu", "l0", "dead_fraction", "ce_recovered", "kl")
 
@@ -78,7 +79,8 @@ def _read(folder: RunFolder) -> Run | None:
     else:
         held = parent if lockstep else folder.path
         status = "running" if is_locked(held) else "interrupted"
-        tokens = _newest_checkpoint(held)
+        newest = next(iter(Checkpoints(RunFolder(held).checkpoints).paths()), None)
+        tokens = 0 if newest is None else int(newest.name)  # the log has only every so many steps
     try:
         log, evaluation = read_lines(folder.metrics_log), read_evaluation(folder.path)
         evaluated = evaluation is not None
@@ -107,12 +109,6 @@ def _read(folder: RunFolder) -> Run | None:
     except KeyError:
         return None  # no settings of a run
     return run if _is_sound(run) else None
-
-
-def _newest_checkpoint(folder: Path) -> int:
-    """Tokens trained on until the newest one: the log has only every so many steps."""
-    names = [path.name for path in RunFolder(folder).checkpoints.glob("*")]
-    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def _is_sound(run: Run) -> bool:

@@ -103,7 +103,7 @@ class Checkpoints:
 
     def newest(self) -> Checkpoint | None:
         """The newest whole checkpoint; with a warning for each newer one that is damaged."""
-        for path in self._paths():
+        for path in self.paths():
             why = why_unusable(path)
             if why is None:
                 manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -116,17 +116,18 @@ class Checkpoints:
         for path in self.folder.glob(f"{_ASIDE}*"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def _paths(self) -> list[Path]:
+    def paths(self) -> list[Path]:
+        """The folders of all that there are, newest first; each is named by the tokens trained on."""
         if not self.folder.is_dir():
             return []
         found = [path for path in self.folder.iterdir() if path.name.isdecimal() and path.is_dir()]
         return sorted(found, key=lambda path: int(path.name), reverse=True)
 
     def _newest_name(self) -> Path | None:
-        return next(iter(self._paths()), None)
+        return next(iter(self.paths()), None)
 
     def _prune(self) -> None:
-        for path in self._paths()[self.keep :] if self.keep else []:
+        for path in self.paths()[self.keep :] if self.keep else []:
             with suppress(OSError):
                 self._remove(path)
 
