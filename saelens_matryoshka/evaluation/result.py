@@ -139,9 +139,13 @@ class _Numbers(Table):
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         wanted = self.__rich_measure__(console, options.update(width=_UNLIMITED)).maximum
+        padding = self.padding
         if wanted > options.max_width:
             self.padding = 0
-        yield from super().__rich_console__(console, options)
+        try:
+            yield from super().__rich_console__(console, options)
+        finally:
+            self.padding = padding
 
 
 def metrics_table(title: str, *, with_ce: bool) -> Table:
