@@ -7,6 +7,7 @@ and the window after which a silent latent counts as dead belong to SAELens's ru
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 # Adam moves every weight by about lr a step, and the weights of a row of unit norm are about 1/√d: so the lr
@@ -49,7 +50,7 @@ def recommended_runner_fields(
         ("training_tokens", training_tokens),
         ("train_batch_size_tokens", train_batch_size_tokens),
     ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name}={value!r} must be a positive number of tokens, an integer.")
     if not isinstance(getattr(sae, "d_in", None), int):
         raise ValueError(f"sae={sae!r} must be the config of an SAE or transcoder.")
