@@ -8,6 +8,7 @@ weights and gradients, measured in the same turns.
     python -m benchmarks.train_step --d 2304 --d-sae 36864 --k 96 --batch 4096 --device cuda --autocast
     python -m benchmarks.train_step --d 2304 --d-sae 36864 --k 96 --batch 4096 --device cuda --autocast \\
         --only ours --tensor-core-advantage 1000  # with dense products for the kept entries; 0 gathers rows
+    python -m benchmarks.train_step --screen never  # every pre-activation in float32; on_gpu, for those too
     python -m benchmarks.train_step --memory      # peak memory, each contestant in a process of its own
 """
 
@@ -41,7 +42,7 @@ from sae_lens.config import SAETrainerConfig
 
 import saelens_matryoshka as sm
 from benchmarks import machine
-from saelens_matryoshka.ops import entries, reference_step
+from saelens_matryoshka.ops import entries, reference_step, screen
 from saelens_matryoshka.runner import prepare_trainer
 
 STOCK, ONE_LEVEL, REFERENCE, OURS, FLOOR = (
@@ -252,6 +253,7 @@ def main() -> None:
         "--together", action="store_true", help="all rows in the same turns, to compare them; more memory"
     )
     parser.add_argument("--tensor-core-advantage", type=int, help="instead of ours, for bfloat16 on a GPU")
+    parser.add_argument("--screen", choices=("never", "on_gpu"), help="other than where it is known to pay")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--one-memory", choices=ALL, help=argparse.SUPPRESS)
@@ -259,6 +261,9 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     if args.tensor_core_advantage is not None:
         entries.TENSOR_CORE_ADVANTAGE = args.tensor_core_advantage
+    if args.screen == "never":
+        screen.has_bfloat16_matrices = lambda _: False
+    screen.ON_GPU = args.screen == "on_gpu"
 
     def problem(levels: int, dead: float) -> Problem:
         sizes = (args.d, args.d_sae, args.k, args.batch)
@@ -280,7 +285,8 @@ def main() -> None:
                             + ["--levels", str(levels), "--dead", str(dead)]
                             + ["--d", str(args.d), "--d-sae", str(args.d_sae), "--k", str(args.k)]
                             + ["--batch", str(args.batch), "--device", args.device]
-                            + ["--autocast"] * args.autocast,
+                            + ["--autocast"] * args.autocast
+                            + (["--screen", args.screen] if args.screen else []),
                             check=True,
                             stdout=subprocess.PIPE,
                             text=True,

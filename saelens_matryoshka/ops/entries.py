@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from saelens_matryoshka.ops.bags import bag_sums, gathered_dtype, takes_memory
+from saelens_matryoshka.ops.bags import bag_sums, gathered_dtype, row_dots, takes_memory
 from saelens_matryoshka.ops.encoder import BLOCK_VALUES
 from saelens_matryoshka.ops.levels import Levels
 from saelens_matryoshka.ops.order import stable_order
@@ -25,9 +25,6 @@ from saelens_matryoshka.ops.selection import Selection
 # Multiplications of bfloat16 matrices in the time in which memory delivers one value: by the data sheets 290
 # for an H100, 206 for an H200, 160 for an A100, and of memory scattered reads get less. Not measured.
 TENSOR_CORE_ADVANTAGE = 256
-
-# Values gathered at a time where products of entries have no kernel of their own.
-GATHERED_VALUES = 1 << 25
 
 Take = Callable[[torch.Tensor, tuple[int, ...]], torch.Tensor]
 """Gives memory for a result, as `SparseStep.take`"""
@@ -197,14 +194,7 @@ class ByLatent(NamedTuple):
 
     def dot(self, index: torch.Tensor, table: torch.Tensor, by_latent: torch.Tensor) -> torch.Tensor:
         """For each entry e, table[index[e]] · by_latent[its latent]: `[n]`."""
-        if table.is_cuda and table.dtype == torch.bfloat16:  # which the kernel does not take in every torch
-            chunk = max(1, GATHERED_VALUES // table.shape[1])
-            pairs = zip(index.split(chunk), self.columns.split(chunk), strict=True)
-            products = [torch.bmm(table[i][:, None], by_latent[c][:, :, None]) for i, c in pairs]
-            return torch.cat(products).view(-1)
-        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            by_latent, table, index, self.offsets[:-1], self.columns, 0, -1
-        )
+        return row_dots(table, index, by_latent, self.columns)
 
 
 def sum_by_latent(columns: torch.Tensor, values: torch.Tensor, d_sae: int) -> torch.Tensor:

@@ -30,6 +30,13 @@ def stable_order(values: torch.Tensor, bound: int) -> torch.Tensor:
     return torch.from_numpy(order)
 
 
+def tile_order(rows: torch.Tensor, columns: torch.Tensor, n_columns: int, tile_rows: int) -> torch.Tensor:
+    """The entries `[n]` of a matrix by blocks of so many rows, those of a block by column: `[n]`."""
+    tiles = rows // tile_rows
+    n_tiles = int(tiles[-1]) + 1 if len(tiles) else 0  # the rows are in increasing order
+    return stable_order(tiles * n_columns + columns, n_tiles * n_columns)
+
+
 def true_places(mask: torch.Tensor, n: int) -> torch.Tensor:
     """Where a mask `[m]` is true, which it is n times: `[n]`, increasing, without waiting for a GPU."""
     if mask.device.type == "cpu":

@@ -17,7 +17,6 @@ import torch
 from saelens_matryoshka.ops.encoder import Encoder
 from saelens_matryoshka.ops.group import ALONE, Group
 from saelens_matryoshka.ops.order import kth_largest, true_places
-from saelens_matryoshka.ops.scan import entries_above
 
 # How far below the last batch's threshold the candidates begin.
 _MARGIN = 0.9
@@ -65,15 +64,19 @@ def select_batch(
         cutoff = _sampled_cutoff(encoder, norms, k, group)
     else:
         cutoff = _MARGIN * last_threshold
-    index, pre, scores = _candidates(encoder, norms, cutoff)
+    # With others, a cutoff of one's own would leave out what is among the largest of all.
+    index, pre, scores, raised = _candidates(encoder, norms, cutoff, enough=n if group is ALONE else None)
     found = group.count(len(index), "all")
+    if found < n and bool(raised > cutoff):
+        index, pre, scores, _ = _candidates(encoder, norms, cutoff)
+        found = len(index)
     lower = [factor * cutoff for factor in _LOWER]
     if found < n and last_threshold is not None and bool(cutoff > 0):
         sampled = torch.minimum(cutoff, _sampled_cutoff(encoder, norms, k, group))
         lower = [sampled, *(factor * sampled for factor in _LOWER)]
     while found < n and lower and bool(cutoff > 0):
         cutoff = lower.pop(0)
-        index, pre, scores = _candidates(encoder, norms, cutoff)
+        index, pre, scores, _ = _candidates(encoder, norms, cutoff)
         found = group.count(len(index), "all")
     if found > n:
         keep = group.largest(scores, n, index, (encoder.n_rows, encoder.d_sae))
@@ -137,28 +140,27 @@ def _selection(
     return Selection(rows, columns, pre, scores, torch.where(smallest.isinf(), 0, smallest))
 
 
+class _Candidates(NamedTuple):
+    """The positive scores above a cutoff, row-major."""
+
+    index: torch.Tensor
+    """`[n]`, flat"""
+    pre: torch.Tensor
+    """`[n]`, pre-activations"""
+    scores: torch.Tensor
+    """`[n]`"""
+    cutoff: torch.Tensor
+    """scalar"""
+
+
 def _candidates(
-    encoder: Encoder, norms: torch.Tensor | None, cutoff: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Flat index, pre-activation and score of the positive scores above the cutoff, row-major."""
-    # The product is compared with what would make the score the cutoff, so that the scores need not be
-    # stored, and low enough that rounding dismisses none; what it lets through too much goes below.
-    bound = cutoff if norms is None else cutoff / norms.clamp(min=torch.finfo(norms.dtype).tiny)
-    bound = bound.clamp(max=torch.finfo(bound.dtype).max / 8)
-    lowest = bound - encoder.b_enc
-    rounding = 4 * torch.finfo(lowest.dtype).eps * (bound.abs() + encoder.b_enc.abs())
-    found, found_products = [], []
-    for start, product in encoder.blocks():
-        slack = rounding + 4 * torch.finfo(product.dtype).eps * lowest.abs()
-        index, products = entries_above(product, (lowest - slack).to(product.dtype))
-        found.append(index + start * encoder.d_sae)
-        found_products.append(products)
-    index = torch.cat(found)
-    columns = index % encoder.d_sae
-    pre = torch.cat(found_products) + encoder.b_enc[columns]
-    scores = pre if norms is None else pre * norms[columns]
+    encoder: Encoder, norms: torch.Tensor | None, cutoff: torch.Tensor, *, enough: int | None = None
+) -> _Candidates:
+    """Those above the cutoff, or above a higher one that should leave enough."""
+    index, pre, cutoff = encoder.entries_above(cutoff, norms, enough=enough)
+    scores = pre if norms is None else pre * norms[index % encoder.d_sae]
     above = (scores > cutoff).nonzero().squeeze(1)
-    return index[above], pre[above], scores[above]
+    return _Candidates(index[above], pre[above], scores[above], cutoff)
 
 
 def _sampled_cutoff(encoder: Encoder, norms: torch.Tensor | None, k: float, group: Group) -> torch.Tensor:

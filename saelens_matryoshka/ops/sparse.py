@@ -25,6 +25,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from saelens_matryoshka.ops import screen
 from saelens_matryoshka.ops.bags import bag_sums
 from saelens_matryoshka.ops.encoder import Encoder
 from saelens_matryoshka.ops.entries import ByLatent, Entries, kept_entries, sum_by_latent
@@ -173,7 +174,8 @@ class _NestedLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         group = step.group
         encoder_in = x - b_dec if objective.subtract_b_dec else x
-        encoder = Encoder(encoder_in, W_enc, b_enc, dead_columns, step.scratch)
+        screened = screen.pays(encoder_in, W_enc, objective)
+        encoder = Encoder(encoder_in, W_enc, b_enc, dead_columns, step.scratch, screened=screened)
         norms = W_dec.norm(dim=-1)
         selection_norms = norms if objective.rescale_by_decoder_norm else None
         if objective.selection == "token":

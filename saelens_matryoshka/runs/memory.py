@@ -21,6 +21,7 @@ from torch._subclasses import FakeTensorMode
 
 from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig
 from saelens_matryoshka.architectures.calibration import CHUNK_VALUES, MAX_ROWS, ROWS_PER_BATCH
+from saelens_matryoshka.ops import screen
 from saelens_matryoshka.ops.encoder import BLOCK_VALUES
 from saelens_matryoshka.ops.entries import are_dense
 from saelens_matryoshka.ops.sparse import CPU_DECODE_VALUES, SPARSE_AUX
@@ -367,6 +368,9 @@ def _step(cfg: LanguageModelSAERunnerConfig[Any], refilled: bool) -> list[Need]:
     pre_size = 2 if cfg.autocast else size
     in_bfloat16 = max(sae.d_in, d_out) * sae.d_sae * 2 if cfg.autocast else 0  # of one matrix at a time
     values = min(batch, max(1, BLOCK_VALUES // sae.d_sae)) * sae.d_sae
+    pre_activations = values * pre_size
+    if _is_screened(cfg):
+        pre_activations = (values + (batch + sae.d_sae) * screen.screen_width(sae.d_in)) * 2
     decoded = batch * n_levels * d_out * size
     decoding = min(decoded, CPU_DECODE_VALUES * size) if on_cpu else 2 * decoded
     on_tensor_cores = not on_cpu and pre_size == 2
@@ -380,7 +384,7 @@ def _step(cfg: LanguageModelSAERunnerConfig[Any], refilled: bool) -> list[Need]:
     return [
         Need("gradients", device, _n_parameters(cfg) * size,
              afterwards if on_cpu and size >= _FLOAT32 else (BACKWARD,)),
-        Need("pre-activations", device, values * pre_size,
+        Need("pre-activations", device, pre_activations,
              (afterwards if not cfg.autocast else (FORWARD,)) if on_cpu else (FORWARD,)),
         Need("weights in bfloat16", device, in_bfloat16, (FORWARD,) if on_cpu else _STEP),
         Need("outputs of the levels", device, decoded, afterwards if on_cpu else _STEP),
@@ -390,6 +394,18 @@ def _step(cfg: LanguageModelSAERunnerConfig[Any], refilled: bool) -> list[Need]:
         Need("batch and results", device, 2 * reads + int(sae.k * batch) * _ENTRY_BYTES, afterwards),
         Need("dead latents", device, dead, _STEP),
     ]  # fmt: skip
+
+
+def _is_screened(cfg: LanguageModelSAERunnerConfig[Any]) -> bool:
+    """Whether only what may be kept is computed in float32, as `screen.pays` says on this machine."""
+    sae = cfg.sae
+    return (
+        sae.selection == "batch"
+        and sae.dtype == "float32"
+        and not cfg.autocast
+        and screen.is_large_enough(cfg.train_batch_size_tokens, sae.d_in, sae.d_sae, sae.k)
+        and screen.has_bfloat16_matrices(torch.device(cfg.device).type)
+    )
 
 
 def _may_have_dead(cfg: LanguageModelSAERunnerConfig[Any]) -> bool:

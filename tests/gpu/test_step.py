@@ -8,7 +8,15 @@ import pytest
 import torch
 
 import saelens_matryoshka as sm
-from saelens_matryoshka.ops import NestedObjective, NestedWeights, SparseStep, entries, reference_step
+from saelens_matryoshka.ops import (
+    NestedObjective,
+    NestedWeights,
+    SparseStep,
+    bags,
+    entries,
+    reference_step,
+    screen,
+)
 from saelens_matryoshka.ops import encoder as encoder_module
 from saelens_matryoshka.ops import sparse as sparse_module
 from saelens_matryoshka.ops.entries import DenseEntries, GatheredEntries
@@ -36,6 +44,18 @@ def test_step_equals_reference(seed: int) -> None:
 
 
 @pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("max_share", [0, 2])
+def test_step_equals_reference_when_its_candidates_are_screened(
+    seed: int, max_share: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(screen, "pays", lambda *args: args[-1].selection == "batch")
+    monkeypatch.setattr(screen, "_MAX_SHARE", max_share)
+    case = _moved(on_cpu._random_case(seed))
+    on_cpu._assert_same(case, SparseStep())
+
+
+@pytest.mark.usefixtures("gpus")
 @pytest.mark.parametrize("seed", range(60, 80))
 def test_step_equals_reference_in_many_blocks_with_few_of_the_dead_chosen(
     seed: int, monkeypatch: pytest.MonkeyPatch
@@ -60,7 +80,7 @@ def test_places_of_a_mask_are_found_without_waiting(gpus: PretendGPUs) -> None:
 def test_a_step_in_low_precision_is_that_of_the_cpu(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(entries, "GATHERED_VALUES", 100)
+    monkeypatch.setattr(bags, "GATHERED_VALUES", 100)
     made = (torch.randn(16, 64) / 4, torch.zeros(64), torch.randn(64, 16) / 4, torch.zeros(16))
     weights = NestedWeights(*(values.to(dtype) for values in made))
     x = torch.randn(32, 16).to(dtype)

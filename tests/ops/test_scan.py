@@ -7,15 +7,15 @@ from saelens_matryoshka.ops import scan
 from saelens_matryoshka.ops.scan import entries_above
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int16])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("n_rows", [1, 7, 50])
 def test_entries_are_those_of_a_comparison(
     dtype: torch.dtype, with_bias: bool, n_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scan, "_CACHED_VALUES", 3 * 11)  # several blocks, the last one shorter
-    values, bounds = torch.randn(n_rows, 11).to(dtype), torch.randn(11).to(dtype)
-    bounds[3] = torch.inf
+    monkeypatch.setattr(scan, "_CACHED_BYTES", 3 * 11 * dtype.itemsize)  # blocks, the last one shorter
+    values, bounds = (3 * torch.randn(n_rows, 11)).to(dtype), torch.randn(11).to(dtype)
+    bounds[3] = torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max
     bias = torch.randn(11).to(dtype) if with_bias else None
     whole = values if bias is None else values + bias
     expected = (whole > bounds).flatten().nonzero().squeeze(1)

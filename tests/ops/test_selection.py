@@ -42,8 +42,8 @@ def n_kept(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many candidates each search has found."""
     numbers: list[int] = []
 
-    def candidates(*args):
-        found = _candidates(*args)
+    def candidates(*args, **options):
+        found = _candidates(*args, **options)
         numbers.append(len(found[0]))
         return found
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from saelens_matryoshka.ops import NestedObjective, NestedWeights, SparseStep, reference_step
+from saelens_matryoshka.ops import NestedObjective, NestedWeights, SparseStep, reference_step, screen
 from saelens_matryoshka.ops import encoder as encoder_module
 from saelens_matryoshka.ops import sparse as sparse_module
 from saelens_matryoshka.ops.entries import DenseEntries, GatheredEntries
@@ -131,6 +131,23 @@ def test_step_equals_reference_when_encoded_in_many_blocks(
 ) -> None:
     monkeypatch.setattr(encoder_module, "BLOCK_VALUES", block_values)
     _assert_same(_random_case(seed), SparseStep())
+
+
+@pytest.mark.parametrize("seed", range(120))
+@pytest.mark.parametrize("max_share", [0, 2])
+@pytest.mark.parametrize("block_values", [50, 1 << 20])
+def test_step_equals_reference_when_its_candidates_are_screened(
+    seed: int, max_share: int, block_values: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the screen is of use or gives up."""
+    monkeypatch.setattr(screen, "pays", lambda *args: args[-1].selection == "batch")
+    monkeypatch.setattr(screen, "_MAX_SHARE", max_share)
+    monkeypatch.setattr(encoder_module, "BLOCK_VALUES", block_values)
+    case = _random_case(seed)
+    step = SparseStep()
+    if case[-1] is not None:
+        step._last_threshold = torch.tensor(case[-1], dtype=torch.double)
+    _assert_same(case, step)
 
 
 @pytest.mark.parametrize("seed", range(120))
