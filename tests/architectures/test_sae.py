@@ -18,7 +18,7 @@ from sae_lens.synthetic import SyntheticModelConfig, SyntheticSAERunner, Synthet
 from safetensors.torch import save_file
 
 import saelens_matryoshka as sm
-from saelens_matryoshka.ops import reference_step
+from saelens_matryoshka.ops import reference_step, screen
 from tests.helpers import run_steps, sparse_batches, trainer_for
 
 SETTINGS: dict[str, Any] = {"d_in": 32, "d_sae": 256, "k": 5, "matryoshka_widths": [16, 64, 256]}
@@ -31,10 +31,11 @@ def _ours(**change: Any) -> sm.MatryoshkaTrainingSAE:
 
 @pytest.mark.parametrize("per_level_aux", [False, True])
 @pytest.mark.parametrize("rescale", [False, True])
-@pytest.mark.parametrize("step", ["sparse", "reference"])
+@pytest.mark.parametrize("step", ["sparse", "screened", "reference"])
 def test_same_losses_as_stock_matryoshka_batchtopk_for_50_steps(
-    per_level_aux: bool, rescale: bool, step: str
+    per_level_aux: bool, rescale: bool, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    _screen(monkeypatch, step == "screened")
     change = {"use_matryoshka_aux_loss": per_level_aux, "rescale_acts_by_decoder_norm": rescale}
     batches = sparse_batches(50, 256, 32)
     ours = _ours(**change)
@@ -54,11 +55,18 @@ def test_same_losses_as_stock_matryoshka_batchtopk_for_50_steps(
     assert torch.equal(our_trainer.dead_neurons, stock_trainer.dead_neurons)
 
 
+def _screen(monkeypatch: pytest.MonkeyPatch, screened: bool) -> None:
+    """Make the step screen its candidates or not, whatever the sizes and the machine."""
+    monkeypatch.setattr(screen, "pays", lambda *_: screened)
+    monkeypatch.setattr(screen, "_MAX_SHARE", 2)
+
+
 @pytest.mark.slow
-def test_loss_trajectories_of_200_steps_agree() -> None:
+def test_loss_trajectories_of_200_steps_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     batches = sparse_batches(200, 256, 32)
     losses = {}
-    for name in ("sparse", "reference", "stock"):
+    for name in ("sparse", "screened", "reference", "stock"):
+        _screen(monkeypatch, name == "screened")
         torch.manual_seed(1)
         if name == "stock":
             sae: Any = MatryoshkaBatchTopKTrainingSAE(MatryoshkaBatchTopKTrainingSAEConfig(**SETTINGS))
@@ -68,7 +76,7 @@ def test_loss_trajectories_of_200_steps_agree() -> None:
                 sae.step_fn = reference_step
         outputs = run_steps(trainer_for(sae, batches), batches)
         losses[name] = torch.tensor([output.loss.item() for output in outputs])
-    for other in ("reference", "stock"):
+    for other in ("screened", "reference", "stock"):
         torch.testing.assert_close(losses["sparse"], losses[other], rtol=1e-4, atol=0)
 
 
