@@ -37,9 +37,9 @@ _MAX_SHARE = 1 / 32
 _PASSING = 2
 # Rows of weights rounded at a time: they stay in the cache of a CPU.
 _CACHED_ROWS = 512
-# Of a block, one row in so many says how much would get through; and how many more entries than enough its
-# sample should show.
-_SAMPLED, _SLACK = 16, 1.15
+# Of a block, one row in so many, not a period that texts have, says how much would pass; and how many more
+# than enough its sample should show.
+_SAMPLED, _SLACK = 9, 1.2
 # Columns a matrix for tensor cores or AMX comes in multiples of.
 _ALIGNMENT = 32
 # Relative: more than norms in float32 and bfloat16 round by, together. Absolute: more than a norm loses to
