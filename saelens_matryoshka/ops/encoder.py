@@ -1,4 +1,6 @@
-"""The encoder's product, the one dense product of a step, a block of rows at a time if it is large."""
+"""The encoder's product, the one dense product of a step, a block of rows at a time if it is large; or what
+is needed of it.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,8 @@ class Encoder:
         if self._screen is None:
             index, products = self._products_above(bounds)
             return index, products + self.b_enc[index % self.d_sae], cutoff
-        passed = self._screen.entries_above(bounds, self._block_rows(), enough=enough)
+        # in half the bytes per value
+        passed = self._screen.entries_above(bounds, self._block_rows(2 * BLOCK_VALUES), enough=enough)
         if passed is None:
             index, raised = self._products_above(bounds - self._screen.rounding)[0], 1.0
         else:
@@ -103,7 +106,7 @@ class Encoder:
         if self._whole is not None:
             yield 0, self._whole
             return
-        block_rows = self._block_rows()
+        block_rows = self._block_rows(BLOCK_VALUES)
         self._dead_pre = []
         for start in range(0, self.n_rows, block_rows):
             product = self._multiply(self._encoder_in[start : start + block_rows])
@@ -128,8 +131,8 @@ class Encoder:
         rows = self._encoder_in[:: max(1, self.n_rows // n)]
         return torch.addmm(self.b_enc, rows, self._W_enc)
 
-    def _block_rows(self) -> int:
-        return min(self.n_rows, max(1, BLOCK_VALUES // self.d_sae))
+    def _block_rows(self, values: int) -> int:
+        return min(self.n_rows, max(1, values // self.d_sae))
 
     def _multiply(self, rows: torch.Tensor) -> torch.Tensor:
         out = None

@@ -11,7 +11,9 @@ The same function as `saelens_matryoshka.ops.reference`, to rounding. With n ≈
    columns are again bags: of entries per latent this time;
 4. the auxiliary loss is computed on the dead columns alone.
 
-(Where a GPU multiplies faster than it gathers, dense products stand for the bags: see `ops.entries`.)
+(Where a GPU multiplies faster than it gathers, dense products stand for the bags: see `ops.entries`. Where a
+CPU multiplies bfloat16 much faster than float32, a product in bfloat16 says which entries to compute, and the
+encoder's is not made: see `ops.screen`.)
 
 Processes that share the rows or the latents (a `Group`) each do this for their block. Losses, predictions and
 the gradient of what every block contains are summed over blocks; all else stays where it is.

@@ -370,6 +370,7 @@ def _step(cfg: LanguageModelSAERunnerConfig[Any], refilled: bool) -> list[Need]:
     values = min(batch, max(1, BLOCK_VALUES // sae.d_sae)) * sae.d_sae
     pre_activations = values * pre_size
     if _is_screened(cfg):
+        values = min(batch, max(1, 2 * BLOCK_VALUES // sae.d_sae)) * sae.d_sae
         pre_activations = (values + (batch + sae.d_sae) * screen.screen_width(sae.d_in)) * 2
     decoded = batch * n_levels * d_out * size
     decoding = min(decoded, CPU_DECODE_VALUES * size) if on_cpu else 2 * decoded
