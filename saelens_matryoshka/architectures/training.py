@@ -27,6 +27,7 @@ from typing_extensions import override
 from saelens_matryoshka.architectures.calibration import RecentRows, threshold_for_l0
 from saelens_matryoshka.architectures.config import MatryoshkaTrainingConfig
 from saelens_matryoshka.architectures.finite import FiniteGuard, describe_rows
+from saelens_matryoshka.architectures.sparse_acts import SparseActs
 from saelens_matryoshka.ops import ALONE, Group, NestedStep, NestedStepFn, NestedWeights, SparseStep
 
 TRAINING_STATE_FILENAME = "training_state.safetensors"
@@ -122,10 +123,11 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
             self.finite.skip_or_raise(self._what_is_not_finite(source, target, n_steps))
             return self._left_out(source, target)
         self._update_threshold(step, source)
+        acts = step.feature_acts
         return TrainStepOutput(
             sae_in=target,
             sae_out=step.prediction,
-            feature_acts=step.feature_acts,
+            feature_acts=SparseActs(acts) if acts.is_sparse else acts,
             hidden_pre=step.hidden_pre,
             loss=step.loss,
             losses=self._losses(step),
@@ -202,7 +204,7 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
         return TrainStepOutput(
             sae_in=target,
             sae_out=torch.full_like(target, torch.nan),
-            feature_acts=nothing,
+            feature_acts=SparseActs(nothing),
             hidden_pre=nothing,
             loss=unknown.clone().requires_grad_(),
             losses=losses,

@@ -233,7 +233,9 @@ def test_l1_pushes_activations_down() -> None:
     assert l1[1] < 0.9 * l1[0]
 
 
-def test_compiled_training_gives_the_same_losses() -> None:
+@pytest.mark.parametrize("screened", [False, True])
+def test_compiled_training_gives_the_same_losses(screened: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    _screen(monkeypatch, screened)
     batches = sparse_batches(5, 64, 32)
     plain, compiled = _ours(), _ours()
     compiled.training_forward_pass = torch.compile(  # type: ignore[method-assign]
