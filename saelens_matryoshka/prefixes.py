@@ -18,6 +18,7 @@ from sae_lens.registry import get_sae_class
 
 from saelens_matryoshka.architectures import MatryoshkaTraining, MatryoshkaTrainingTranscoder
 from saelens_matryoshka.ops import ALONE, Group, nested_decode
+from saelens_matryoshka.sites import uncompiled
 from saelens_matryoshka.widths import cumulative_widths
 
 # The dimension of each tensor that runs over the latents.
@@ -63,11 +64,12 @@ def inference_model(sae: SAE[Any]) -> SAE[Any]:
     """The stock model that saving and loading `sae` gives; `sae` itself if it already is one.
 
     Args:
-        sae: A training SAE or transcoder, or a stock one.
+        sae: A training SAE or transcoder, or a stock one; of a compiled one, what was compiled is taken.
 
     Returns:
         A model on the same device that reads the raw hook. A training object is copied, not changed.
     """
+    sae = uncompiled(sae)
     if not isinstance(sae, TrainingSAE):
         return sae
     with sae.keeping_threshold() if isinstance(sae, MatryoshkaTraining) else nullcontext():
@@ -135,6 +137,7 @@ def decode_prefixes(sae: SAE[Any], feature_acts: torch.Tensor, *, group: Group =
     Raises:
         ValueError: `feature_acts` is not of all the latents.
     """
+    sae = uncompiled(sae)
     d_sae = len(sae.W_dec)
     if feature_acts.shape[-1] != d_sae:
         raise ValueError(

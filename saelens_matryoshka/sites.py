@@ -121,7 +121,7 @@ def find_site(model: Any, layer: int, name: str) -> Site:
         ValueError: an unknown name, a layer out of range, a kind of model or a structure which
             is not recognised, or a tensor which no hook of this model gives.
     """
-    model = _unwrap(model)
+    model = uncompiled(model)
     if name not in SITE_NAMES:
         raise ValueError(
             f"name={name!r} is not a known site{_did_you_mean(name, SITE_NAMES)}. "
@@ -132,7 +132,7 @@ def find_site(model: Any, layer: int, name: str) -> Site:
     elif isinstance(model, TransformerBridge):
         sites = _bridge_sites(model, layer)
     elif isinstance(model, HookedProxyLM):
-        sites = _hf_sites(_unwrap(model.model), layer)
+        sites = _hf_sites(uncompiled(model.model), layer)
     else:
         raise ValueError(
             f"model is a {type(model).__name__}; find_site knows HookedTransformer, "
@@ -155,7 +155,7 @@ def norm_gain(model: Any, hook_name: str) -> NormGain:
         ValueError: the hook does not exist or is not a norm's `hook_normalized`, or the norm has
             no weight because it was folded into the next layer.
     """
-    model = _unwrap(model)
+    model = uncompiled(model)
     norm = _norm_of(model, hook_name)
     needs = "input_gain='norm_weight' needs hook_name to be a norm's hook_normalized"
     if norm is None:
@@ -183,7 +183,7 @@ def norm_frame(model: Any, hook_name: str) -> str:
     Raises:
         ValueError: a `hook_normalized` which the model does not have.
     """
-    model = _unwrap(model)
+    model = uncompiled(model)
     norm = _norm_of(model, hook_name)
     if norm is None:
         return "raw"
@@ -196,10 +196,10 @@ def hook_names(model: Any) -> list[str]:
     Hook points which do not fire as the model is configured are left out. For a HookedProxyLM
     these are its modules, whether or not it was made to instrument them.
     """
-    model = _unwrap(model)
+    model = uncompiled(model)
     if not isinstance(model, HookedProxyLM):
         return [name for name in model.hook_dict if _switched_off(model, name) is None]
-    modules = _unwrap(model.model).named_modules()
+    modules = uncompiled(model.model).named_modules()
     # A container such as a ModuleList has no forward, so a hook on it would not fire.
     return [name for name, m in modules if name and type(m).forward is not nn.Module.forward]
 
@@ -215,7 +215,7 @@ def check_hook(model: Any, hook_name: str, field: str) -> None:
     Raises:
         ValueError: naming the field, the value and the hooks with a similar name.
     """
-    model = _unwrap(model)
+    model = uncompiled(model)
     known = hook_names(model)
     if hook_name in known:
         return
@@ -255,8 +255,8 @@ def probe(model: Any, hook_names: Iterable[str]) -> dict[str, torch.Tensor]:
     return seen
 
 
-def _unwrap(model: Any) -> Any:
-    """The module inside torch.compile's wrapper, if it is in one."""
+def uncompiled(model: Any) -> Any:
+    """A language model, SAE or transcoder out of torch.compile's wrapper, if it is in one."""
     while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
         model = inner
     return model

@@ -113,6 +113,22 @@ def test_a_training_object_keeps_the_threshold_it_trains_with() -> None:
     torch.testing.assert_close(stock.threshold, rescaled, check_dtype=False)
 
 
+def test_a_compiled_model_has_the_prefixes_of_what_was_compiled() -> None:
+    settings: dict[str, Any] = {"d_in": 8, "d_sae": 64, "k": 4, "matryoshka_widths": WIDTHS}
+    settings |= {"hook_name_out": "out", "input_gain": "norm_weight"}
+    settings |= {"normalize_activations": "expected_average_only_in"}
+    trained = sm.MatryoshkaTrainingTranscoder(sm.MatryoshkaTrainingTranscoderConfig(**settings))
+    trained.set_input_gain(torch.full((8,), 2.0))
+    run_steps(trainer_for(trained, batches := sparse_batches(5, 128, 16)), batches)
+    stock, x = sm.inference_model(trained), torch.randn(5, 8)
+    compiled: Any = torch.compile(trained)
+    assert torch.equal(sm.inference_model(compiled)(x), stock(x))
+    assert torch.equal(sm.truncate(compiled, 8)(x), sm.truncate(stock, 8)(x))
+    assert torch.equal(sm.truncate(torch.compile(stock), 8)(x), sm.truncate(stock, 8)(x))  # type: ignore[arg-type]
+    acts = trained.encode(x)
+    assert torch.equal(sm.decode_prefixes(compiled, acts), sm.decode_prefixes(trained, acts))
+
+
 def test_widths_of_stock_saelens_matryoshka_are_read_from_its_metadata(tmp_path: Path) -> None:
     stock = MatryoshkaBatchTopKTrainingSAE(
         MatryoshkaBatchTopKTrainingSAEConfig(d_in=16, d_sae=64, k=4, matryoshka_widths=list(WIDTHS))
