@@ -42,8 +42,9 @@ def token_batches(
     device = token_device(model)
     if isinstance(dataset, torch.Tensor):
         _require_token_ids(dataset, model)
+        _require_context_size(dataset.shape[1], model)
         n_prompts = -(-n_tokens // dataset.shape[1])
-        prompts = iter(dataset[:n_prompts])
+        prompts = iter(dataset[:n_prompts].long())  # as labels, and as an index, no narrower integers will do
     else:
         store = _token_store(sae, model, dataset, context_size)
         n_prompts = -(-n_tokens // store.context_size)
@@ -79,7 +80,8 @@ def _prompts(store: ActivationsStore, n_prompts: int) -> Iterator[torch.Tensor]:
 
 
 def _require_token_ids(tokens: torch.Tensor, model: Any) -> None:
-    if tokens.dim() != 2 or tokens.is_floating_point() or tokens.numel() == 0:
+    is_integer = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
+    if tokens.dim() != 2 or not is_integer or tokens.numel() == 0:
         raise ValueError(
             f"dataset: a {tokens.dtype} tensor of shape {list(tokens.shape)}; expected integer token ids "
             "[prompts, context_size], at least one."
@@ -93,6 +95,14 @@ def _require_token_ids(tokens: torch.Tensor, model: Any) -> None:
         )
 
 
+def _require_context_size(context_size: int, model: Any) -> None:
+    longest = getattr(getattr(model, "cfg", None), "n_ctx", None) or context_size
+    if not 2 <= context_size <= longest:
+        raise ValueError(
+            f"context_size={context_size} must be from 2 to {longest}, the longest this language model takes."
+        )
+
+
 def _token_store(
     sae: SAE[Any], model: Any, dataset: HfDataset | str, context_size: int | None
 ) -> ActivationsStore:
@@ -103,11 +113,7 @@ def _token_store(
             "context_size: this model's metadata do not say with how many tokens per prompt it was trained. "
             "Give context_size."
         )
-    longest = getattr(getattr(model, "cfg", None), "n_ctx", None) or context_size
-    if not 2 <= context_size <= longest:
-        raise ValueError(
-            f"context_size={context_size} must be from 2 to {longest}, the longest this language model takes."
-        )
+    _require_context_size(context_size, model)
     if metadata.prepend_bos is None:
         metadata.prepend_bos = True  # SAELens's default
     cfg = copy.copy(sae.cfg)

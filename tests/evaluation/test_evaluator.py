@@ -321,6 +321,21 @@ def test_prompts_of_another_length_than_asked_for_are_refused(
         sm.evaluate(_stock_transcoder(), tiny_model, tokens, context_size=8)
 
 
+def test_tokens_of_any_integer_dtype_are_taken(tiny_model: HookedTransformer, tokens: torch.Tensor) -> None:
+    few = tokens[:3].clamp(max=250)
+    expected = sm.evaluate(_stock_transcoder(), tiny_model, few)
+    for dtype in (torch.int32, torch.uint8):
+        assert sm.evaluate(_stock_transcoder(), tiny_model, few.to(dtype)) == expected
+    with pytest.raises(ValueError, match="dataset: a torch.bool tensor"):
+        sm.evaluate(_stock_transcoder(), tiny_model, few > 0)
+
+
+@pytest.mark.parametrize("length", [1, 257])
+def test_prompts_of_a_length_that_cannot_be_are_refused(tiny_model: HookedTransformer, length: int) -> None:
+    with pytest.raises(ValueError, match=f"context_size={length} must be from 2 to 256"):
+        sm.evaluate(_stock_transcoder(), tiny_model, torch.full((2, length), 7))
+
+
 def test_progress_counts_the_tokens_of_both_passes(
     tiny_model: HookedTransformer, tokens: torch.Tensor
 ) -> None:
