@@ -13,6 +13,7 @@ import torch
 
 from saelens_matryoshka.evaluation.activations import in_eval_mode
 from saelens_matryoshka.evaluation.metrics import restore, state_of
+from saelens_matryoshka.evaluation.tokens import require_count
 from saelens_matryoshka.fingerprint import hash_of_tensors
 from saelens_matryoshka.unfinished import Unfinished
 
@@ -37,8 +38,7 @@ class Passes:
     def __init__(
         self, evaluations: Sequence[Evaluation], batches: Sequence[torch.Tensor], n_ce_tokens: int
     ) -> None:
-        if n_ce_tokens < 0:
-            raise ValueError(f"n_ce_tokens={n_ce_tokens} must be at least 0.")
+        require_count("n_ce_tokens", n_ce_tokens, 0)
         self.evaluations, self.batches = evaluations, batches
         self.ce_batches = list(_first(batches, n_ce_tokens))
         self.n_done = self.n_seen = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from numbers import Integral
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,14 @@ from saelens_matryoshka.seams import token_device
 
 
 def special_token_ids(model: Any, exclude: bool | list[int]) -> torch.Tensor | None:
-    """The ids to leave out, None for none; True means the tokenizer's special tokens."""
+    """The ids to leave out, None for none; True means the tokenizer's special tokens.
+
+    Raises:
+        ValueError: neither a boolean nor a list of ids.
+    """
+    is_list = isinstance(exclude, list | tuple) and all(isinstance(token, Integral) for token in exclude)
+    if not (is_list or isinstance(exclude, bool)):
+        raise ValueError(f"exclude_special_tokens={exclude!r} must be True, False or a list of token ids.")
     if exclude is True:
         tokenizer = getattr(model, "tokenizer", None)
         exclude = get_special_token_ids(tokenizer) if tokenizer is not None else []
@@ -36,9 +44,8 @@ def token_batches(
     Raises:
         ValueError: a number is out of range, or the dataset holds no tokens of this language model.
     """
-    for name, value in (("n_tokens", n_tokens), ("batch_size_prompts", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1.")
+    require_count("n_tokens", n_tokens, 1)
+    require_count("batch_size_prompts", batch_size, 1)
     device = token_device(model)
     if isinstance(dataset, torch.Tensor):
         _require_token_ids(dataset, model)
@@ -61,6 +68,18 @@ def token_batches(
         n_batches += 1
     if n_batches == 0:
         raise ValueError("dataset: it holds no full prompt, so there is nothing to evaluate on.")
+
+
+def require_count(name: str, value: object, least: int) -> None:
+    """Check that a number of things is one.
+
+    Raises:
+        ValueError: it is not an integer, or less than `least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name}={value!r} must be an integer.")
+    if value < least:
+        raise ValueError(f"{name}={value} must be at least {least}.")
 
 
 def _prompts(store: ActivationsStore, n_prompts: int) -> Iterator[torch.Tensor]:
@@ -97,6 +116,8 @@ def _require_token_ids(tokens: torch.Tensor, model: Any) -> None:
 
 def _require_context_size(context_size: int, model: Any) -> None:
     longest = getattr(getattr(model, "cfg", None), "n_ctx", None) or context_size
+    if not isinstance(context_size, Integral):
+        raise ValueError(f"context_size={context_size!r} must be an integer.")
     if not 2 <= context_size <= longest:
         raise ValueError(
             f"context_size={context_size} must be from 2 to {longest}, the longest this language model takes."
@@ -107,7 +128,7 @@ def _token_store(
     sae: SAE[Any], model: Any, dataset: HfDataset | str, context_size: int | None
 ) -> ActivationsStore:
     metadata = copy.copy(sae.cfg.metadata)
-    context_size = context_size or metadata.context_size
+    context_size = metadata.context_size if context_size is None else context_size
     if context_size is None:
         raise ValueError(
             "context_size: this model's metadata do not say with how many tokens per prompt it was trained. "

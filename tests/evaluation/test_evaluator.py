@@ -336,6 +336,21 @@ def test_prompts_of_a_length_that_cannot_be_are_refused(tiny_model: HookedTransf
         sm.evaluate(_stock_transcoder(), tiny_model, torch.full((2, length), 7))
 
 
+@pytest.mark.parametrize("name", ["n_tokens", "n_ce_tokens", "batch_size_prompts", "context_size"])
+def test_a_number_that_is_not_whole_is_refused(tiny_model: HookedTransformer, name: str) -> None:
+    text = tiny.text.dataset("held_out")
+    with pytest.raises(ValueError, match=rf"{name}=32.0 must be an integer"):
+        sm.evaluate(_stock_transcoder(), tiny_model, text, **{"n_tokens": 100, name: 32.0})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("exclude", [1, ["<bos>"], "all"])
+def test_what_is_no_choice_of_special_tokens_is_refused(
+    tiny_model: HookedTransformer, tokens: torch.Tensor, exclude: Any
+) -> None:
+    with pytest.raises(ValueError, match="exclude_special_tokens=.* must be True, False or a list"):
+        sm.evaluate(_stock_transcoder(), tiny_model, tokens, exclude_special_tokens=exclude)
+
+
 def test_progress_counts_the_tokens_of_both_passes(
     tiny_model: HookedTransformer, tokens: torch.Tensor
 ) -> None:
