@@ -216,6 +216,11 @@ def check_hook(model: Any, hook_name: str, field: str) -> None:
         ValueError: naming the field, the value and the hooks with a similar name.
     """
     model = uncompiled(model)
+    if not hasattr(model, "hook_dict"):
+        raise ValueError(
+            f"model is a {type(model).__name__}, which has no hooks: give a HookedTransformer, "
+            "TransformerBridge or HookedProxyLM"
+        )
     known = hook_names(model)
     if hook_name in known:
         return
@@ -224,6 +229,8 @@ def check_hook(model: Any, hook_name: str, field: str) -> None:
             f"{field}={hook_name!r} does not fire while the model's {switch} is off: "
             f"call model.set_{switch}(True), or take another hook"
         )
+    if f"{hook_name}.hook_sae_output" in known:
+        raise ValueError(f"{field}={hook_name!r} has an SAE attached to it: call model.reset_saes() first")
     example = known[len(known) // 2]
     near = _did_you_mean(hook_name, known) or f"; its hooks have names like {example!r}"
     raise ValueError(f"{field}={hook_name!r} is not a hook of this {type(model).__name__}{near}")

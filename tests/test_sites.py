@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from sae_lens import HookedSAETransformer, StandardSAE, StandardSAEConfig
 from sae_lens.load_model import HookedProxyLM
+from sae_lens.saes.sae import SAEMetadata
 from torch import nn
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
@@ -405,6 +407,19 @@ def test_wrong_layer_or_name(kind: str) -> None:
 def test_unknown_kind_of_model() -> None:
     with pytest.raises(ValueError, match="model is a LlamaForCausalLM; find_site knows"):
         find_site(hf("llama"), 1, "mlp_in")
+
+
+def test_a_model_without_hooks_is_told() -> None:
+    with pytest.raises(ValueError, match="model is a LlamaForCausalLM, which has no hooks"):
+        check_hook(hf("llama"), "blocks.1.hook_mlp_out", "hook_name")
+
+
+def test_a_hook_with_an_sae_attached_is_told() -> None:
+    transformer = HookedSAETransformer(model("llama", "hooked_transformer").cfg)
+    width, name = transformer.cfg.d_model, "blocks.1.hook_mlp_out"
+    transformer.add_sae(StandardSAE(StandardSAEConfig(width, 4, metadata=SAEMetadata(hook_name=name))))
+    with pytest.raises(ValueError, match="hook_name='blocks.1.hook_mlp_out' has an SAE attached"):
+        check_hook(transformer, name, "hook_name")
 
 
 @pytest.mark.parametrize("kind", KINDS)
