@@ -177,10 +177,14 @@ class MatryoshkaTrainingTranscoder(MatryoshkaTraining):
         """
         if self.cfg.input_gain != "norm_weight":
             raise ValueError("set_input_gain needs a config with input_gain='norm_weight'.")
-        if gain.shape != (self.cfg.d_in,):
-            raise ValueError(f"The norm's weight has shape {tuple(gain.shape)}, but d_in={self.cfg.d_in}.")
+        offset = torch.zeros_like(gain) if offset is None else offset
+        for name, values in (("weight", gain), ("bias", offset)):
+            if values.shape != (self.cfg.d_in,):
+                raise ValueError(
+                    f"The norm's {name} has shape {tuple(values.shape)}, but d_in={self.cfg.d_in}."
+                )
         self.gain.copy_(gain)
-        self.offset.copy_(torch.zeros_like(gain) if offset is None else offset)
+        self.offset.copy_(offset)
 
     # ---- training
 

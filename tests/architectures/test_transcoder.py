@@ -161,6 +161,8 @@ def test_saving_without_the_gain_is_refused(tmp_path: Path) -> None:
 def test_gain_of_another_width_is_refused() -> None:
     with pytest.raises(ValueError, match="d_in=24"):
         _transcoder(input_gain="norm_weight").set_input_gain(torch.ones(5))
+    with pytest.raises(ValueError, match="norm's bias has shape"):
+        _transcoder(input_gain="norm_weight").set_input_gain(torch.ones(D_IN), torch.ones(1))
 
 
 def test_batch_that_is_not_a_pair_is_refused() -> None:
