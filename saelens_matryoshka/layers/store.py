@@ -61,7 +61,7 @@ class ManyHookStore(ResumableStore):
 
     @override
     def load_from_checkpoint(self, checkpoint_path: str | Path) -> None:
-        """Go back to a checkpoint of the same hooks, or of more.
+        """Go back to a checkpoint of the same hooks, or of more, in any order.
 
         Raises:
             ValueError: a hook is not in it.
@@ -71,7 +71,7 @@ class ManyHookStore(ResumableStore):
             raise ValueError(f"The checkpoint {checkpoint_path} is of a run without the hook {missing[0]!r}.")
         with self._lock:  # no batch is made of rows that still have other hooks
             super().load_from_checkpoint(checkpoint_path)
-            if saved == self.widths or self._buffer is None:
+            if list(saved) == list(self.widths) or self._buffer is None:
                 return
             for name in ("rows", "serving"):
                 if (rows := getattr(self._buffer, name)) is not None:

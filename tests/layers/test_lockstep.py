@@ -323,6 +323,23 @@ def test_some_of_a_checkpoint_may_go_on_without_the_others(
         _together({"mlp-1": _transcoder(1)}, tiny_model, token_dataset, resume_from=newest.path)
 
 
+def test_each_goes_on_with_its_own_hook_when_they_are_named_in_another_order(
+    tiny_model: HookedTransformer, token_dataset: datasets.Dataset, tmp_path: Path
+) -> None:
+    """Those of a folder come in the order of their names, in which mlp-10 is before mlp-2."""
+    cfgs = {f"mlp-{layer}": _transcoder(layer) for layer in (2, 0)}
+    straight = _together(cfgs, tiny_model, token_dataset)
+    keeper = Keeper(Checkpoints(tmp_path), minutes=0)
+    with pytest.raises(RunStopped):
+        _together(cfgs, tiny_model, token_dataset, keeper=keeper, observers={"mlp-0": [_stopping(keeper, 3)]})
+    newest = Checkpoints(tmp_path).newest()
+    assert newest is not None
+    turned = dict(reversed(cfgs.items()))
+    resumed = _together(turned, tiny_model, token_dataset, resume_from=newest.path)
+    for name in straight:
+        _assert_same(resumed[name], straight[name])
+
+
 def test_a_prefetcher_gets_no_rows_of_a_checkpoint_s_other_hooks(
     tiny_model: HookedTransformer,
     token_dataset: datasets.Dataset,
