@@ -328,8 +328,9 @@ def estimate_scaling_factors(trainer: MultiSAETrainer) -> None:
     while any(left.values()):
         batches = next(trainer.data_provider)
         for name, one in needed.items():
-            if left[name] and one.sae.is_usable(batches[name]):
-                norms = batches[name].norm(dim=-1)
+            # each time it is asked for, a cache gives the next one
+            if left[name] and one.sae.is_usable(batch := batches[name]):
+                norms = batch.norm(dim=-1)
                 sums[name] += norms.float().sum().item()
                 counts[name] += norms.numel()
                 left[name] -= 1

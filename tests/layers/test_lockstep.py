@@ -457,14 +457,16 @@ def test_two_results_in_one_folder_are_refused(
 # ---- from a cache
 
 
-def test_from_a_cache_each_is_the_one_that_is_trained_alone_from_it(cache_folder: Path) -> None:
+@pytest.mark.parametrize("scaling", ["none", "expected_average_only_in"])
+def test_from_a_cache_each_is_the_one_that_is_trained_alone_from_it(scaling: str, cache_folder: Path) -> None:
     """Also those of different kinds: the order of a cache's rows is a function of the seed."""
     from saelens_matryoshka.cache import CachedModel, open_cache
 
-    cached = {"use_cached_activations": True, "cached_activations_path": str(cache_folder)}
+    cached: dict[str, Any] = {"use_cached_activations": True, "cached_activations_path": str(cache_folder)}
+    cached["n_batches_for_norm_estimate"] = 3
     sae = sm.MatryoshkaTrainingSAEConfig(d_in=128, d_sae=192, k=6, matryoshka_widths=[48, 192])
     cfgs = {
-        "mlp": _transcoder(2, **cached),
+        "mlp": _transcoder(2, normalize_activations=scaling, **cached),
         "sae": runner_config(sae, hook_name="blocks.2.hook_mlp_out", **cached),
         "small": _transcoder(2, k=4, d_sae=64, matryoshka_widths=[64], **cached),
     }
