@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from sae_lens import SAETrainer
 from sae_lens.saes.sae import TrainStepOutput
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
 from saelens_matryoshka.architectures import NonFiniteActivationsError
 from saelens_matryoshka.ops import ALONE, Group
@@ -111,9 +112,11 @@ class Keeper:
         self._saved_at = time.monotonic()
 
     def _rescue(self, trainer: SAETrainer[Any, Any]) -> str:
-        # An error inside a step leaves half of it done; that state is of no use. What is common to many
-        # processes cannot be saved by the one that failed.
-        if self.group is ALONE and self._complete and trainer.n_training_samples == self._complete:
+        # An error inside a step leaves half of it done, or done by some of the runs in lockstep. That state
+        # is of no use. What is common to many processes cannot be saved by the one that failed.
+        parts = trainer.trainers.values() if isinstance(trainer, MultiSAETrainer) else [trainer]
+        is_complete = all(part.n_training_samples == self._complete for part in parts)
+        if self.group is ALONE and self._complete and is_complete:
             try:
                 self._save(trainer)
             except CheckpointError as error:

@@ -364,6 +364,36 @@ def test_a_prefetcher_gets_no_rows_of_a_checkpoint_s_other_hooks(
     _assert_same(resumed["mlp-2"], straight["mlp-2"])
 
 
+@pytest.mark.parametrize(("failing", "said"), [("step", "There is no checkpoint yet"), ("data", "of step 3")])
+def test_a_step_that_some_have_done_and_others_not_is_not_saved(
+    failing: str,
+    said: str,
+    tiny_model: HookedTransformer,
+    token_dataset: datasets.Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Failing(LockstepTrainer):
+        def __init__(self, runners: Any, batches: Any) -> None:
+            super().__init__(runners, batches)
+            if failing == "data":
+                self.data_provider = map(self._fail_at_fourth, batches)
+            else:
+                second = self.trainers["mlp-2"]
+                step = second.step
+                second.step = lambda batch: step(self._fail_at_fourth(batch))  # type: ignore[method-assign]
+
+        def _fail_at_fourth(self, batch: Any) -> Any:
+            if self.n_training_steps == 3:
+                raise RuntimeError("out of memory")
+            return batch
+
+    monkeypatch.setattr(lockstep_module, "LockstepTrainer", Failing)
+    cfgs = {f"mlp-{layer}": _transcoder(layer) for layer in (0, 2)}
+    with pytest.raises(RunStopped, match=f"out of memory .*{said}"):
+        _together(cfgs, tiny_model, token_dataset, keeper=Keeper(Checkpoints(tmp_path), minutes=0))
+
+
 def test_a_damaged_part_of_a_checkpoint_is_noticed(
     tiny_model: HookedTransformer, token_dataset: datasets.Dataset, tmp_path: Path
 ) -> None:
