@@ -27,6 +27,7 @@ from saelens_matryoshka.runs.training import (
     evaluate_run,
     overrides,
     recorded_upkeep,
+    remove_final_files,
     upkeep_record,
     wandb_in,
 )
@@ -191,6 +192,8 @@ def _train(
     if newest is not None:
         warn_of_other_versions(newest)
     on_start(0 if newest is None else newest.n_steps)
+    for name in folders.keys() - finished:
+        remove_final_files(folders[name])
     first = next(iter(settings.values()))
     wandb_id = first.cfg.logger.wandb_id or _recorded_wandb_id(folders, finished) or uuid.uuid4().hex[:8]
     for name, one in settings.items():

@@ -175,8 +175,7 @@ def resume_run(
             held.enter_context(locked(folder.path))
             _require_unfinished(folder)  # another process may have held it until now
             checkpoints.clean()
-            for name in _FINAL_FILES:  # of a run that was ended while it saved them
-                (folder.path / name).unlink(missing_ok=True)
+            remove_final_files(folder)
         checkpoint = checkpoints.newest()
         if checkpoint is not None:
             warn_of_other_versions(checkpoint)
@@ -184,6 +183,12 @@ def resume_run(
         if job.is_first:
             on_start(0 if checkpoint is None else checkpoint.n_steps)
         return _run(_runner(settings, folder, log_every, kept, job), folder, job)
+
+
+def remove_final_files(folder: RunFolder) -> None:
+    """Of a run that was ended while it saved them, or after that: they are saved again."""
+    for name in _FINAL_FILES:
+        (folder.path / name).unlink(missing_ok=True)
 
 
 def _require_unfinished(folder: RunFolder) -> None:

@@ -11,6 +11,7 @@ import torch
 from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from safetensors.torch import load_file
 
+from saelens_matryoshka.layers.lockstep import PartRunner
 from saelens_matryoshka.runs import layers as layers_module
 from saelens_matryoshka.runs.catalogue import find_runs
 from saelens_matryoshka.runs.fields import Given
@@ -186,6 +187,26 @@ def test_runs_in_lockstep_are_resumed_together_as_they_were_kept(
     assert len(set(wandb_ids)) == 1
     with pytest.raises(ValueError, match="holds finished runs"):
         resume_many(parent)
+
+
+def test_runs_that_were_killed_while_they_were_saved_are_saved_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first has its weights then, and no settings beside them."""
+
+    def killed(_: Any, sae: Any, folder: str, *__: Any) -> None:
+        sae.save_inference_model(folder)
+        raise KeyboardInterrupt
+
+    train_many(_settings(), tmp_path / "straight")
+    with monkeypatch.context() as patched:
+        patched.setattr(PartRunner, "save_final_sae", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_many(_settings(), tmp_path / "p")
+    weights = f"mlp-0/{SAE_WEIGHTS_FILENAME}"
+    assert list(resume_many(tmp_path / "p")) == ["mlp-0", "mlp-1"]
+    ours, theirs = (load_file(tmp_path / parent / weights) for parent in ("p", "straight"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 def test_a_run_of_its_own_is_not_gone_on_with_in_lockstep(tmp_path: Path) -> None:
