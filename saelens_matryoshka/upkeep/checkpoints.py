@@ -98,7 +98,7 @@ class Checkpoints:
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
-        self._prune()
+        self._prune(trainer.n_training_samples)
         return path
 
     def newest(self) -> Checkpoint | None:
@@ -126,8 +126,11 @@ class Checkpoints:
     def _newest_name(self) -> Path | None:
         return next(iter(self.paths()), None)
 
-    def _prune(self) -> None:
-        for path in self.paths()[self.keep :] if self.keep else []:
+    def _prune(self, n_tokens: int) -> None:
+        # Newer ones than the one just written are damaged, or it would not be written again: they do not
+        # count, and go when it is their turn.
+        past = [path for path in self.paths() if int(path.name) <= n_tokens]
+        for path in past[self.keep :] if self.keep else []:
             with suppress(OSError):
                 self._remove(path)
 

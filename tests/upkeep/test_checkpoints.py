@@ -121,6 +121,23 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(
     assert why_unusable(second) is None
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_new_checkpoint_is_kept_beside_damaged_ones_of_later_steps(keep: int, tmp_path: Path) -> None:
+    """All were damaged, and the run has started anew."""
+    kept, trainer = Checkpoints(tmp_path, keep), _trainer(4)
+    for _ in range(keep):
+        _step(trainer)
+        _truncate(kept.save(trainer) / "cfg.json")
+    path = kept.save(_trainer(1))
+    with pytest.warns(UserWarning, match="is passed over"):
+        newest = kept.newest()
+    assert newest is not None
+    assert newest.path == path
+    _step(trainer)
+    kept.save(trainer)
+    assert len(_names(tmp_path)) == keep
+
+
 def test_folder_without_checkpoints_has_no_newest(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path / "none").newest() is None
 
