@@ -16,6 +16,7 @@ from typing_extensions import Self
 
 from saelens_matryoshka.atomic import write_atomically
 from saelens_matryoshka.cache.encoding import DTYPES
+from saelens_matryoshka.fingerprint import hash_of
 
 GAINS = "gains.safetensors"
 MANIFEST = "manifest.json"
@@ -179,6 +180,11 @@ class Manifest:
     def shards(self, split: Split) -> dict[str, Shard]:
         """The files of a split, by path in the cache."""
         return self.train if split == "train" else self.held_out
+
+    def fingerprint(self) -> str:
+        """Of what its rows for training are, and of their order; the same for files that are made again."""
+        rows = {name: shard.rows for name, shard in self.train.items()}
+        return hash_of([self.settings, self.model_fingerprint, rows])
 
     def rows(self, split: Split) -> int:
         """Tokens in a split."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from sae_lens import SAE, LanguageModelSAERunnerConfig
 from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformer_lens.hook_points import HookedRootModule, HookPoint
@@ -31,6 +32,7 @@ from saelens_matryoshka.sites import Site
 from saelens_matryoshka.store import ResumableStore
 
 _HELD_OUT_BATCH = 4096
+_CACHE = "cache"  # in the metadata of a checkpoint's file
 
 
 class CachedModel(HookedRootModule):
@@ -101,18 +103,32 @@ class CachedActivationsStore(ResumableStore):
 
     @override
     def save_to_checkpoint(self, checkpoint_path: str | Path) -> None:
-        """Write how many batches have been trained on: all there is to say of a place in a cache."""
+        """Write how many batches have been trained on, and of which cache: all there is to say of a place."""
         with self._lock:
             position = torch.tensor(self.batches.position - len(self._ahead))
-        save_file({"position": position}, Path(checkpoint_path) / ACTIVATIONS_STORE_STATE_FILENAME)
+        path = Path(checkpoint_path) / ACTIVATIONS_STORE_STATE_FILENAME
+        save_file({"position": position}, path, {_CACHE: self.cache.manifest.fingerprint()})
 
     @override
     def load_from_checkpoint(self, checkpoint_path: str | Path) -> None:
-        saved = load_file(Path(checkpoint_path) / ACTIVATIONS_STORE_STATE_FILENAME)
+        """Go back to what `save_to_checkpoint` wrote.
+
+        Raises:
+            ValueError: it is not of this cache.
+        """
+        path = Path(checkpoint_path) / ACTIVATIONS_STORE_STATE_FILENAME
+        saved = load_file(path)
         if "position" not in saved:
             raise ValueError(
                 f"The checkpoint {checkpoint_path} is of a run on the language model, and cannot be "
                 f"continued from the cache {self.cache.folder}."
+            )
+        with safe_open(path, framework="pt") as file:
+            of = (file.metadata() or {}).get(_CACHE)
+        if of not in (None, self.cache.manifest.fingerprint()):
+            raise ValueError(
+                f"The cache {self.cache.folder} is not the one this run was started with: it has other rows. "
+                "Give the same cache."
             )
         with self._lock:
             self._ahead.clear()

@@ -90,6 +90,19 @@ def test_a_store_is_continued_from_its_checkpoint(cache_folder: Path, tmp_path: 
     assert torch.equal(next(stores[0]), next(stores[1]))
 
 
+def test_a_run_does_not_go_on_with_another_cache(
+    cache_folder: Path, tiny_model: HookedTransformer, token_dataset: datasets.Dataset, tmp_path: Path
+) -> None:
+    """Its place would be one among other rows, or among the same in another order."""
+    other = tmp_path / "other"
+    write_cache(other, tiny_model, settings(seed=43), token_dataset, progress=False)
+    stores = [cached_store(_config(one), CachedModel(open_cache(one))) for one in (cache_folder, other)]
+    next(stores[0])
+    stores[0].save_to_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="other is not the one this run was started with"):
+        stores[1].load_from_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
