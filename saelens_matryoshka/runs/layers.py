@@ -214,7 +214,7 @@ def _train(
                 versions=versions(),
                 wandb={"id": wandb_id} if first.cfg.logger.log_to_wandb else None,
                 upkeep=upkeep_record(log_every, upkeep),
-                lockstep=True,
+                lockstep=list(folders),
                 started_at=now(),
             )
 
@@ -238,11 +238,16 @@ def _train(
 
 
 def runs_in(parent: Path) -> list[str]:
-    """The names of the runs that are trained in lockstep in a parent folder; none if it is not one."""
+    """The names of the runs that are trained in lockstep in a parent folder; none if it is not one.
+
+    In the order in which they were given, by which the first steps' random numbers are drawn.
+    """
     if not parent.is_dir() or RunFolder(parent).config.is_file():
         return []
-    folders = [folder for path in parent.iterdir() if (folder := RunFolder(path)).config.is_file()]
-    return sorted(folder.path.name for folder in folders if folder.read().get("lockstep"))
+    folders = [folder for path in sorted(parent.iterdir()) if (folder := RunFolder(path)).config.is_file()]
+    found = {folder.path.name: names for folder in folders if (names := folder.read().get("lockstep"))}
+    given = max((names for names in found.values() if isinstance(names, list)), key=len, default=[])
+    return [*given, *(name for name in found if name not in given)]
 
 
 def resume_many(
@@ -256,13 +261,18 @@ def resume_many(
         **upkeep: Fields of `Upkeep` that are to be other than at their start.
 
     Raises:
-        ValueError: all are finished.
+        ValueError: all are finished, or one has no folder.
         RunStopped: as `train_many`.
     """
     folders = {name: RunFolder(parent / name) for name in runs_in(parent)}
     unfinished = [folder for folder in folders.values() if not _is_finished(folder)]
     if not unfinished:
         raise ValueError(f"{parent} holds finished runs: there is nothing to go on with.")
+    if missing := [name for name, folder in folders.items() if not folder.config.is_file()]:
+        raise ValueError(
+            f"{parent} has no run {missing[0]!r}, which is trained together with those that it has. To begin "
+            "it too, give the command again with which they were begun."
+        )
     log_every, kept = recorded_upkeep(unfinished[0].read(), upkeep)
     settings = {name: resolve([folder.settings()]) for name, folder in folders.items()}
     return train_many(settings, parent, log_every=log_every, upkeep=kept, on_start=on_start)

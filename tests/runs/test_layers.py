@@ -209,6 +209,36 @@ def test_runs_that_were_killed_while_they_were_saved_are_saved_again(
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.parametrize("killed_in", [Keeper.__call__, RunFolder.write_config], ids=["step", "folder"])
+def test_runs_that_were_killed_before_their_first_checkpoint_begin_again_together(
+    killed_in: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order in which they were given, on which their batches depend; not in that of their names."""
+    two = each_of(None, None, [{"mapping": "mlp", "layer": 2, "d_sae": 128}, {"mapping": "mlp", "layer": 0}])
+
+    def train(parent: str) -> Any:
+        return train_many(resolve_many([_layer(**_COMMON)], two), tmp_path / parent)
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        killed_in(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    train("straight")
+    with monkeypatch.context() as patched:
+        patched.setattr(Keeper if killed_in is Keeper.__call__ else RunFolder, killed_in.__name__, killed)
+        with pytest.raises(KeyboardInterrupt):
+            train("p")
+    if killed_in is RunFolder.write_config:
+        with pytest.raises(ValueError, match="p has no run 'mlp-0'"):
+            resume_many(tmp_path / "p")
+        train("p")
+    else:
+        resume_many(tmp_path / "p")
+    for name in ("mlp-0", "mlp-2"):
+        ours, theirs = (load_file(tmp_path / one / name / SAE_WEIGHTS_FILENAME) for one in ("p", "straight"))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
 def test_a_run_of_its_own_is_not_gone_on_with_in_lockstep(tmp_path: Path) -> None:
     settings = _settings("0")
     folder = RunFolder(tmp_path / "p" / "mlp-0")
