@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_ASIDE = re.compile(r"\..+\.[0-9a-f]{32}")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -51,6 +54,11 @@ def whole_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
             os.replace(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def is_left_aside(path: Path) -> bool:
+    """Whether it is what a process has left here that was killed while it wrote."""
+    return _ASIDE.fullmatch(path.name) is not None
 
 
 def _require_room(folder: Path, overwrite: bool) -> None:

@@ -3,12 +3,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from saelens_matryoshka import atomic
 from saelens_matryoshka.atomic import whole_folder, write_atomically
+from saelens_matryoshka.cache.writer import require_own_folder
+from saelens_matryoshka.runs.folder import RunFolder
 
 
 def test_a_file_is_written_whole_into_a_folder_that_is_made(tmp_path: Path) -> None:
@@ -31,6 +34,22 @@ def test_what_was_there_survives_a_failure(tmp_path: Path, monkeypatch: pytest.M
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("require", [require_own_folder, lambda folder: RunFolder(folder).require_unused()])
+@pytest.mark.parametrize("file", ["config.yaml", "manifest.json"])
+def test_what_a_killed_process_left_does_not_make_a_folder_used(
+    file: str, require: Callable[[Path], None], tmp_path: Path
+) -> None:
+    """The same command can be given again."""
+    program = (
+        "import os, pathlib, runpy; os.replace = lambda *_: os._exit(1); "
+        f"write = runpy.run_path({atomic.__file__!r})['write_atomically']; "
+        f"write(pathlib.Path({str(tmp_path / file)!r}), 'content')"
+    )
+    subprocess.run([sys.executable, "-c", program], check=False)
+    assert [path.name.startswith(f".{file}.") for path in tmp_path.iterdir()] == [True]
+    require(tmp_path)
 
 
 def test_a_text_is_in_utf_8_whatever_the_locale(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from sae_lens.config import HfDataset
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from saelens_matryoshka.atomic import write_atomically
+from saelens_matryoshka.atomic import is_left_aside, write_atomically
 from saelens_matryoshka.cache.encoding import Rows, encode, row_bytes, to_arrow
 from saelens_matryoshka.cache.manifest import (
     GAINS,
@@ -305,7 +305,7 @@ def require_own_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise CacheError(f"{folder} is a file: name a folder.")
     if folder.is_dir() and not (folder / MANIFEST).is_file():
-        others = [path.name for path in folder.iterdir() if path.name != _LOCK]
+        others = [path.name for path in folder.iterdir() if path.name != _LOCK and not is_left_aside(path)]
         if others:
             raise CacheError(f"{folder} holds something else ({others[0]}): name a new folder.")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from saelens_matryoshka.atomic import write_atomically
+from saelens_matryoshka.atomic import is_left_aside, write_atomically
 from saelens_matryoshka.file_names import is_reserved, unreserved
 from saelens_matryoshka.plain_yaml import PlainLoader
 from saelens_matryoshka.runs.fields import Given
@@ -76,7 +76,9 @@ class RunFolder:
             raise ValueError(f"{self.path} cannot be made: {above} {fault}. Choose another --out.")
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file, and was to be the run's folder: choose another --name.")
-        if not self.path.exists() or all(child.name == LOCK for child in self.path.iterdir()):
+        if not self.path.exists() or all(
+            child.name == LOCK or is_left_aside(child) for child in self.path.iterdir()
+        ):
             return
         if not self.config.exists():
             raise ValueError(f"{self.path} holds other files. Choose another --name or --out.")
