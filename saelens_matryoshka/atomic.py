@@ -18,12 +18,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _aside(path)
     try:
-        if isinstance(content, bytes):
-            with temporary.open("xb") as file:
-                file.write(content)
-        else:
-            with temporary.open("x", encoding="utf-8", newline="\n") as file:
-                file.write(content)
+        with temporary.open("xb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut may leave an empty file under the name
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

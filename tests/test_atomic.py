@@ -36,6 +36,15 @@ def test_what_was_there_survives_a_failure(tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_what_takes_the_name_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append(os.fstat(file).st_size) or sync(file))
+    monkeypatch.setattr(os, "replace", lambda *paths: calls.append("replace") or replace(*paths))
+    write_atomically(tmp_path / "file.json", "four")
+    assert calls == [4, "replace"]
+
+
 @pytest.mark.parametrize("require", [require_own_folder, lambda folder: RunFolder(folder).require_unused()])
 @pytest.mark.parametrize("file", ["config.yaml", "manifest.json"])
 def test_what_a_killed_process_left_does_not_make_a_folder_used(
