@@ -228,10 +228,12 @@ def _require_writable(plot: Path | None, table: Path | None) -> None:
         from saelens_matryoshka.evaluation.plots import require_plotting
 
         require_plotting(plot)
+        require_writable(plot, "--plot")
     if table is not None:
         from saelens_matryoshka.evaluation.tables import require_table
 
         require_table(table)
+        require_writable(table, "--table")
 
 
 def _write(results: dict[str, Any], plot: Path | None, table: Path | None, console: Console) -> None:

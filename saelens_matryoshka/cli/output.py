@@ -149,21 +149,21 @@ def write_result(shown: rich.console.RenderableType, numbers: str, described: st
     write_numbers(numbers, json)
 
 
-def require_writable(json: Path | None) -> None:
-    """Check, before any work, that `write_numbers` will be able to write.
+def require_writable(file: Path | None, option: str = "--json") -> None:
+    """Check, before any work, that what an option names can be written at its end.
 
     Raises:
         ValueError: the path is a folder, or below a file, or not writable.
     """
-    if json is None or on_stdout(json):
+    if file is None or (option == "--json" and on_stdout(file)):
         return
-    if json.is_dir():
-        raise ValueError(f"--json {str(json)!r} is a folder: name a file.")
-    above = next(folder for folder in json.absolute().parents if folder.exists())
+    if file.is_dir():
+        raise ValueError(f"{option} {str(file)!r} is a folder: name a file.")
+    above = next(folder for folder in file.absolute().parents if folder.exists())
     if not above.is_dir():
-        raise ValueError(f"--json {str(json)!r} cannot be written: {above} is a file.")
+        raise ValueError(f"{option} {str(file)!r} cannot be written: {above} is a file.")
     if not os.access(above, os.W_OK):
-        raise ValueError(f"--json {str(json)!r} cannot be written: {above} is read-only.")
+        raise ValueError(f"{option} {str(file)!r} cannot be written: {above} is read-only.")
 
 
 def quieten() -> None:

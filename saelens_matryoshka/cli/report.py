@@ -85,8 +85,7 @@ def report(
     device = pick_device(device)
     folder = Path(path)
     target = results_folder(path, out, "report.html")
-    if target.is_dir():
-        raise ValueError(f"--out {str(target)!r} is a folder: give a file.")
+    require_writable(target, "--out")
     with console.status("loading"):
         from saelens_matryoshka.report.page import write_page
         from saelens_matryoshka.report.run import page_content

@@ -215,3 +215,16 @@ def test_a_plot_that_could_not_be_written_is_refused_before_the_evaluation(
     code, said = _run(monkeypatch, capsys, "eval", tmp_path / "nothing", "--plot", tmp_path / "plot.xyz")
     assert code == 1
     assert "plot.xyz" in said.replace("\n", "")
+
+
+@pytest.mark.parametrize("option", ["--plot", "--table"])
+def test_what_cannot_be_written_is_refused_before_the_evaluation(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if option == "--plot":
+        pytest.importorskip("matplotlib")
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / ("a.svg" if option == "--plot" else "a.csv")
+    code, said = _run(monkeypatch, capsys, "compare", tmp_path / "nothing", option, path)
+    assert code == 1
+    assert f"{option} '{path}' cannot be written" in " ".join(said.split())

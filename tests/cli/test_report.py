@@ -175,6 +175,8 @@ def _spoil(run: Path, what: str) -> list[Any]:
             sae = random_sae(hook="hook_embed")
             sae.save_model(run)
             return ["samples", run, *FEW, "--format", "neuronpedia"]
+        case "a page below a file":
+            return ["report", run, "--no-samples", "--out", run / "cfg.json" / "page.html"]
     return ["report", run, "--no-samples"]
 
 
@@ -186,6 +188,7 @@ BAD = {
     "something else in place of the samples": "holds something else than samples",
     "intervals that do not halve": "n_intervals=6 must be a power of two",
     "a hook without a layer": "does not say of which layer",
+    "a page below a file": "page.html' cannot be written",
 }
 
 
