@@ -7,6 +7,7 @@ text, never as HTML.
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
@@ -95,8 +96,8 @@ def render_page(content: PageContent) -> str:
         has_log=content.log is not None,
         has_samples=samples is not None,
         n_levels=len(content.widths),
-        no_metrics=f"Not evaluated yet. saelens-matryoshka eval {content.folder} --json "
-        f"{content.folder}/metrics.json, and this command again, add it.",
+        no_metrics=f"Not evaluated yet. saelens-matryoshka eval {shlex.quote(content.folder)} --json "
+        f"{shlex.quote(f'{content.folder}/metrics.json')}, and this command again, add it.",
         no_log="No metrics.jsonl in the run's folder, so there are no curves.",
         no_samples="No samples were collected. saelens-matryoshka report without --no-samples adds them.",
         density_lead="" if samples is None else _density_lead(samples),

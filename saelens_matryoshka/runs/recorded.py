@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def read_evaluation(folder: Path) -> dict[str, Any] | None:
         found = _json(path.read_text(encoding="utf-8", errors="replace"))
         rows = found.get("prefixes") if isinstance(found, dict) else None
         if not isinstance(rows, list) or not rows or not all(map(_is_prefix, rows)):
-            raise ValueError(f"{path} is no evaluation: write one with `eval {folder} --json {path}`.")
+            command = shlex.join(["eval", str(folder), "--json", str(path)])
+            raise ValueError(f"{path} is no evaluation: write one with `{command}`.")
         return found
     return None
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,16 @@ def test_what_is_no_evaluation_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text(text)
     with pytest.raises(ValueError, match=r"metrics\.json is no evaluation"):
         read_evaluation(tmp_path)
+
+
+def test_the_command_that_mends_an_evaluation_can_be_pasted(tmp_path: Path) -> None:
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    (folder / "metrics.json").write_text("{")
+    with pytest.raises(ValueError) as raised:
+        read_evaluation(folder)
+    command = str(raised.value).split("`")[1]
+    assert shlex.split(command) == ["eval", str(folder), "--json", str(folder / "metrics.json")]
 
 
 def test_what_is_no_finite_number_is_none(tmp_path: Path) -> None:
