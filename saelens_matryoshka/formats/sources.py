@@ -179,7 +179,7 @@ def open_source(src: str) -> tuple[Source, str]:
         FormatError: there is no such path and it is no name of the others.
     """
     path = Path(src).expanduser()
-    if path.exists():
+    if src and path.exists():  # "", a variable that is not set, is not the current folder
         # From the folder above, because some formats keep part of their settings there.
         path = Path(os.path.abspath(path))
         return Folder(path.parent, label=str(path.parent), named=path), path.name

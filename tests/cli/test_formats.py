@@ -150,6 +150,14 @@ def test_odd_options_are_refused(topk: Path, tmp_path: Path, options: list[str],
     assert not (tmp_path / "out").exists()
 
 
+def test_no_name_is_not_the_current_folder(
+    topk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(topk)
+    refused = _run("import", "", "--from", "saelens", "--out", tmp_path / "out")
+    assert "'' is neither a file nor a folder" in str(refused.exception)
+
+
 def test_odd_widths_are_refused(topk: Path, tmp_path: Path) -> None:
     source = ["import", topk, "--from", "saelens", "--out", tmp_path / "out", "--widths"]
     assert "must be whole numbers" in str(_run(*source, "8,x").exception)
