@@ -49,8 +49,9 @@ def hooks(
         from saelens_matryoshka.formats.saelens import open_folder
 
         sae = open_folder(transcoder.expanduser())
+        language_model = load_language_model(model, pick_device(None))
         text, _ = load_text(sae, dataset, model=model)
-        report = measure_frames(sae, load_language_model(model, pick_device(None)), layer, text, tokens, l0)
+        report = measure_frames(sae, language_model, layer, text, tokens, l0)
     if not on_stdout(json):
         console.print(report.table())
         console.print(report.verdict, markup=False)

@@ -158,6 +158,13 @@ def test_no_name_is_not_the_current_folder(
     assert "'' is neither a file nor a folder" in str(refused.exception)
 
 
+def test_hooks_names_a_language_model_that_there_is_not(tmp_path: Path) -> None:
+    coder = _transcoder(0).with_metadata(model_name="tiny", dataset_path="the text of tiny")
+    build(coder).save_model(tmp_path / "stock")
+    refused = _run("hooks", "gpt-9", "--transcoder", tmp_path / "stock")
+    assert "model 'gpt-9' is not one that TransformerLens knows" in str(refused.exception)
+
+
 def test_odd_widths_are_refused(topk: Path, tmp_path: Path) -> None:
     source = ["import", topk, "--from", "saelens", "--out", tmp_path / "out", "--widths"]
     assert "must be whole numbers" in str(_run(*source, "8,x").exception)
