@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from saelens_matryoshka.cli.inputs import (
+    folder_name,
     load_language_model_for,
     load_sae,
     load_saes,
@@ -130,7 +131,7 @@ def evaluate(
             sae, language_model, text, **settings, on_progress=on_progress, unfinished=unfinished
         )
     write_result(result.table(), result.to_json(), described, json)
-    _write({Path(path.rstrip("/")).name: result}, plot, table, console)
+    _write({folder_name(path): result}, plot, table, console)
     unfinished.remove()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,11 +136,16 @@ def results_folder(where: str, out: Path | None, name: str) -> Path:
     return Path(where) / name
 
 
+def folder_name(where: str) -> str:
+    """What a folder is called, also where it is named as "." or "..", or the end of RELEASE:SAE_ID."""
+    return Path(os.path.abspath(where)).name
+
+
 def load_saes(places: list[str], device: str) -> dict[str, SAE[Any]]:
     """Several, each under the shortest name that tells it from the others."""
     if len({Path(place).resolve() for place in places}) < len(places):
         raise ValueError(f"The same model is given twice: {', '.join(places)}.")
-    names = [Path(place.rstrip("/")).name for place in places]
+    names = [folder_name(place) for place in places]
     if len(set(names)) < len(names):
         names = places
     return {name: load_sae(place, device) for name, place in zip(names, places, strict=True)}

@@ -71,7 +71,8 @@ def _run_folders(root: Path) -> Iterator[RunFolder]:
 
 
 def _read(folder: RunFolder) -> Run | None:
-    config, parent = folder.read(), folder.path.parent
+    config, path = folder.read(), Path(os.path.abspath(folder.path))  # "." has no name
+    parent = path.parent
     lockstep = bool(config.get("lockstep"))
     tokens, evaluated, prefixes, fault = 0, False, [], None
     if config.get("completed_at"):
@@ -93,7 +94,7 @@ def _read(folder: RunFolder) -> Run | None:
             folder=str(folder.path),
             model=config["model_name"],
             mapping=f"{parent.parent.name}/{parent.name}" if lockstep else parent.name,
-            name=folder.path.name,
+            name=path.name,
             architecture=config["architecture"],
             status=status,
             started_at=str(config["started_at"]),

@@ -209,6 +209,18 @@ def test_eval_and_compare_draw_and_write_tables(
     assert page.is_file()
 
 
+def test_a_model_in_the_current_folder_has_its_name_in_the_table(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folders / "first")
+    table = tmp_path / "table.csv"
+    few = ("--tokens", 300, "--ce-tokens", 0, "--table", table)
+    code, said = _run(monkeypatch, capsys, "compare", ".", folders / "second", *few)
+    assert code == 0, said
+    assert "first reads" in said
+    assert table.read_text().splitlines()[1].startswith("first,")
+
+
 def test_a_plot_that_could_not_be_written_is_refused_before_the_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -131,6 +131,13 @@ def test_a_run_whose_metrics_are_damaged_is_listed_as_such(tmp_path: Path) -> No
     assert "metrics.jsonisnoevaluation" in shown
 
 
+def test_a_run_has_its_name_where_it_is_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(_run(tmp_path, "gpt2/mlp-8/first"))
+    assert [(run.folder, run.mapping, run.name) for run in find_runs(Path())] == [(".", "mlp-8", "first")]
+
+
 def test_no_folder_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no folder"):
         find_runs(tmp_path / "results")
