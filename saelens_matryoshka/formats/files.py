@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import lzma
 import math
+import os
 import pickle
 import zipfile
 import zlib
@@ -151,7 +152,14 @@ def read_safetensors(path: Path, shapes: Shapes, optional: Iterable[str] = ()) -
             check_shapes({n: tuple(s.get_shape()) for n, s in slices.items()}, shapes, optional, path)
             return _finite({name: file.get_tensor(name) for name in slices}, path)
     except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path} is truncated or not a safetensors file: {error}.") from None
+        raise _unread(path, error) from None
+
+
+def _unread(path: Path, error: Exception) -> FormatError:
+    """What is wrong with a safetensors file. Of one that may not be read, safetensors says there is none."""
+    if path.is_file() and not os.access(path, os.R_OK):
+        return FormatError(f"{path} may not be read by this user: ask its owner for permission.")
+    return FormatError(f"{path} is truncated or not a safetensors file: {error}.")
 
 
 def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -164,7 +172,7 @@ def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path} is truncated or not a safetensors file: {error}.") from None
+        raise _unread(path, error) from None
 
 
 def safetensors_note(path: Path, key: str) -> str | None:
