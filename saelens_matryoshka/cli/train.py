@@ -452,9 +452,9 @@ def presets(
         console.print(table)
         console.print(f"`saelens-matryoshka train --preset {name} --dry-run` shows what it resolves to.")
         return
-    # narrow, or a model's name needs a second line
+    # narrow, so that names need a second line only on less than 80 columns
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    table.add_column("preset", no_wrap=True)
+    table.add_column("preset", overflow="fold")
     table.add_column("model", overflow="fold")
     for heading in ("layer", "latents", "k", "tokens"):
         table.add_column(heading, justify="right", no_wrap=True)

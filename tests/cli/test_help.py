@@ -90,6 +90,11 @@ def test_json_alone_means_standard_output(given: str, read: str) -> None:
     assert with_json_targets(given.split()) == read.split()
 
 
+def test_presets_do_not_fold_a_model_into_a_column_of_letters() -> None:
+    said = CliRunner().invoke(app, ["presets"], env={"COLUMNS": "60", "TERMINAL_WIDTH": "60"}).output
+    assert "gpt2" in next(line for line in said.splitlines() if line.startswith("quick"))
+
+
 def test_presets_as_json_alone_and_in_a_file_beside_the_table(tmp_path: Path) -> None:
     presets = json.loads(_help("presets", "--json"))
     assert json.loads(_help("presets", "--json", "tiny")) == [presets[0]]
