@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from saelens_matryoshka.cli.inputs import load_language_model, load_text, pick_device
+from saelens_matryoshka.cli.interruption import interruptible
 from saelens_matryoshka.cli.output import Console, Json, on_stdout, quieten, require_writable, write_numbers
 from saelens_matryoshka.valid_json import dumps
 
@@ -17,6 +18,7 @@ def register(app: typer.Typer) -> None:
     app.command("hooks")(hooks)
 
 
+@interruptible("Nothing is kept of what was measured: call it again.")
 def hooks(
     model: Annotated[str, typer.Argument(help='Language model, as TransformerLens knows it, or "tiny".')],
     transcoder: Annotated[Path, typer.Option(help="Folder of a stock SAELens transcoder.")],

@@ -18,7 +18,7 @@ import saelens_matryoshka as sm
 import saelens_matryoshka.report.collect as collect
 from saelens_matryoshka.cli import main
 from saelens_matryoshka.evaluation.evaluator import Evaluation
-from saelens_matryoshka.formats import export
+from saelens_matryoshka.formats import export, frame_report
 from saelens_matryoshka.report import Samples
 from saelens_matryoshka.runs import settings, training
 from tests.report.conftest import random_sae
@@ -76,6 +76,16 @@ def _raising(number: int, function: Any, after: int = 0) -> Any:
         return function(*args, **kwargs)
 
     return interrupted
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_hooks_says_that_it_keeps_nothing(
+    number: int, model: Path, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frame_report, "measure_frames", _raising(number, frame_report.measure_frames))
+    code, said = call("hooks", "tiny", "--transcoder", model)
+    assert code == 128 + number
+    assert "Interrupted. Nothing is kept of what was measured" in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
