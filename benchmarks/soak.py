@@ -220,6 +220,10 @@ def _wait(pid: int) -> int:
     return -999
 
 
+def _last_words(run: RunFolder) -> str:
+    return Path(f"{run.path}.log").read_text(errors="replace")[-1000:]
+
+
 def _is_alive(pid: int) -> bool:
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
@@ -229,7 +233,7 @@ def _attempt(run: RunFolder, kind: str, chance: random.Random | None, tally: Tal
     pid = _start(run, kind)
     if chance is None:
         if (code := _wait(pid)) != 0:
-            tally.unexpected.append(f"{run.path.name} ended with {code} unasked")
+            tally.unexpected.append(f"{run.path.name} ended with {code} unasked: {_last_words(run)}")
             raise RuntimeError(tally.unexpected[-1])
         return
     number, moment = chance.choice(SIGNALS), chance.choice(MOMENTS)
@@ -237,7 +241,7 @@ def _attempt(run: RunFolder, kind: str, chance: random.Random | None, tally: Tal
     if not _is_alive(pid):  # it came to its end first
         code = _wait(pid)
         if code != 0:
-            tally.unexpected.append(f"{run.path.name} ended with {code} unasked")
+            tally.unexpected.append(f"{run.path.name} ended with {code} unasked: {_last_words(run)}")
             raise RuntimeError(tally.unexpected[-1])
         return
     os.kill(pid, number)
