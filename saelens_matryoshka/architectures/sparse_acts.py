@@ -46,12 +46,5 @@ class SparseActs(torch.Tensor):
         result = func(*args, **named)
         return cls(result) if func in _ENTRY_BY_ENTRY else result
 
-    @classmethod
-    def __torch_dispatch__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        return cls.__torch_function__(func, types, args, kwargs)
+    # which a wrapper must have: what operators ask from within torch is answered in the same way
+    __torch_dispatch__ = __torch_function__

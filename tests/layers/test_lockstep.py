@@ -306,21 +306,29 @@ def test_a_stopped_run_goes_on_to_the_same_last_bit(
         _assert_same(resumed[name], straight[name])
 
 
+def _stopped_after_3_steps(
+    cfgs: dict[str, Any], model: HookedTransformer, tokens: datasets.Dataset, folder: Path
+) -> Path:
+    """The checkpoint of runs that were stopped."""
+    keeper = Keeper(Checkpoints(folder), minutes=0)
+    with pytest.raises(RunStopped):
+        _together(cfgs, model, tokens, keeper=keeper, observers={"mlp-0": [_stopping(keeper, 3)]})
+    newest = Checkpoints(folder).newest()
+    assert newest is not None
+    return newest.path
+
+
 def test_some_of_a_checkpoint_may_go_on_without_the_others(
     tiny_model: HookedTransformer, token_dataset: datasets.Dataset, tmp_path: Path
 ) -> None:
     """Those that had been saved when the process ended are not trained again."""
     cfgs = {f"mlp-{layer}": _transcoder(layer) for layer in (0, 2)}
     straight = _together(cfgs, tiny_model, token_dataset)
-    keeper = Keeper(Checkpoints(tmp_path), minutes=0)
-    with pytest.raises(RunStopped):
-        _together(cfgs, tiny_model, token_dataset, keeper=keeper, observers={"mlp-0": [_stopping(keeper, 3)]})
-    newest = Checkpoints(tmp_path).newest()
-    assert newest is not None
-    resumed = _together({"mlp-2": cfgs["mlp-2"]}, tiny_model, token_dataset, resume_from=newest.path)
+    stopped = _stopped_after_3_steps(cfgs, tiny_model, token_dataset, tmp_path)
+    resumed = _together({"mlp-2": cfgs["mlp-2"]}, tiny_model, token_dataset, resume_from=stopped)
     _assert_same(resumed["mlp-2"], straight["mlp-2"])
     with pytest.raises((ValueError, FileNotFoundError), match="mlp-1"):
-        _together({"mlp-1": _transcoder(1)}, tiny_model, token_dataset, resume_from=newest.path)
+        _together({"mlp-1": _transcoder(1)}, tiny_model, token_dataset, resume_from=stopped)
 
 
 def test_each_goes_on_with_its_own_hook_when_they_are_named_in_another_order(
@@ -329,13 +337,9 @@ def test_each_goes_on_with_its_own_hook_when_they_are_named_in_another_order(
     """Those of a folder come in the order of their names, in which mlp-10 is before mlp-2."""
     cfgs = {f"mlp-{layer}": _transcoder(layer) for layer in (2, 0)}
     straight = _together(cfgs, tiny_model, token_dataset)
-    keeper = Keeper(Checkpoints(tmp_path), minutes=0)
-    with pytest.raises(RunStopped):
-        _together(cfgs, tiny_model, token_dataset, keeper=keeper, observers={"mlp-0": [_stopping(keeper, 3)]})
-    newest = Checkpoints(tmp_path).newest()
-    assert newest is not None
+    stopped = _stopped_after_3_steps(cfgs, tiny_model, token_dataset, tmp_path)
     turned = dict(reversed(cfgs.items()))
-    resumed = _together(turned, tiny_model, token_dataset, resume_from=newest.path)
+    resumed = _together(turned, tiny_model, token_dataset, resume_from=stopped)
     for name in straight:
         _assert_same(resumed[name], straight[name])
 
