@@ -8,6 +8,9 @@ from pathlib import Path
 
 import filelock
 
+_SECONDS = 0.3
+"""longer than a look at who holds a lock, which itself takes it for an instant"""
+
 
 @contextmanager
 def alone(file: Path, in_use: Exception) -> Iterator[None]:
@@ -24,7 +27,7 @@ def alone(file: Path, in_use: Exception) -> Iterator[None]:
     """
     lock = filelock.FileLock(file)
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=_SECONDS, poll_interval=0.01)
     except filelock.Timeout:
         raise in_use from None
     except (OSError, NotImplementedError) as error:

@@ -6,11 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from saelens_matryoshka.runs.lock import locked
+from saelens_matryoshka.runs.lock import is_locked, locked
 
 HOLD = """
 import sys, time
@@ -46,6 +47,26 @@ def test_lock_is_for_one_holder_within_a_process_too(tmp_path: Path) -> None:
         pass
     with locked(tmp_path):
         pass
+
+
+def test_a_look_at_who_holds_a_folder_does_not_keep_another_from_it(tmp_path: Path) -> None:
+    """`runs` lists a folder in the instant in which a run begins in it."""
+    (tmp_path / ".lock").touch()
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            is_locked(tmp_path)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        for _ in range(200):
+            with locked(tmp_path):
+                pass
+    finally:
+        done.set()
+        looking.join()
 
 
 def test_symlink_to_a_locked_folder_is_locked(tmp_path: Path) -> None:
