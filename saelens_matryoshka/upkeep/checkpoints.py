@@ -90,10 +90,10 @@ class Checkpoints:
             _sync(self.folder)
         except Exception as error:
             shutil.rmtree(aside, ignore_errors=True)
-            last = self._newest_name()
+            last = self.newest()
             raise CheckpointError(
                 f"The checkpoint {path} could not be written: {error}. "
-                + (f"The last good one is {last}." if last else "There is none before it.")
+                + (f"The last good one is {last.path}." if last else "There is none before it.")
             ) from error
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
@@ -122,9 +122,6 @@ class Checkpoints:
             return []
         found = [path for path in self.folder.iterdir() if path.name.isdecimal() and path.is_dir()]
         return sorted(found, key=lambda path: int(path.name), reverse=True)
-
-    def _newest_name(self) -> Path | None:
-        return next(iter(self.paths()), None)
 
     def _prune(self, n_tokens: int) -> None:
         # Newer ones than the one just written are damaged, or it would not be written again: they do not

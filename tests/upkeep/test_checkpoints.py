@@ -193,6 +193,26 @@ def test_full_disk_leaves_the_last_good_checkpoint(
     assert kept.save(trainer).name == "64"  # there is space again
 
 
+def test_a_damaged_checkpoint_is_not_told_as_the_last_good_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, trainer = Checkpoints(tmp_path), _trainer(1)
+    first = kept.save(trainer)
+    _step(trainer)
+    _truncate(kept.save(trainer) / "cfg.json")
+    _step(trainer)
+
+    def full(*args: Any, **kwargs: Any) -> None:  # noqa: ARG001
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(*POINTS["rename"], full)
+    with (
+        pytest.warns(UserWarning, match="64 is passed over"),
+        pytest.raises(CheckpointError, match=rf"The last good one is {first}\."),
+    ):
+        kept.save(trainer)
+
+
 def test_really_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
     """On a file system of its own, with room for one checkpoint and a half."""
     disk = tmp_path / "disk"
