@@ -113,6 +113,39 @@ def test_a_bad_batch_is_left_out_of_the_scaling_of_each(
     assert skipped[1] != without[1]  # whose first three are good
 
 
+def test_a_bad_batch_is_left_out_of_the_whitening_of_each(
+    tiny_model: HookedTransformer, token_dataset: datasets.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a dictionary that is scaled by a factor, from the same batches."""
+    whitening: list[list[Any]] = []
+
+    def estimate(trainer: Any, *, bad: int | None) -> None:
+        batches = [
+            {name: batch.clone() for name, batch in next(trainer.data_provider).items()} for _ in "abcd"
+        ]
+        if bad is not None:
+            batches[bad]["resid-1"][2, 5] = torch.nan
+        else:  # what is then left of the first one's batches
+            del batches[1]
+        provider, trainer.data_provider = trainer.data_provider, iter(batches)
+        estimate_scaling_factors(trainer)
+        trainer.data_provider = provider
+        whitening.append([one.activation_scaler.whitening for one in trainer.trainers.values()])
+
+    for bad in (None, 1):
+        cfgs = {f"resid-{layer}": _sae(layer, n_batches_for_norm_estimate=3) for layer in (1, 2, 3)}
+        for cfg in list(cfgs.values())[:2]:
+            cfg.sae.normalize_activations = "covariance_whitening"
+        cfgs["resid-3"].sae.normalize_activations = "expected_average_only_in"
+        monkeypatch.setattr(lockstep_module, "estimate_scaling_factors", partial(estimate, bad=bad))
+        with nullcontext() if bad is None else pytest.warns(UserWarning, match="in 1 of .* rows.*Skipped"):
+            _together(cfgs, tiny_model, token_dataset, may_skip=1)
+    without, skipped = whitening
+    assert torch.equal(skipped[0].matrix, without[0].matrix)
+    assert not torch.equal(skipped[1].matrix, without[1].matrix)  # whose first three are good
+    assert skipped[2] is without[2] is None
+
+
 def test_dictionaries_of_different_kinds_each_learn_what_they_would_alone_on_the_same_batches(
     tiny_model: HookedTransformer, token_dataset: datasets.Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
