@@ -45,8 +45,13 @@ def whole_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         _require_room(folder, overwrite)
         if folder.exists():  # Windows renames over no folder, not even over an empty one
             old = _aside(folder)
-            os.replace(folder, old)
-            os.replace(new, folder)
+            try:
+                os.replace(folder, old)
+                os.replace(new, folder)
+            except BaseException:
+                if old.exists() and not folder.exists():
+                    os.replace(old, folder)
+                raise
             shutil.rmtree(old)
         else:
             os.replace(new, folder)

@@ -113,6 +113,27 @@ def test_an_overwritten_folder_is_the_old_one_or_the_new_one(tmp_path: Path) -> 
     assert {path.name for path in tmp_path.iterdir()} == {"out", "link"}
 
 
+def test_an_overwritten_folder_comes_back_if_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, replace, calls = tmp_path / "out", os.replace, 0
+    out.mkdir()
+    (out / "old").write_text("x")
+
+    def second_fails(*paths: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise OSError("disk")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", second_fails)
+    with pytest.raises(OSError, match="disk"), whole_folder(out, overwrite=True) as folder:
+        (folder / "new").write_text("x")
+    assert [path.name for path in out.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
 def test_a_file_is_no_place_for_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(FileExistsError, match="is a file"), whole_folder(tmp_path / "file", overwrite=True):
