@@ -186,7 +186,8 @@ def _train(
     command: Sequence[str],
     on_start: Callable[[int], None],
 ) -> dict[str, EvalResult | None]:
-    checkpoints = Checkpoints(parent / "checkpoints", upkeep.keep)
+    logs = [folder.metrics_log for folder in folders.values()]
+    checkpoints = Checkpoints(parent / "checkpoints", upkeep.keep, logs)
     checkpoints.clean()
     newest = checkpoints.newest()
     if newest is not None:

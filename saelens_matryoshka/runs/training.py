@@ -220,7 +220,8 @@ def _runner(
     cfg.output_path, cfg.checkpoint_path = str(folder.path), str(folder.checkpoints)
     if "run_name" not in settings.given:
         cfg.logger.run_name = folder.path.name
-    keeper = Keeper(Checkpoints(folder.checkpoints, upkeep.keep), minutes=upkeep.checkpoint_minutes)
+    checkpoints = Checkpoints(folder.checkpoints, upkeep.keep, logs=[folder.metrics_log])
+    keeper = Keeper(checkpoints, minutes=upkeep.checkpoint_minutes)
     observers: list[Observer] = [MetricsLog(folder.metrics_log, log_every)] if job.is_first else []
     torch.manual_seed(cfg.seed)  # the runner itself does not
     replaced = overrides(settings) | job.overrides(cfg)

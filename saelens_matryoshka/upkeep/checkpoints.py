@@ -18,6 +18,7 @@ import platform
 import shutil
 import uuid
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -59,16 +60,17 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints in a folder."""
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
+    def __init__(self, folder: Path, keep: int = 2, logs: Sequence[Path] = ()) -> None:
         """The checkpoints of a run.
 
         Args:
             folder: Which is made when the first one is written.
             keep: How many are kept, the newest ones; 0 for all.
+            logs: Files that must not be behind a checkpoint, whatever ends the machine.
         """
         if keep < 0:
             raise ValueError(f"keep={keep} must be the number of checkpoints to keep, or 0 for all.")
-        self.folder, self.keep = folder, keep
+        self.folder, self.keep, self.logs = folder, keep, logs
 
     def save(self, trainer: SAETrainer[Any, Any]) -> Path:
         """Write a checkpoint of a trainer between two steps.
@@ -84,6 +86,9 @@ class Checkpoints:
             aside.mkdir(parents=True)
             _write(trainer, aside)
             _seal(aside, trainer)
+            for log in self.logs:
+                if log.exists():
+                    _sync(log)
             if path.exists():  # damaged
                 self._remove(path)
             os.rename(aside, path)

@@ -119,6 +119,27 @@ def test_a_damaged_log_is_refused_and_left_as_it_is(tmp_path: Path, monkeypatch:
     assert run.metrics_log.read_text() == damaged
 
 
+def test_a_checkpoint_on_the_disk_has_its_log_there_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut a log that is behind the checkpoint would lack lines for good."""
+    run, on_disk, sync, rename = RunFolder(tmp_path / "run"), [0], os.fsync, os.rename
+
+    def synced(file: int) -> None:
+        if run.metrics_log.exists() and os.path.samestat(os.fstat(file), run.metrics_log.stat()):
+            on_disk[0] = os.fstat(file).st_size
+        sync(file)
+
+    def renamed(old: Path, new: Path) -> None:
+        assert on_disk[0] == run.metrics_log.stat().st_size > 0
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr("saelens_matryoshka.upkeep.checkpoints.os.rename", renamed)
+    assert _cli(*FLAGS, "--output_path", str(run.path), "--n_checkpoints", "2").exit_code == 0
+    assert len(list(run.checkpoints.iterdir())) == 2
+
+
 def test_a_run_that_another_process_has_just_finished_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
