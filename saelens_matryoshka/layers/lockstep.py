@@ -162,7 +162,8 @@ def _wandb_run(cfgs: Mapping[str, LanguageModelSAERunnerConfig[Any]]) -> Iterato
     try:
         yield
     finally:
-        wandb.finish()
+        with wandb_cannot_stop_it("finish"):
+            wandb.finish()
 
 
 def _fit(trainer: LockstepTrainer, keeper: Keeper | None, resume_from: Path | None) -> None:

@@ -58,6 +58,11 @@ class RunRunner(LanguageModelSAETrainingRunner):
         self.keeper = keeper
 
     @override
+    def run(self) -> Any:
+        with wandb_cannot_stop_it("finish"):
+            return super().run()
+
+    @override
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
         self.cfg.resume_from_checkpoint = None  # done, and no setting of the run
         for observer in self.observers:

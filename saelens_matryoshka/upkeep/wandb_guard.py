@@ -15,18 +15,21 @@ from unittest import mock
 
 import wandb
 
-_FUNCTIONS = ("log", "log_artifact")
 _MOST_FAILURES = 10
 
 
 @contextmanager
-def wandb_cannot_stop_it() -> Iterator[None]:
-    """Within, an error of `wandb.log` or `wandb.log_artifact` is a warning. To be entered after `wandb.init`.
+def wandb_cannot_stop_it(*names: str) -> Iterator[None]:
+    """Within, an error of one of W&B's functions is a warning.
 
     The first error is told; after ten in a row, it is not tried again.
+
+    Args:
+        names: Of the functions. Default: `log` and `log_artifact`, which `wandb.init` makes: to be entered
+            after that.
     """
     with ExitStack() as patches:
-        for name in _FUNCTIONS:
+        for name in names or ("log", "log_artifact"):
             guarded = _guarded(name, getattr(wandb, name))
             patches.enter_context(mock.patch.object(wandb, name, guarded))
         yield
@@ -47,7 +50,7 @@ def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             if failures in (1, _MOST_FAILURES):
                 gives_up = " It is not tried again." if failures == _MOST_FAILURES else ""
                 warnings.warn(
-                    f"wandb.{name}: {type(error).__name__}: {error} Training goes on.{gives_up}", stacklevel=2
+                    f"wandb.{name}: {type(error).__name__}: {error} The run goes on.{gives_up}", stacklevel=2
                 )
             return None
         failures = 0

@@ -270,11 +270,12 @@ def test_wandb_that_fails_does_not_end_the_run(
     plain.start(tiny_model)
     monkeypatch.setattr(wandb, "init", lambda **_: monkeypatch.setattr(wandb, "log", broken))
     monkeypatch.setattr(wandb, "log_artifact", broken)
-    monkeypatch.setattr(wandb, "finish", lambda: None)
+    monkeypatch.setattr(wandb, "finish", broken)
     logger = LoggingConfig(wandb_log_frequency=1, eval_every_n_wandb_logs=7)
     logged = Run("sae", lambda: dataset("tokens"), tmp_path / "logged")
-    with pytest.warns(UserWarning, match="no route to host Training goes on"):
+    with pytest.warns(UserWarning, match="no route to host The run goes on") as told:
         logged.start(tiny_model, logger=logger)
+    assert any("wandb.finish: ConnectionError" in str(one.message) for one in told)
     assert logged.result() == plain.result()
 
 
