@@ -183,8 +183,11 @@ def _start(run: RunFolder, kind: str) -> int:
         words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         if settings.get("prefetch_llm_batches"):
             words.remove("True")
+    # A signal that comes before the child is within `try` waits: there it would do this process's clean-up.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
         return pid
     try:
         run.path.parent.mkdir(parents=True, exist_ok=True)
@@ -193,6 +196,7 @@ def _start(run: RunFolder, kind: str) -> int:
         os.dup2(log, 2)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
         sys.argv = ["saelens-matryoshka", "train", *words]
         command_line()
         os._exit(0)
