@@ -117,7 +117,7 @@ class Samples:
                 self._examples(self.intervals, latent, slice(i * per_interval, (i + 1) * per_interval)),
             )
             for i in reversed(range(self.n_intervals))
-            if i * width < largest
+            if fired and i * width <= largest  # an interval holds its lower end
         ]
 
     def _examples(self, examples: Examples, latent: int, which: slice) -> list[Example]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformer_lens import HookedTransformer
 
 import saelens_matryoshka as sm
 from saelens_matryoshka.report import Samples, collector
+from saelens_matryoshka.report.samples import Examples
 from tests.helpers import transcoder_config
 from tests.report.conftest import CONTEXT, D_SAE, collected, random_sae
 
@@ -74,6 +76,27 @@ def test_interval_examples_lie_in_their_intervals_which_cover_the_range(
             for example in interval.examples:
                 assert interval.low <= example.value <= interval.high
                 assert acts[example.prompt, example.position] == pytest.approx(example.value)
+
+
+def test_a_largest_activation_on_an_intervals_end_is_in_the_interval_that_begins_there(
+    samples: Samples,
+) -> None:
+    values = torch.zeros(1, 8)
+    values[0, 4] = 4.0
+    drawn = Examples(torch.where(values > 0, 30, -1), values, torch.zeros(1, 8, 8))
+    found = dataclasses.replace(
+        samples,
+        fired=torch.tensor([3]),
+        largest=torch.tensor([4.0]),
+        scale=torch.tensor([8.0]),
+        histogram=torch.tensor([[0, 1, 0, 1, 1, 0, 0, 0]]),
+        intervals=drawn,
+        n_intervals=8,
+    )
+    strongest, *others = found.intervals_of(0)
+    assert (strongest.low, strongest.high, strongest.share) == (4.0, 4.0, pytest.approx(1 / 3))
+    assert [example.value for example in strongest.examples] == [4.0]
+    assert strongest.share + sum(interval.share for interval in others) == pytest.approx(1)
 
 
 def test_special_tokens_are_in_contexts_but_never_what_an_example_is_about(
