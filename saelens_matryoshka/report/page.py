@@ -247,9 +247,11 @@ def _measured(evaluation: dict[str, Any] | None) -> str:
 
 
 def _density_lead(samples: Samples) -> str:
+    special = samples.about.get("settings", {}).get("exclude_special_tokens")
+    which = {True: ", special tokens left out", False: ", special tokens among them"}.get(special, "")
     return (
-        f"On {samples.n_tokens:,} tokens, special tokens left out. A level holds the latents that its prefix "
-        "adds to the one before."
+        f"On {samples.n_tokens:,} tokens{which}. A level holds the latents that its prefix adds to the one "
+        "before."
     )
 
 

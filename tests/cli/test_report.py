@@ -220,6 +220,18 @@ def test_special_tokens_are_left_out_by_default(run: Path, call: Any) -> None:
     assert not torch.isin(found.tokens.flatten()[positions], torch.tensor([0, 1, 2])).any()
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"), [((), "special tokens left out"), (("--special-tokens",), "special tokens among them")]
+)
+def test_the_page_says_whether_special_tokens_are_among_the_tokens(
+    flags: tuple[str, ...], said: str, run: Path, call: Any
+) -> None:
+    assert call("samples", run, *FEW, *flags)[0] == 0
+    assert call("report", run)[0] == 0
+    n_tokens = Samples.load(run / "samples").n_tokens
+    assert f"On {n_tokens:,} tokens, {said}." in (run / "report.html").read_text()
+
+
 def test_report_gives_json_alone_and_says_what_is_left_out(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
