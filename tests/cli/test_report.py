@@ -232,6 +232,15 @@ def test_the_page_says_whether_special_tokens_are_among_the_tokens(
     assert f"On {n_tokens:,} tokens, {said}." in (run / "report.html").read_text()
 
 
+def test_the_threshold_of_a_step_is_not_called_an_average(run: Path, call: Any) -> None:
+    """With threshold_calibration="l0", a transcoder's default, it is the one of that batch."""
+    (run / "metrics.jsonl").write_text('{"tokens": 10, "threshold": 0.5}\n{"tokens": 20, "threshold": 0.2}\n')
+    assert call("report", run, "--no-samples")[0] == 0
+    page = (run / "report.html").read_text()
+    assert "smallest activation kept, or its average" in page
+    assert "moving average" not in page
+
+
 def test_report_gives_json_alone_and_says_what_is_left_out(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

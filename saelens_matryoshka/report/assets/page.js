@@ -30,7 +30,7 @@ function trainingCharts(log) {
   else if (has("fvu")) chart(box, { title: "FVU", x, y: { label: "fraction of variance unexplained", low: 0 }, series: one("fvu") });
   if (has("l0")) chart(box, { title: "L0", x, y: { label: "active latents per token", low: 0 }, series: one("l0"), lines: PAGE.k ? [{ y: PAGE.k, name: `k = ${PAGE.k}` }] : [] });
   if (has("dead")) chart(box, { title: "Dead latents", x, y: { label: "share of all latents", low: 0, format: percent }, series: one("dead") });
-  if (has("threshold")) chart(box, { title: "Threshold", x, y: { label: "activation, moving average", low: 0 }, series: one("threshold") });
+  if (has("threshold")) chart(box, { title: "Threshold", x, y: { label: "smallest activation kept, or its average", low: 0 }, series: one("threshold") });
   if (has("lr")) chart(box, { title: "Learning rate", x, y: { label: "of Adam, per step", low: 0 }, series: one("lr") });
   if (perPrefix.length) legend(byId("training-legend"), PAGE.widths.map((w) => `prefix of ${prefixName(w)}`), colours);
 }
