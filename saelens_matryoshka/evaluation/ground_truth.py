@@ -74,9 +74,10 @@ class GroundTruthResult:
     """Metrics of one SAE or transcoder, as the inference (JumpReLU) model."""
 
     mcc: float
-    """mean cosine of the one-to-one matching of decoder rows and directions (SAELens's)"""
+    """mean absolute cosine of the one-to-one matching of decoder rows and directions (SAELens's)"""
     f1: float
-    """mean over latents of the F1 of each for its nearest feature (SAELens's); a dead latent counts 0"""
+    """mean over latents of the F1 of each for its nearest feature, by absolute cosine (SAELens's); a dead
+    latent counts 0"""
     precision: float
     """of the same"""
     recall: float

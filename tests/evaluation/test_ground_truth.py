@@ -119,6 +119,8 @@ def test_each_feature_gets_a_latent_of_its_own() -> None:
 def test_the_opposite_direction_is_not_a_feature() -> None:
     matching = match_features(-torch.eye(4), DIRECTIONS)
     assert not matching.found.any()
+    result = _evaluate(_sae(torch.eye(4), -torch.eye(4), [4]))
+    assert (result.mcc, result.f1, result.n_recovered) == (1, 1, 0), "MCC and F1 do not look at signs"
 
 
 def test_f1_of_every_latent_for_every_feature() -> None:
