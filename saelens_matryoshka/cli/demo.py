@@ -96,6 +96,7 @@ def demo(
     if on_stdout(json):
         return
     console.print(result.table())
+    console.print("text: held out of the training data")
     console.print(
         f"Trained in {trained - started:.0f} s, evaluated in {time.monotonic() - trained:.0f} s.\n\n"
         f"Saved in {cfg.output_path}: a stock {type(sae).__name__}, evaluation.json and the settings.\n"

@@ -351,6 +351,7 @@ def _show_result(result: EvalResult | None, folder: RunFolder, console: Console,
         console.print("The dataset is too small to hold text out: nothing was evaluated.")
     else:
         console.print(result.table())
+        console.print("text: held out of the training data")
     console.print(
         f"Saved in {folder.path}, as SAELens saves it:\n"
         f"  sae = SAE.load_from_disk({str(folder.path)!r})\n"

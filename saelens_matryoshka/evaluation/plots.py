@@ -166,7 +166,7 @@ def _tick(ax: Axes, values: list[float], *, exact: bool) -> None:
 def _title(results: Mapping[str, EvalResult]) -> str:
     first = next(iter(results.values()))
     who = f"{next(iter(results))}: " if len(results) == 1 else ""
-    return f"{who}{first.hook_name_out}, {first.n_tokens:,} held-out tokens"
+    return f"{who}{first.hook_name_out}, {first.n_tokens:,} tokens"
 
 
 def _page(figure: Figure, results: Mapping[str, EvalResult]) -> str:

@@ -111,7 +111,7 @@ class EvalResult:
         table = metrics_table(" → ".join(hooks), with_ce=with_ce)
         for prefix in self.prefixes:
             table.add_row(*metrics_row(prefix, with_ce=with_ce))
-        caption = f"{self.n_tokens:,} held-out tokens"
+        caption = f"{self.n_tokens:,} tokens"
         if with_ce:
             caption += (
                 f"; CE clean {self.ce_clean:.3f}, zero-ablated {self.ce_zero:.3f}, "

@@ -132,7 +132,7 @@ def _metrics(models: Sequence[Model]) -> list[str]:
     counts = ", ".join(f"{count:,}" for count in sorted(tokens))
     lines += [
         "",
-        f"Each row is a prefix, the first latents of the model on their own, on {counts} held-out tokens.",
+        f"Each row is a prefix, the first latents of the model on their own, on {counts} tokens.",
     ]
     lines += ["FVU is Σ‖y - ŷ‖² / Σ‖y - ȳ‖²: predicting the mean scores 1.", ""]
     return lines

@@ -192,7 +192,7 @@ def _tiles(content: PageContent) -> list[dict[str, str]]:
         note = f"k = {content.k:g} in training" if content.k else "active latents per token"
         tiles.append({"name": "L0", "value": _figure(whole["l0"], ".1f"), "note": note})
         dead = _figure(whole["dead_fraction"], ".1%")
-        tiles.append({"name": "dead", "value": dead, "note": "on held-out tokens"})
+        tiles.append({"name": "dead", "value": dead, "note": f"on {evaluation['n_tokens']:,} tokens"})
     elif samples is not None:
         l0 = samples.fired.sum().item() / samples.n_tokens
         dead = (samples.fired == 0).double().mean().item()
@@ -236,7 +236,7 @@ def _rows(evaluation: dict[str, Any] | None) -> list[dict[str, str]]:
 def _measured(evaluation: dict[str, Any] | None) -> str:
     if evaluation is None:
         return ""
-    said = f"The inference model on {evaluation['n_tokens']:,} held-out tokens"
+    said = f"The inference model on {evaluation['n_tokens']:,} tokens"
     if evaluation.get("ce_clean") is not None:
         said += (
             f"; cross-entropy on {evaluation['n_ce_tokens']:,} of them: {evaluation['ce_clean']:.3f} nats "

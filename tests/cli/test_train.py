@@ -48,7 +48,7 @@ def test_train_from_a_preset_then_runs_then_the_name_again(
     said = capsys.readouterr().out
     folder = tmp_path / "results" / "tiny" / "mlp-2" / "erster Lauf"
     assert "results/tiny/mlp-2/erster Lauf" in said
-    assert "held-out tokens" in said
+    assert "text: held out of the training data" in said
     assert max(map(len, said.splitlines())) <= 80
     assert SAE.load_from_disk(folder).cfg.metadata.model_name == "tiny"
     assert yaml.safe_load((folder / "config.yaml").read_text())["completed_at"]

@@ -270,6 +270,7 @@ def test_text_is_tokenised_and_json_and_table_come_out(tiny_model: HookedTransfo
     assert parsed["prefixes"][0]["ce"] is None
     assert parsed["prefixes"][1]["dead_fraction"] == result.prefixes[1].n_dead / 64
     assert len(result.table().rows) == 2
+    assert result.table().caption == f"{result.n_tokens:,} tokens", "which may have been trained on"
     assert result.table().title == f"{result.hook_name} → {result.hook_name_out}"
     of_an_sae = dataclasses.replace(result, hook_name_out=result.hook_name)
     assert of_an_sae.table().title == result.hook_name

@@ -105,7 +105,7 @@ def test_the_card_says_what_frame_metrics_and_how_to_load(stock: Path, tmp_path:
     )
     assert "the norm's output before its gain" in card
     assert "| layer_0 | 24 | 0.500 | 3.0 | 25.0% | 75.0% | - |" in card
-    assert "1,234 held-out tokens" in card
+    assert "on 1,234 tokens" in card, "of which text nobody knows here"
     assert 'ReplacementModel.from_pretrained("tiny", "me/graphs")' in card
 
 
