@@ -19,6 +19,7 @@ which make its activation the tensor that is meant. Where norms were folded ther
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -205,7 +206,7 @@ def hook_names(model: Any) -> list[str]:
 
 
 def check_hook(model: Any, hook_name: str, field: str) -> None:
-    """Check that a hook exists and fires.
+    """Check that a hook exists and fires, and warn if SAEs are attached to the model at other hooks.
 
     Args:
         model: any model with TransformerLens hooks.
@@ -223,6 +224,7 @@ def check_hook(model: Any, hook_name: str, field: str) -> None:
         )
     known = hook_names(model)
     if hook_name in known:
+        _warn_of_attached_saes(model)
         return
     if hook_name in model.hook_dict and (switch := _switched_off(model, hook_name)):
         raise ValueError(
@@ -234,6 +236,15 @@ def check_hook(model: Any, hook_name: str, field: str) -> None:
     example = known[len(known) // 2]
     near = _did_you_mean(hook_name, known) or f"; its hooks have names like {example!r}"
     raise ValueError(f"{field}={hook_name!r} is not a hook of this {type(model).__name__}{near}")
+
+
+def _warn_of_attached_saes(model: Any) -> None:
+    if attached := list(getattr(model, "acts_to_saes", {})):
+        warnings.warn(
+            f"model has an SAE attached at {' and '.join(map(repr, attached))}: its activations and "
+            "predictions are those with it. Call model.reset_saes() first if that is not what you want.",
+            stacklevel=3,
+        )
 
 
 def make_readable(model: Any, hook_name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any
@@ -414,12 +415,18 @@ def test_a_model_without_hooks_is_told() -> None:
         check_hook(hf("llama"), "blocks.1.hook_mlp_out", "hook_name")
 
 
-def test_a_hook_with_an_sae_attached_is_told() -> None:
+def test_an_sae_attached_to_the_model_is_told() -> None:
     transformer = HookedSAETransformer(model("llama", "hooked_transformer").cfg)
     width, name = transformer.cfg.d_model, "blocks.1.hook_mlp_out"
     transformer.add_sae(StandardSAE(StandardSAEConfig(width, 4, metadata=SAEMetadata(hook_name=name))))
     with pytest.raises(ValueError, match="hook_name='blocks.1.hook_mlp_out' has an SAE attached"):
         check_hook(transformer, name, "hook_name")
+    with pytest.warns(UserWarning, match="an SAE attached at 'blocks.1.hook_mlp_out': .*reset_saes"):
+        check_hook(transformer, "blocks.2.hook_mlp_out", "hook_name")
+    transformer.reset_saes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_hook(transformer, "blocks.2.hook_mlp_out", "hook_name")
 
 
 @pytest.mark.parametrize("kind", KINDS)
