@@ -24,6 +24,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -286,6 +287,8 @@ def _did_you_mean(value: str, known: Iterable[str]) -> str:
 
 
 def _check_layer(layer: int, n_layers: int) -> None:
+    if isinstance(layer, bool) or not isinstance(layer, Integral):
+        raise ValueError(f"layer={layer!r} must be an integer")
     if not 0 <= layer < n_layers:
         raise ValueError(f"layer={layer}, but the model has {n_layers} layers (0 to {n_layers - 1})")
 

@@ -137,6 +137,17 @@ CALLS: list[Case] = [
     Case(
         "find_site layer -1", lambda g: sm.find_site(g.model, -1, "mlp_in"), r"layer=-1, but the model has 4"
     ),
+    Case(
+        "find_site layer 2.0",
+        lambda g: sm.find_site(g.model, 2.0, "mlp_in"),
+        r"layer=2\.0 must be an integer",
+    ),
+    Case(
+        "find_site layer '2'", lambda g: sm.find_site(g.model, "2", "mlp_in"), r"layer='2' must be an integer"
+    ),
+    Case(
+        "find_site layer True", lambda g: sm.find_site(g.model, True, "mlp_in"), r"layer=True must be an int"
+    ),
     Case("find_site name", lambda g: sm.find_site(g.model, 0, "mpl_in"), r"'mpl_in'.*mlp_in"),
     Case("find_site model", lambda _: sm.find_site(torch.nn.Linear(2, 2), 0, "mlp_in"), r"Linear"),
     Case(
