@@ -44,5 +44,7 @@ class MatryoshkaTrainingSAE(MatryoshkaTraining):
 
     @override
     def split_batch(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if batch.shape[-1] != self.cfg.d_in:
+            raise ValueError(f"The batch has {batch.shape[-1]} columns, but d_in={self.cfg.d_in}.")
         activations = batch.to(self.dtype)
         return activations, activations

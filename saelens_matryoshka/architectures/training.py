@@ -103,6 +103,17 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """One step's loss and metrics.
+
+        Args:
+            step_input: `sae_in` is the batch, `[B, d_in]`, of a transcoder `[B, d_in + d_out]`, and
+                `dead_neuron_mask` `[d_sae]` or None.
+
+        Raises:
+            ValueError: the batch or the mask is of another shape.
+            NonFiniteActivationsError: the batch or the loss holds NaN or Inf, and no more may be skipped.
+        """
+        self._require_shapes(step_input.sae_in, step_input.dead_neuron_mask)
         source, target = self.split_batch(step_input.sae_in)
         n_steps = step_input.n_training_steps
         if not self._prepared:
@@ -133,6 +144,18 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
             losses=self._losses(step),
             metrics=self._metrics(step, target, step_input.dead_neuron_mask),
         )
+
+    def _require_shapes(self, batch: torch.Tensor, dead: torch.Tensor | None) -> None:
+        if batch.dim() != 2 or len(batch) == 0:
+            raise ValueError(
+                f"sae_in has shape {list(batch.shape)}, and must be a batch of rows, one per token: flatten "
+                "prompts and positions into one dimension."
+            )
+        if dead is not None and dead.shape != (self.cfg.d_sae,):
+            raise ValueError(
+                f"dead_neuron_mask has shape {list(dead.shape)}, and must have one entry for each of the "
+                f"{self.cfg.d_sae} latents."
+            )
 
     def is_usable(self, batch: torch.Tensor, n_steps: int = 0) -> bool:
         """Whether a batch of activations is finite, in all processes; if not, it counts as skipped.

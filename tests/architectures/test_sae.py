@@ -14,6 +14,7 @@ from sae_lens import (
     MatryoshkaBatchTopKTrainingSAEConfig,
     TrainingSAE,
 )
+from sae_lens.saes.sae import TrainStepInput
 from sae_lens.synthetic import SyntheticModelConfig, SyntheticSAERunner, SyntheticSAERunnerConfig
 from safetensors.torch import save_file
 
@@ -84,6 +85,24 @@ def test_one_width_trains_a_plain_batchtopk_sae() -> None:
     batches = sparse_batches(5, 64, 32)
     output = run_steps(trainer_for(_ours(matryoshka_widths=[256]), batches), batches)[-1]
     assert set(output.losses) == {"mse_loss", "auxiliary_reconstruction_loss"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "n_dead", "says"),
+    [
+        ((2, 4, 32), None, r"sae_in has shape \[2, 4, 32\]"),
+        ((32,), None, r"sae_in has shape \[32\]"),
+        ((0, 32), None, r"sae_in has shape \[0, 32\]"),
+        ((4, 31), None, r"31 columns, but d_in=32"),
+        ((4, 32), 255, r"dead_neuron_mask has shape \[255\], .* 256 latents"),
+        ((4, 32), 257, r"dead_neuron_mask has shape \[257\], .* 256 latents"),
+    ],
+)
+def test_a_step_on_what_is_no_batch_is_refused(shape: tuple[int, ...], n_dead: int | None, says: str) -> None:
+    dead = None if n_dead is None else torch.ones(n_dead, dtype=torch.bool)
+    step_input = TrainStepInput(torch.randn(shape), {}, dead, 0, is_logging_step=False)
+    with pytest.raises(ValueError, match=says):
+        _ours().training_forward_pass(step_input)
 
 
 def test_metrics_of_a_step() -> None:
