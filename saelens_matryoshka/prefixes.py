@@ -127,7 +127,7 @@ def decode_prefixes(sae: SAE[Any], feature_acts: torch.Tensor, *, group: Group =
 
     Args:
         sae: A nested SAE or transcoder.
-        feature_acts: `[*batch, d_sae]`, as `sae.encode` gives them.
+        feature_acts: `[*batch, d_sae]`, as `sae.encode` gives them, or sparse.
         group: The processes that have the dictionary in shards, of which `sae` is this one's.
 
     Returns:
@@ -139,11 +139,11 @@ def decode_prefixes(sae: SAE[Any], feature_acts: torch.Tensor, *, group: Group =
     """
     sae = uncompiled(sae)
     d_sae = len(sae.W_dec)
-    if feature_acts.shape[-1] != d_sae:
+    if feature_acts.shape[-1:] != (d_sae,):
         raise ValueError(
             f"feature_acts has shape {list(feature_acts.shape)}, expected [*batch, d_sae={d_sae}]."
         )
-    if feature_acts.is_sparse:
+    if feature_acts.layout != torch.strided:
         feature_acts = feature_acts.to_dense()
     widths = matryoshka_widths(sae)
     if len(widths) == 1 and group is ALONE:

@@ -89,8 +89,9 @@ def test_decode_prefixes_keeps_batch_dimensions_and_takes_sparse_activations() -
     acts = stock.encode(torch.randn(2, 5, 16))
     outputs = sm.decode_prefixes(stock, acts)
     assert outputs.shape == (3, 2, 5, 10)
-    sparse = sm.decode_prefixes(stock, acts[0].to_sparse())
-    torch.testing.assert_close(sparse, outputs[:, 0])
+    for layout in (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc):
+        sparse = sm.decode_prefixes(stock, acts[0].to_sparse(layout=layout))
+        torch.testing.assert_close(sparse, outputs[:, 0])
 
 
 def test_truncating_shares_no_memory_and_changes_nothing() -> None:

@@ -120,6 +120,11 @@ CALLS: list[Case] = [
     Case("truncate True", lambda g: sm.truncate(g.sae, True), r"width=True must be an integer from 1 to"),
     Case("truncate topk", lambda g: sm.truncate(g.topk, 16), r"A prefix of a 'topk' model .* Convert it to"),
     Case(
+        "decode_prefixes scalar",
+        lambda g: sm.decode_prefixes(g.sae, torch.tensor(1.0)),
+        r"feature_acts has shape \[\], expected",
+    ),
+    Case(
         "matryoshka_widths",
         lambda g: sm.matryoshka_widths(_without(g.sae, matryoshka_widths=[1, 2])),
         r"matryoshka_widths=\[1, 2\] fits d_sae=64 in neither reading",
