@@ -50,6 +50,7 @@ def matryoshka_widths(sae: SAE[Any]) -> list[int]:
     They are read from the metadata, where this package and SAELens's `matryoshka_batchtopk` record them.
     `[d_sae]` if none are known: then the model has one prefix, itself.
     """
+    _require_sae(sae)
     metadata = sae.cfg.metadata
     details = metadata.get("training_architecture_details") or {}
     recorded = (
@@ -68,8 +69,12 @@ def inference_model(sae: SAE[Any]) -> SAE[Any]:
 
     Returns:
         A model on the same device that reads the raw hook. A training object is copied, not changed.
+
+    Raises:
+        ValueError: `sae` is something else, such as the path of one.
     """
     sae = uncompiled(sae)
+    _require_sae(sae)
     if not isinstance(sae, TrainingSAE):
         return sae
     with sae.keeping_threshold() if isinstance(sae, MatryoshkaTraining) else nullcontext():
@@ -138,6 +143,7 @@ def decode_prefixes(sae: SAE[Any], feature_acts: torch.Tensor, *, group: Group =
         ValueError: `feature_acts` is not of all the latents.
     """
     sae = uncompiled(sae)
+    _require_sae(sae)
     d_sae = len(sae.W_dec)
     if feature_acts.shape[-1:] != (d_sae,):
         raise ValueError(
@@ -167,6 +173,14 @@ def predict_prefixes(
     outputs = decode_prefixes(sae, feature_acts, group=group)
     W_skip = getattr(sae, "W_skip", None)
     return outputs if W_skip is None else outputs + x.to(outputs.dtype) @ W_skip.T
+
+
+def _require_sae(sae: object) -> None:
+    if not isinstance(uncompiled(sae), SAE):
+        raise ValueError(
+            f"sae={str(sae)[:60]!r} is a {type(sae).__name__}, and must be an SAE or transcoder, such as "
+            "SAE.load_from_disk(path) gives."
+        )
 
 
 def _build(cfg: dict[str, Any], state: dict[str, torch.Tensor], device: str) -> SAE[Any]:

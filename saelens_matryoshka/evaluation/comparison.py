@@ -86,6 +86,8 @@ def compare(
         ValueError: they predict different hooks, so that their numbers do not compare, or one of them does
             not fit the language model or its frame.
     """
+    if not isinstance(saes, Mapping):
+        raise ValueError(f"saes is a {type(saes).__name__}, and must be a dict of models by their names.")
     if not saes:
         raise ValueError("saes is empty: give at least one model to compare.")
     models = {name: inference_model(sae) for name, sae in saes.items()}

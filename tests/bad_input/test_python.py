@@ -120,6 +120,34 @@ CALLS: list[Case] = [
     Case("truncate True", lambda g: sm.truncate(g.sae, True), r"width=True must be an integer from 1 to"),
     Case("truncate topk", lambda g: sm.truncate(g.topk, 16), r"A prefix of a 'topk' model .* Convert it to"),
     Case(
+        "truncate path",
+        lambda _: sm.truncate("out/sae", 16),
+        r"sae='out/sae' is a str, .*load_from_disk\(path",
+    ),
+    Case(
+        "matryoshka_widths path",
+        lambda _: sm.matryoshka_widths("out/sae"),
+        r"sae='out/sae' is a str, and must",
+    ),
+    Case(
+        "inference_model path",
+        lambda _: sm.inference_model("out/sae"),
+        r"sae='out/sae' is a str, and must be",
+    ),
+    Case(
+        "decode_prefixes path", lambda g: sm.decode_prefixes("out/sae", g.tokens), r"sae='out/sae' is a str"
+    ),
+    Case(
+        "evaluate path",
+        lambda g: sm.evaluate("out/sae", g.model, g.tokens),
+        r"sae='out/sae' is a str, and must",
+    ),
+    Case(
+        "compare list",
+        lambda g: sm.compare([g.sae], g.model, g.tokens),
+        r"saes is a list, and must be a dict of",
+    ),
+    Case(
         "decode_prefixes scalar",
         lambda g: sm.decode_prefixes(g.sae, torch.tensor(1.0)),
         r"feature_acts has shape \[\], expected",
