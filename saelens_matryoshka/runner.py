@@ -10,7 +10,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -98,6 +98,8 @@ def build_store(
     source = check_source(model, cfg)
     store: ResumableStore
     try:
+        if isinstance(override_dataset, Sized) and len(override_dataset) == 0:
+            raise StopIteration  # SAELens would read dataset_path in its place
         if isinstance(cfg.sae, MatryoshkaTrainingTranscoderConfig):
             store = paired_store(model, cfg, source, override_dataset)
         else:

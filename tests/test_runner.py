@@ -354,10 +354,14 @@ def test_frame_of_a_folded_norm_is_recorded_and_a_mismatch_refused(
         sm.evaluate(trained, tiny_model, token_dataset, n_tokens=100)
 
 
-def test_empty_dataset_is_refused(tiny_model: HookedTransformer) -> None:
+@pytest.mark.parametrize("architecture", ["sae", "transcoder"])
+def test_empty_dataset_is_refused(architecture: str, tiny_model: HookedTransformer) -> None:
+    sae: Any = transcoder_config()
+    if architecture == "sae":
+        sae = sm.MatryoshkaTrainingSAEConfig(d_in=128, d_sae=64, k=4, matryoshka_widths=[64])
     empty = datasets.Dataset.from_dict({"input_ids": []})
     with pytest.raises(ValueError, match="dataset_path='tokens': the dataset is empty"):
-        _run(runner_config(transcoder_config()), tiny_model, empty)
+        _run(runner_config(sae), tiny_model, empty)
 
 
 @pytest.mark.parametrize("architecture", ["sae", "transcoder"])
