@@ -44,7 +44,7 @@ class Comparison:
             table = metrics_table("", with_ce=result.ce_clean is not None)
             for prefix in result.prefixes:
                 table.add_row(*metrics_row(prefix, with_ce=result.ce_clean is not None))
-            parts += [f"[bold]{escape(name)}[/] reads {result.hook_name} ({result.input_frame})", table]
+            parts += [f"[bold]{escape(str(name))}[/] reads {result.hook_name} ({result.input_frame})", table]
             if result.prefixes[-1].fvu > 1:
                 parts.append("[yellow]worse than predicting the mean: probably made for another frame[/]\n")
         parts.append(f"{first.n_tokens:,} tokens for all; CE and KL on {first.n_ce_tokens:,} of them")

@@ -47,3 +47,12 @@ def test_a_narrow_terminal_shows_every_figure_whole(columns: int) -> None:
         console.print(_changed({}, {"width": 1024, "ce_recovered_mean": -1.234, "n_dead": 512}).table())
     assert "1,024 0.100 0.950 3.5 50.0% 3.100 80.0% -123.4% 0.050" in " ".join(shown.get().split())
     assert "…" not in shown.get()
+
+
+def test_models_may_have_numbers_for_names() -> None:
+    console = Console(width=80, file=io.StringIO())
+    with console.capture() as shown:
+        console.print(Comparison({32: RESULT, 64: RESULT}).tables())  # type: ignore[dict-item]
+    text = shown.get()
+    assert "32 reads in (raw)" in text
+    assert "64 reads in (raw)" in text
