@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from saelens_matryoshka.cli.inputs import load_language_model, load_text, pick_device
+from saelens_matryoshka.cli.inputs import load_language_model, load_text, named_folder, pick_device
 from saelens_matryoshka.cli.interruption import interruptible
 from saelens_matryoshka.cli.output import Console, Json, on_stdout, quieten, require_writable, write_numbers
 from saelens_matryoshka.valid_json import dumps
@@ -143,7 +143,7 @@ def import_(
 @interruptible("A folder is written whole or not at all: call it again if it is not there.")
 def export(
     path: Annotated[
-        Path, typer.Argument(help="Folder of a stock model, or of several (layer_0, layer_1, ...).")
+        str, typer.Argument(help="Folder of a stock model, or of several (layer_0, layer_1, ...).")
     ],
     to: Annotated[str, typer.Option(help=f"The format to write: {TO}.")],
     out: Annotated[Path, typer.Option(help="A new folder.")],
@@ -191,7 +191,9 @@ def export(
         if topk is not None and calibrate:
             raise ValueError("--topk drops the thresholds that --calibrate-l0 fits: give one of them.")
         change = _change(model, frame=frame, calibrate=calibrate, l0=l0, tokens=tokens, dataset=dataset)
-        written = export_models(path, to, out, widths=width or (), change=change, topk=topk, repo_id=upload)
+        written = export_models(
+            named_folder(path), to, out, widths=width or (), change=change, topk=topk, repo_id=upload
+        )
     for folder in written:
         console.print(f"{to}: {folder}", markup=False)
     url = None

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from saelens_matryoshka.cli.inputs import load_language_model, load_text, pick_device
+from saelens_matryoshka.cli.inputs import load_language_model, load_text, named_folder, pick_device
 from saelens_matryoshka.cli.interruption import interruptible
 from saelens_matryoshka.cli.output import Console, Json, on_stdout, quieten, require_writable, write_numbers
 from saelens_matryoshka.valid_json import dumps
@@ -21,7 +20,7 @@ def register(app: typer.Typer) -> None:
 @interruptible("Nothing is kept of what was measured: call it again.")
 def hooks(
     model: Annotated[str, typer.Argument(help='Language model, as TransformerLens knows it, or "tiny".')],
-    transcoder: Annotated[Path, typer.Option(help="Folder of a stock SAELens transcoder.")],
+    transcoder: Annotated[str, typer.Option(help="Folder of a stock SAELens transcoder.")],
     layer: Annotated[int | None, typer.Option(help="Whose MLP. Default: the transcoder's own.")] = None,
     l0: Annotated[
         float | None, typer.Option(help="Its L0 in training. Default: what its files say, if they do.")
@@ -50,7 +49,7 @@ def hooks(
         from saelens_matryoshka.formats.frame_report import measure_frames
         from saelens_matryoshka.formats.saelens import open_folder
 
-        sae = open_folder(transcoder.expanduser())
+        sae = open_folder(named_folder(transcoder).expanduser())
         language_model = load_language_model(model, pick_device(None))
         text, _ = load_text(sae, dataset, model=model)
         report = measure_frames(sae, language_model, layer, text, tokens, l0)

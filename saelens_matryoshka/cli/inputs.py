@@ -136,6 +136,18 @@ def results_folder(where: str, out: Path | None, name: str) -> Path:
     return Path(where) / name
 
 
+def named_folder(where: str) -> Path:
+    """The folder of a name.
+
+    Raises:
+        ValueError: the name is empty, as that of a variable that is not set: `Path` would take it for the
+            current folder.
+    """
+    if not where:
+        raise ValueError("'' is no folder. Give its name, or . for the current one.")
+    return Path(where)
+
+
 def folder_name(where: str) -> str:
     """What a folder is called, also where it is named as "." or "..", or the end of RELEASE:SAE_ID."""
     return Path(os.path.abspath(where)).name

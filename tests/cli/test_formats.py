@@ -206,3 +206,15 @@ def test_import_export_and_hooks_give_json_alone(topk: Path, tmp_path: Path) -> 
     assert result.exit_code == (0 if report["agrees"] else 2)
     assert report["agrees"] == (report["declared"] in report["trained_on"])
     assert {"name", "fvu", "l0"} == set(report["candidates"][0])
+
+
+def test_a_name_that_is_empty_is_not_the_current_folder(
+    topk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(topk / "layer_0")
+    for command in (
+        ["export", "", "--to", "saelens", "--out", tmp_path / "out"],
+        ["hooks", "tiny", "--transcoder", ""],
+    ):
+        assert "'' is no folder" in str(_run(*command).exception), command
+    assert not (tmp_path / "out").exists()
