@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub.utils import validate_repo_id
@@ -80,7 +80,7 @@ def import_models(
     if not found and item:
         found = [inside]  # a name that the format understands, such as a layer's without its suffix
     if not found:
-        raise FormatError(f"{src} holds nothing in the format {format!r}.{_others(source, inside)}")
+        raise FormatError(f"{src} holds nothing in the format {format!r}.{_hint(source, inside, format)}")
 
     def import_one(name: str, folder: Path) -> SparseCoder:
         coder = load(source, name, format, given)
@@ -99,8 +99,11 @@ def import_models(
     return [Model(coder, name) for coder, name in zip(coders, names, strict=True)]
 
 
-def _others(source: Source, inside: str) -> str:
-    """A hint at the formats that a source does hold."""
+def _hint(source: Source, inside: str, format: str) -> str:
+    """What may have been meant: the folder of a file, or another format that the source does hold."""
+    above = PurePosixPath(inside).parent
+    if source.names(inside) == [inside] and str(above) in get_format(format).items(source, str(above)):
+        return " It is one of the files of a model: name the folder that they are in."
     others = [name for name, other in FORMATS.items() if other.items(source, inside)]
     return f" It looks like {' or '.join(others)}." if others else ""
 

@@ -107,6 +107,7 @@ CASES = [
     Case(
         "import", "sae --from sparsify --out out", r"nothing in the format 'sparsify'\. It looks like saelens"
     ),
+    Case("import", "sae/cfg.json --from saelens --out out", r"cfg\.json holds .* name the folder that they"),
     Case("import", "sae --from saelens --out full", r"--out full is not empty: name another folder"),
     Case("import", "sae --from saelens --out file", r"--out file exists and is no folder: name another one"),
     Case("import", f"{IMPORT} --id none", r"has no file 'sae/none/cfg\.json'"),
