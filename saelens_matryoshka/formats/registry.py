@@ -151,6 +151,8 @@ class Unstated:
 
 
 def _at_layer(hook: str, layer: int | None, name: str) -> str:
+    if other := re.search(r"\{.*?\}", hook.replace("{layer}", "")):
+        raise FormatError(f"{name}={hook!r}: {other[0]} stands for nothing; {{layer}} stands for the layer.")
     if "{layer}" not in hook:
         return hook
     if layer is None:

@@ -120,6 +120,11 @@ CASES = [
     Case("import", f"{IMPORT} --hook-name ''", r"hook_name='' is no hook: name one"),
     Case(
         "import",
+        f"{IMPORT} --hook-name 'blocks.{{laier}}.x'",
+        r"\.x': \{laier\} stands for nothing; \{layer\}",
+    ),
+    Case(
+        "import",
         "hook-absent --from saelens --out out",
         r"nothing tells which hook it reads\. Give it: .*--hook",
     ),
