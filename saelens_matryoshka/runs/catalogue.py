@@ -29,22 +29,23 @@ class Run:
     model: str
     mapping: str
     name: str
-    architecture: str
+    architecture: str | None
     status: Literal["running", "interrupted", "done", "damaged"]
     started_at: str
     completed_at: str | None
-    d_sae: int
-    k: float
+    d_sae: int | None
+    k: float | None
     tokens: int
     """trained on so far"""
-    training_tokens: int
+    training_tokens: int | None
     """to train on"""
     evaluated: bool
     """whether the metrics are those of held-out text; else they are of the last logged batch"""
     prefixes: list[dict[str, Any]]
     """by width, the narrowest first: width, fvu, l0, dead_fraction, ce_recovered, kl; None where unknown"""
     fault: str | None = None
-    """what of its metrics cannot be read, if it is damaged; then there are none here"""
+    """what of it cannot be read, if it is damaged: its metrics, then there are none here; or its config.yaml,
+    then there are no settings either"""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -59,18 +60,44 @@ def find_runs(root: Path) -> list[Run]:
     """
     if not root.is_dir():
         raise ValueError(f"{str(root)!r} is no folder. Runs are kept in `results`, or where --out says.")
-    runs = [run for folder in _run_folders(root) if (run := _read(folder)) is not None]
+    runs = [_read(folder) or _without_settings(folder) for folder in _run_folders(root)]
     return sorted(runs, key=lambda run: (run.model, run.mapping, run.started_at, run.folder))
 
 
 def _run_folders(root: Path) -> Iterator[RunFolder]:
     for path, subfolders, names in os.walk(root):
-        if "config.yaml" in names and (folder := RunFolder(Path(path))).is_run():
+        folder = RunFolder(Path(path))
+        if "config.yaml" in names and (folder.is_run() or folder.metrics_log.name in names):
             subfolders.clear()  # W&B and checkpoints keep files of that name too
             yield folder
 
 
+def _without_settings(folder: RunFolder) -> Run:
+    """A run whose config.yaml is damaged: what its place says."""
+    path = Path(os.path.abspath(folder.path))
+    return Run(
+        folder=str(folder.path),
+        model=path.parent.parent.name,
+        mapping=path.parent.name,
+        name=path.name,
+        architecture=None,
+        status="damaged",
+        started_at="",
+        completed_at=None,
+        d_sae=None,
+        k=None,
+        tokens=0,
+        training_tokens=None,
+        evaluated=False,
+        prefixes=[],
+        fault=f"{folder.config} has not the settings that `train` writes.",
+    )
+
+
 def _read(folder: RunFolder) -> Run | None:
+    """The run; None if its config.yaml is damaged."""
+    if not folder.is_run():
+        return None
     config, path = folder.read(), Path(os.path.abspath(folder.path))  # "." has no name
     parent = path.parent
     lockstep = bool(config.get("lockstep"))
@@ -108,7 +135,7 @@ def _read(folder: RunFolder) -> Run | None:
             fault=fault,
         )
     except KeyError:
-        return None  # no settings of a run
+        return None
     return run if _is_sound(run) else None
 
 
@@ -176,6 +203,8 @@ def _metrics(row: dict[str, Any], evaluated: bool) -> list[str]:
 def _tokens(run: Run) -> str:
     if run.status == "done":
         return _short(run.tokens)
+    if run.training_tokens is None:
+        return "-"
     return f"{_short(run.tokens)}/{_short(run.training_tokens)}"
 
 

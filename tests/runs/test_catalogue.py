@@ -131,6 +131,17 @@ def test_a_run_whose_metrics_are_damaged_is_listed_as_such(tmp_path: Path) -> No
     assert "metrics.jsonisnoevaluation" in shown
 
 
+@pytest.mark.parametrize("config", ["a: [b", "", "model_name: gpt2\n", "started_at: 1\n"])
+def test_a_run_whose_settings_are_damaged_is_listed_as_such(tmp_path: Path, config: str) -> None:
+    (_run(tmp_path, "gpt2/mlp-8/a") / "config.yaml").write_text(config)
+    _run(tmp_path, "gpt2/mlp-8/b")
+    assert [(run.model, run.mapping, run.name, run.status) for run in find_runs(tmp_path)] == [
+        ("gpt2", "mlp-8", "a", "damaged"),
+        ("gpt2", "mlp-8", "b", "done"),
+    ]
+    assert "a/config.yamlhasnotthesettingsthat" in "".join(_shown(tmp_path).split())
+
+
 def test_a_run_has_its_name_where_it_is_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
