@@ -266,6 +266,20 @@ def test_it_fits_a_laptop_and_a_phone_in_light_and_dark(
     assert cut == 0
 
 
+def test_a_token_of_many_spaces_stays_within_its_context(opened: Open, file: Path) -> None:
+    page = opened(file)
+    page.click(".latent >> nth=1 >> button.row")
+    beyond = page.evaluate(
+        """() => {
+          const context = document.querySelector(".ctx:not(.line)"), token = context.querySelector("*");
+          token.textContent = " ".repeat(400);
+          const right = Math.max(...[...token.getClientRects()].map((part) => part.right));
+          return right - context.getBoundingClientRect().right;
+        }"""
+    )
+    assert beyond <= 0
+
+
 def test_a_page_without_log_metrics_and_samples_says_what_is_missing(
     browser: Any, content: PageContent, tmp_path: Path
 ) -> None:
