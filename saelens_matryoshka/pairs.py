@@ -23,7 +23,7 @@ from saelens_matryoshka.sites import Site, probe
 from saelens_matryoshka.store import ResumableStore
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedRootModule
+    from transformer_lens.hook_points import HookedRootModule
 
 
 class PairedActivationsStore(ResumableStore):

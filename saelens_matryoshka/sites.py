@@ -24,10 +24,12 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
+from packaging.version import Version
 from sae_lens.load_model import HookedProxyLM, get_hook_fn
 from torch import nn
 from transformer_lens import HookedTransformer
@@ -47,6 +49,13 @@ SITE_NAMES = (*RESIDUAL_SITES, "mlp_in", "ln2_normalized")
 _NO_MLP = "its blocks have no MLP (attn_only)"
 _PARALLEL = "attention and MLP read the same residual, so there is none between them"
 _POST_NORM = "the MLP reads the residual itself, and the norms act on what the block adds"
+# What has no hook in models whose norms act on what the block adds, by releases which hook it before them.
+_BEFORE_POST_NORMS = {}
+if Version(_TRANSFORMER_LENS := version("transformer-lens")) < Version("3.7.2"):
+    _BEFORE_POST_NORMS = dict.fromkeys(
+        ("attn_out", "mlp_out"),
+        f"transformer-lens {_TRANSFORMER_LENS} hooks it before the norms: update to 3.7.2 or later",
+    )
 
 # Hook points which every block has, and which fire only while a field of the config is on.
 _GATED_HOOKS = {
@@ -365,7 +374,7 @@ def _hooked_transformer_sites(model: HookedTransformer, layer: int) -> dict[str,
     if cfg.parallel_attn_mlp:
         sites["resid_mid"] = _PARALLEL
     if cfg.original_architecture in POST_NORM_ARCHITECTURES:
-        return sites | {"mlp_in": residual, "ln2_normalized": _POST_NORM}
+        return sites | {"mlp_in": residual, "ln2_normalized": _POST_NORM} | _BEFORE_POST_NORMS
     if cfg.normalization_type is None:
         return sites | {"mlp_in": residual, "ln2_normalized": "the model has no norms"}
     normalized = f"{block}ln2.hook_normalized"
@@ -393,8 +402,9 @@ def _bridge_sites(model: TransformerBridge, layer: int) -> dict[str, Site | str]
     for name, leaf in hooks.items():
         hook = f"blocks.{layer}.{leaf}"
         sites[name] = Site(hook) if hook in exist else f"there is no {hook}"
-    if getattr(block, "mlp_reads_resid_directly", False):
-        sites["ln2_normalized"] = _POST_NORM
+    reads_residual = getattr(block, "mlp_reads_resid_directly", False)  # a release before 3.7.2 does not say
+    if reads_residual or model.cfg.architecture in POST_NORM_ARCHITECTURES:
+        sites |= {"ln2_normalized": _POST_NORM} | _BEFORE_POST_NORMS
     return sites
 
 

@@ -6,8 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformer_lens import HookedRootModule
-from transformer_lens.hook_points import HookPoint
+from transformer_lens.hook_points import HookedRootModule, HookPoint
 
 N_VOCAB = 1000
 
