@@ -61,7 +61,9 @@ def load(name: str) -> Any:
         return tiny.load_hooked_transformer(fold_ln=True)
     if name == "bridge":
         return tiny.load_bridge()
-    return load_model("AutoModelForCausalLM", str(tiny.PATH))
+    # transformers may choose another attention, which in some releases leaves out Gemma-2's capping of logits
+    eager = {"attn_implementation": "eager"}
+    return load_model("AutoModelForCausalLM", str(tiny.PATH), model_from_pretrained_kwargs=eager)
 
 
 LOADERS = ["hooked_transformer", "hooked_transformer_folded", "bridge", "sae_lens"]
