@@ -348,7 +348,7 @@ def _update_bar(
     pbar: tqdm,  # type: ignore[type-arg]
     last_shown: list[float],
 ) -> None:
-    """Show loss, L0, squared error, FVU and dead latents, twice a second."""
+    """Show FVU, L0, dead latents and loss, twice a second: a terminal of 80 columns may cut the last."""
     pbar.update(trainer.n_training_samples - pbar.n)
     now = time.monotonic()
     finished = trainer.n_training_samples >= trainer.cfg.total_training_samples
@@ -360,8 +360,7 @@ def _update_bar(
     pbar.unit, pbar.unit_scale = "tok", True
     pbar.set_description_str("", refresh=False)
     pbar.set_postfix_str(
-        f"loss {step_output.loss.item():.3g} L0 {mean_l0(step_output):.1f} "
-        f"L2 {step_output.losses['mse_loss'].item():.3g} "
-        f"FVU {fvu().item():.3f} dead {dead:.0%}",  # type: ignore[operator]
+        f"FVU {fvu().item():.3f} L0 {mean_l0(step_output):.1f} "  # type: ignore[operator]
+        f"dead {dead:.0%} loss {step_output.loss.item():.3g}",
         refresh=False,
     )
