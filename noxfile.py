@@ -6,6 +6,8 @@ test-interop` runs them all; `nox -s NAME` one of them; `nox -l` lists them. The
 """
 
 import os
+import re
+from pathlib import Path
 
 import nox
 
@@ -28,6 +30,32 @@ def _install(session: nox.Session, *tools: str) -> None:
 def _without_torchvision(session: nox.Session) -> None:
     """It comes along unneeded, and transformers fails to import beside one built for another torch."""
     session.run("python", "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision")
+
+
+def _oldest(session: nox.Session, *but: str) -> Path:
+    """Constraints to the oldest releases that pyproject.toml allows of what this package needs."""
+    project = nox.project.load_toml("pyproject.toml")["project"]
+    needs = [*project["dependencies"], *project["optional-dependencies"]["plots"]]
+    oldest = (re.match(r"([\w-]+)>=([\w.]+)", need) for need in needs)
+    file = Path(session.create_tmp(), "oldest.txt")
+    file.write_text("".join(f"{need[1]}=={need[2]}\n" for need in oldest if need and need[1] not in but))
+    return file
+
+
+@nox.session
+def oldest(session: nox.Session) -> None:
+    """The quick tests with the oldest releases that pyproject.toml allows, but for torch."""
+    session.install(*CONSTRAINTS, "torch")
+    oldest = ("--constraint", str(_oldest(session, "torch")))
+    session.install(*CONSTRAINTS, *oldest, "--editable", ".[plots]", "pytest", "pytest-xdist", "hypothesis")
+    session.run("pytest", *(session.posargs or ["--numprocesses=logical", "-m", "not slow"]))
+
+
+@nox.session(default=False)
+def oldest_torch(session: nox.Session) -> None:
+    """The same with the oldest torch, whose build for CUDA is several gigabytes."""
+    session.install("--constraint", str(_oldest(session)), "--editable", ".[plots]", "pytest", "hypothesis")
+    session.run("pytest", *(session.posargs or ["-m", "not slow"]))
 
 
 @nox.session

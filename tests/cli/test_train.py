@@ -187,7 +187,7 @@ def test_help_has_our_flags_and_help_all_saelens_too(
         ("--preset tiny --name a/b", "--name 'a/b'"),
         ("--preset tiny --out o --output_path p", "is the run's folder, and so are --out and --name"),
         ("--preset tiny --output_path none", "a run needs a folder"),
-        ("--preset tiny --log-every 0 --training_tokens 2048", "greater than or equal to 1"),
+        ("--preset tiny --log-every 0 --training_tokens 2048", "--log-every"),
         ("--preset tiny --device cuda:99 --training_tokens 2048", "cuda"),
         ("stray --preset tiny", "'stray' belongs to no flag"),
         ("--model_name tiny", "which activations?"),
