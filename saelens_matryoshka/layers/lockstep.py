@@ -32,6 +32,7 @@ from saelens_matryoshka.cache.manifest import RUNNER_FIELDS
 from saelens_matryoshka.cache.reader import open_cache
 from saelens_matryoshka.cache.store import CachedModel, cached_store, is_cache
 from saelens_matryoshka.evaluation.training_evaluator import hold_out_prompts, share_held_out
+from saelens_matryoshka.layers.scaling import estimate_scaling_factors
 from saelens_matryoshka.layers.store import (
     OwnBatches,
     PartOfStore,
@@ -309,49 +310,6 @@ def _share_memory(saes: Sequence[Any]) -> None:
         if isinstance(sae.step_fn, SparseStep):
             sizes = (sae.W_enc.shape, sae.W_dec.shape, sae.dtype)
             sae.step_fn.share_memory(first.setdefault(sizes, sae.step_fn))
-
-
-def estimate_scaling_factors(trainer: MultiSAETrainer) -> None:
-    """The scaling or whitening of each that has one, as SAELens estimates it, from the same batches.
-
-    SAELens's own estimate for several keeps all the batches in memory, of all hooks, and has none in the
-    place of a bad one. For whitening, whose sums are SAELens's own, the batches are kept here too.
-    """
-    needed = {
-        name: one
-        for name, one in trainer.trainers.items()
-        if one.sae.cfg.normalize_activations in ("expected_average_only_in", "covariance_whitening")
-        and one.activation_scaler.scaling_factor is None
-        and one.activation_scaler.whitening is None
-    }
-    if not needed:
-        return
-    n = trainer.cfg.n_batches_for_norm_estimate
-    whitened = {
-        name: []
-        for name, one in needed.items()
-        if one.sae.cfg.normalize_activations == "covariance_whitening"
-    }
-    sums, counts = dict.fromkeys(needed, 0.0), dict.fromkeys(needed, 0)
-    left = dict.fromkeys(needed, n)
-    while any(left.values()):
-        batches = next(trainer.data_provider)
-        for name, one in needed.items():
-            # each time it is asked for, a cache gives the next one
-            if not left[name] or not one.sae.is_usable(batch := batches[name]):
-                continue
-            left[name] -= 1
-            if name in whitened:
-                whitened[name].append(batch)
-                continue
-            norms = batch.norm(dim=-1)
-            sums[name] += norms.float().sum().item()
-            counts[name] += norms.numel()
-    for name, one in needed.items():
-        if name in whitened:
-            one.activation_scaler.estimate_whitening(one.sae.cfg.d_in, iter(whitened.pop(name)), n)
-        else:
-            one.activation_scaler.scaling_factor = one.sae.cfg.d_in**0.5 / (sums[name] / counts[name])
 
 
 # ---- what they read

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -21,7 +23,7 @@ import saelens_matryoshka as sm
 from saelens_matryoshka.formats.export import export_models
 from saelens_matryoshka.layers import LockstepTrainer, ManyHookStore, train_layers
 from saelens_matryoshka.layers import lockstep as lockstep_module
-from saelens_matryoshka.layers.lockstep import estimate_scaling_factors
+from saelens_matryoshka.layers.scaling import estimate_scaling_factors
 from saelens_matryoshka.stopping import RunStopped
 from saelens_matryoshka.store import ResumableStore
 from saelens_matryoshka.upkeep.checkpoints import Checkpoints
@@ -84,66 +86,65 @@ def test_each_is_bit_for_bit_the_one_that_is_trained_alone(
         _assert_same(together[f"mlp-{layer}"], alone)
 
 
-def test_a_bad_batch_is_left_out_of_the_scaling_of_each(
-    tiny_model: HookedTransformer, token_dataset: datasets.Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scaled = {"normalize_activations": "expected_average_only_in", "n_batches_for_norm_estimate": 3}
-    factors: list[list[float]] = []
+def _estimates_without_and_with_a_bad_batch(
+    cfgs: Callable[[], dict[str, Any]], bad: str, model: Any, dataset: Any, monkeypatch: pytest.MonkeyPatch
+) -> list[list[Any]]:
+    """The activation scalers, where the second of four batches is left out, and where it is bad for one."""
+    found: list[list[Any]] = []
 
-    def estimate(trainer: Any, *, bad: int | None) -> None:
+    def estimate(trainer: Any, *, is_bad: bool) -> None:
         batches = [
             {name: batch.clone() for name, batch in next(trainer.data_provider).items()} for _ in "abcd"
         ]
-        if bad is not None:
-            batches[bad]["mlp-0"][2, 5] = torch.nan
-        else:  # what is then left of the first one's batches
+        if is_bad:
+            batches[1][bad][2, 5] = torch.nan
+        else:  # what is then left of that one's batches
             del batches[1]
         provider, trainer.data_provider = trainer.data_provider, iter(batches)
         estimate_scaling_factors(trainer)
         trainer.data_provider = provider
-        factors.append([one.activation_scaler.scaling_factor for one in trainer.trainers.values()])
+        found.append([copy.copy(one.activation_scaler) for one in trainer.trainers.values()])
 
-    for bad in (None, 1):
-        cfgs = {f"mlp-{layer}": _transcoder(layer, **scaled) for layer in (0, 2)}
-        monkeypatch.setattr(lockstep_module, "estimate_scaling_factors", partial(estimate, bad=bad))
-        with nullcontext() if bad is None else pytest.warns(UserWarning, match="in 1 of .* rows.*Skipped"):
-            _together(cfgs, tiny_model, token_dataset, may_skip=1)
-    without, skipped = factors
-    assert skipped[0] == without[0]
-    assert skipped[1] != without[1]  # whose first three are good
+    for is_bad in (False, True):
+        monkeypatch.setattr(lockstep_module, "estimate_scaling_factors", partial(estimate, is_bad=is_bad))
+        with pytest.warns(UserWarning, match="in 1 of .* rows.*Skipped") if is_bad else nullcontext():
+            _together(cfgs(), model, dataset, may_skip=1)
+    return found
+
+
+def test_a_bad_batch_is_left_out_of_the_scaling_of_each(
+    tiny_model: HookedTransformer, token_dataset: datasets.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaled = {"normalize_activations": "expected_average_only_in", "n_batches_for_norm_estimate": 3}
+    without, skipped = _estimates_without_and_with_a_bad_batch(
+        lambda: {f"mlp-{layer}": _transcoder(layer, **scaled) for layer in (0, 2)},
+        "mlp-0",
+        tiny_model,
+        token_dataset,
+        monkeypatch,
+    )
+    assert skipped[0].scaling_factor == without[0].scaling_factor
+    assert skipped[1].scaling_factor != without[1].scaling_factor  # whose first three are good
 
 
 def test_a_bad_batch_is_left_out_of_the_whitening_of_each(
     tiny_model: HookedTransformer, token_dataset: datasets.Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beside a dictionary that is scaled by a factor, from the same batches."""
-    whitening: list[list[Any]] = []
 
-    def estimate(trainer: Any, *, bad: int | None) -> None:
-        batches = [
-            {name: batch.clone() for name, batch in next(trainer.data_provider).items()} for _ in "abcd"
-        ]
-        if bad is not None:
-            batches[bad]["resid-1"][2, 5] = torch.nan
-        else:  # what is then left of the first one's batches
-            del batches[1]
-        provider, trainer.data_provider = trainer.data_provider, iter(batches)
-        estimate_scaling_factors(trainer)
-        trainer.data_provider = provider
-        whitening.append([one.activation_scaler.whitening for one in trainer.trainers.values()])
-
-    for bad in (None, 1):
-        cfgs = {f"resid-{layer}": _sae(layer, n_batches_for_norm_estimate=3) for layer in (1, 2, 3)}
-        for cfg in list(cfgs.values())[:2]:
+    def cfgs() -> dict[str, Any]:
+        made = {f"resid-{layer}": _sae(layer, n_batches_for_norm_estimate=3) for layer in (1, 2, 3)}
+        for cfg in list(made.values())[:2]:
             cfg.sae.normalize_activations = "covariance_whitening"
-        cfgs["resid-3"].sae.normalize_activations = "expected_average_only_in"
-        monkeypatch.setattr(lockstep_module, "estimate_scaling_factors", partial(estimate, bad=bad))
-        with nullcontext() if bad is None else pytest.warns(UserWarning, match="in 1 of .* rows.*Skipped"):
-            _together(cfgs, tiny_model, token_dataset, may_skip=1)
-    without, skipped = whitening
-    assert torch.equal(skipped[0].matrix, without[0].matrix)
-    assert not torch.equal(skipped[1].matrix, without[1].matrix)  # whose first three are good
-    assert skipped[2] is without[2] is None
+        made["resid-3"].sae.normalize_activations = "expected_average_only_in"
+        return made
+
+    without, skipped = _estimates_without_and_with_a_bad_batch(
+        cfgs, "resid-1", tiny_model, token_dataset, monkeypatch
+    )
+    assert torch.equal(skipped[0].whitening.matrix, without[0].whitening.matrix)
+    assert not torch.equal(skipped[1].whitening.matrix, without[1].whitening.matrix)  # three are good
+    assert skipped[2].whitening is without[2].whitening is None
 
 
 def test_dictionaries_of_different_kinds_each_learn_what_they_would_alone_on_the_same_batches(
