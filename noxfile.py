@@ -1,4 +1,5 @@
-"""Environments of their own for tools whose version pins conflict with this package's.
+"""Environments of their own: for the oldest releases of what this package needs, and for tools whose version
+pins conflict with its own.
 
 One session per tool: it installs the tool beside this package and runs the tests that need it. `make
 test-interop` runs them all; `nox -s NAME` one of them; `nox -l` lists them. The sessions of
