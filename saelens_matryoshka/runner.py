@@ -29,6 +29,7 @@ from saelens_matryoshka.architectures import (
     MatryoshkaTrainingTranscoder,
     MatryoshkaTrainingTranscoderConfig,
 )
+from saelens_matryoshka.architectures.config import require_float64
 from saelens_matryoshka.cache.store import CachedActivationsStore, cached_store, is_cache
 from saelens_matryoshka.evaluation.training_evaluator import (
     CachedEvaluator,
@@ -92,6 +93,7 @@ def build_store(
         ValueError: the config does not fit the model, the dataset or the output folder; the message names
             the field. Raised before the dataset is opened where possible, and before anything is written.
     """
+    require_float64("device", cfg.device)
     require_own_output_path(cfg)
     if cfg.use_cached_activations and is_cache(cfg.cached_activations_path):
         return _expecting_prefetching(cached_store(cfg, model), cfg)

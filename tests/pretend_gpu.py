@@ -69,11 +69,16 @@ class Wait(NamedTuple):
 
 
 class PretendGPUs(TorchDispatchMode):
-    """Within, there are GPUs. Enter with `with`, on one thread; threads started meanwhile have them too."""
+    """Within, there are GPUs. Enter with `with`, on one thread; threads started meanwhile have them too.
 
-    def __init__(self, n: int = 2) -> None:
+    Args:
+        n: How many.
+        float64: Whether they have it, which Apple's do not.
+    """
+
+    def __init__(self, n: int = 2, *, float64: bool = True) -> None:
         super().__init__()
-        self.n = n
+        self.n, self.float64 = n, float64
         self.waits: list[Wait] = []
         self._patches = pytest.MonkeyPatch()
         self._serializer: Any = None
@@ -138,8 +143,13 @@ class PretendGPUs(TorchDispatchMode):
         known = {id(storage) for tensor in given for storage in _storages(tensor)}
         for tensor in _tensors(out):
             if any(id(storage) not in known for storage in _storages(tensor)):
-                _put(tensor, place if given else _ANYWHERE)
+                self._put(tensor, place if given else _ANYWHERE)
         return out
+
+    def _put(self, tensor: torch.Tensor, place: torch.device) -> None:
+        if place.type == "cuda" and tensor.dtype == torch.float64 and not self.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework has none.")
+        _put(tensor, place)
 
     def _common_place(self, func: Any, given: list[torch.Tensor], places: list[torch.device]) -> torch.device:
         """The device an operator works on.
@@ -294,7 +304,7 @@ class PretendGPUs(TorchDispatchMode):
                 return made.to(device)
             if factory in _FROM_DATA and device.type == "cuda":
                 self._wait(_COPY)
-            _put(made, device)
+            self._put(made, device)
             return made
 
         return make
@@ -305,7 +315,7 @@ class PretendGPUs(TorchDispatchMode):
             made = new_tensor(tensor, data, **kwargs)
             if device.type == "cuda":
                 self._wait(_COPY)
-            _put(made, device)
+            self._put(made, device)
             return made
 
         return new

@@ -110,6 +110,7 @@ class MatryoshkaTrainingConfig(MatryoshkaBatchTopKTrainingSAEConfig, ABC):
                 f"dtype={self.dtype!r}: Adam's second moments underflow in it, and its steps are then far "
                 "too large. Use 'bfloat16' or 'float32'; the activations may be float16 (the runner's dtype)."
             )
+        require_float64("device", self.device)
         if self.normalize_activations in _PER_ROW_NORMALISATIONS:
             raise ValueError(
                 f"normalize_activations={self.normalize_activations!r} is not supported: the auxiliary "
@@ -200,6 +201,19 @@ def _require_k(k: object, d_sae: int) -> None:
 
 def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def require_float64(name: str, device: str) -> None:
+    """Check that a device has the float64 that the threshold is kept in.
+
+    Raises:
+        ValueError: it is Apple's GPU.
+    """
+    if str(device).partition(":")[0] == "mps":
+        raise ValueError(
+            f"{name}={device!r}: the threshold is kept in float64, which Apple's GPUs do not have. Train on "
+            "device='cpu'; the language model may run on llm_device='mps'."
+        )
 
 
 def require_positive_int(name: str, value: object) -> None:

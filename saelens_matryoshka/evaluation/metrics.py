@@ -23,6 +23,11 @@ _CHUNK_VALUES = 1 << 25
 T = TypeVar("T")
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Where to keep float64 sums of what is on a device: there, but on the CPU for Apple's GPUs (mps)."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 class ReconstructionSums:
     """How near every prefix's prediction comes to the target.
 
@@ -31,6 +36,7 @@ class ReconstructionSums:
     """
 
     def __init__(self, n_levels: int, d_out: int, device: torch.device) -> None:
+        device = float64_device(device)
         self.n_tokens = 0
         self.squared_error = torch.zeros(n_levels, dtype=torch.float64, device=device)
         self.cosine = torch.zeros(n_levels, dtype=torch.float64, device=device)
@@ -40,6 +46,7 @@ class ReconstructionSums:
 
     def add(self, target: torch.Tensor, predictions: torch.Tensor) -> None:
         """Add targets `[n, d_out]` and the prefixes' predictions `[n_levels, n, d_out]`."""
+        target, predictions = target.to(self.sum.device), predictions.to(self.sum.device)
         wide = target.double()
         self.n_tokens += len(wide)
         self.sum += wide.sum(dim=0)
@@ -133,9 +140,9 @@ class NextTokenSums:
             strict=True,
         ):
             log_p, log_q = clean_rows.float().log_softmax(-1), rows.float().log_softmax(-1)
-            self.ce += F.nll_loss(log_q, label.to(log_q.device), reduction="none").double().sum().item()
+            self.ce += F.nll_loss(log_q, label.to(log_q.device), reduction="none").cpu().double().sum().item()
             per_row = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1)
-            self.kl += per_row.double().sum().item()
+            self.kl += per_row.cpu().double().sum().item()
 
     def mean_ce(self) -> float:
         """Nats per token."""

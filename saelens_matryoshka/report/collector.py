@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
+from saelens_matryoshka.evaluation.metrics import float64_device
 from saelens_matryoshka.report.accumulate import ExamplePool, Scales, order_within
 from saelens_matryoshka.report.firings import Activations, Firings
 from saelens_matryoshka.report.samples import Examples, Samples
@@ -37,7 +38,7 @@ class Collector:
         window = before + 1 + after
         self.tokens: list[torch.Tensor] = []
         self.n_seen = self.n_tokens = 0
-        self.sums = torch.zeros(d_sae, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(d_sae, dtype=torch.float64, device=float64_device(device))
         self.largest = torch.zeros(d_sae, device=device)
         self.smallest = torch.full((d_sae,), torch.inf, device=device)
         self.scales = Scales(d_sae, HISTOGRAM_BINS, device)
@@ -62,7 +63,10 @@ class Collector:
         latents, values = firings.latents, firings.values
         if not len(latents):
             return
-        self.sums += torch.bincount(latents, weights=values.double(), minlength=len(self.sums))
+        place = self.sums.device
+        self.sums += torch.bincount(
+            latents.to(place), weights=values.to(place).double(), minlength=len(self.sums)
+        )
         self.largest.scatter_reduce_(0, latents, values, "amax")
         self.smallest.scatter_reduce_(0, latents, values, "amin")
         doublings = self.scales.grow(self.largest)

@@ -70,6 +70,7 @@ def test_every_message_that_is_quoted_is_what_the_symptom_says(
         _message(lambda: sm.evaluate(sae, folded, tokens, n_tokens=64, n_ce_tokens=0)),
         _message(lambda: _train(folded, token_dataset)),
         _message(lambda: run_steps(trainer, batches), sm.NonFiniteActivationsError),
+        _message(lambda: _train(tiny_model, token_dataset, device="mps")),
         _message(lambda: _train(tiny_model, token_dataset.select(range(2)))),
         _message(lambda: _train(tiny_model, token_dataset, hook_name="blocks.2.ln2.hook_normalised")),
         _message(lambda: _train(tiny_model, token_dataset, d_in=64)),
