@@ -42,6 +42,10 @@ def command_line_page() -> str:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     text = html.unescape(done.stdout)
     text = text.replace(f"# `{PROGRAM}`", "# Command line", 1).replace(f"## `{PROGRAM} ", "## `")
+    # In the list of commands typer cuts their summaries.
+    summaries = dict(re.findall(r"^## `(\w+)`\n\n(.+(?:\n.+)*)", text, flags=re.MULTILINE))
+    in_list = re.compile(r"^\* `(\w+)`: .*", flags=re.MULTILINE)
+    text = in_list.sub(lambda found: f"* [`{found[1]}`](#{found[1]}): {summaries[found[1]]}", text)
     # A docstring's examples are lines that begin with the program's name; what is indented more goes on.
     example = rf"(?:^( *){PROGRAM} .*\n(?:\1 +\S.*\n)*)+"
     return re.sub(example, _as_code, text, flags=re.MULTILINE)

@@ -40,9 +40,10 @@ def find_site(model: Any, layer: int, name: str) -> Site:
     Args:
         model: a HookedTransformer, TransformerBridge or HookedProxyLM, or one of them compiled.
         layer: from 0.
-        name: one of SITE_NAMES. "mlp_in" is the MLP's true input; "mlp_out" and "attn_out" are
-            what is added to the residual stream, behind a post-norm where there is one;
-            "ln2_normalized" is "mlp_in" before the norm's gain.
+        name: "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_in" or "ln2_normalized".
+            "mlp_in" is the MLP's true input; "mlp_out" and "attn_out" are what is added to the residual
+            stream, behind a post-norm where there is one; "ln2_normalized" is "mlp_in" before the norm's
+            gain.
 
     Raises:
         ValueError: an unknown name, a layer out of range, a kind of model or a structure which

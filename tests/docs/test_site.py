@@ -53,6 +53,9 @@ def test_the_reference_has_every_command_and_every_public_name(site: Path) -> No
     commands = (site / "reference" / "cli.html").read_text()
     for name in typer.main.get_command(app).commands:  # type: ignore[attr-defined]
         assert f'<h2 id="{name}">' in commands
+    assert "Train a Matryoshka SAE or transcoder in a folder of its own" in commands[: commands.index("<h2")]
     names = (site / "reference" / "python.html").read_text()
     for name in sm.__all__:
         assert f'id="saelens_matryoshka.{name}' in names, name
+    signature = re.sub(r"<[^>]+>|\s", "", names)
+    assert "MatryoshkaTrainingSAEConfig(d_in," in signature, "without the fields it inherits from SAELens"
