@@ -98,7 +98,7 @@ def read(source: Source, item: str, device: str = "cpu") -> SAE[Any]:
             device=device,
         )
         matryoshka_widths(sae)
-    except _LOADING_ERRORS as error:
+    except Exception as error:
         raise _no_model(config_path, error) from None
     return sae.eval()
 
@@ -137,7 +137,7 @@ def open_folder(folder: Path, device: str = "cpu") -> SAE[Any]:
     in_training = cfg["architecture"] not in SAE_CLASS_REGISTRY
     try:
         sae = (TrainingSAE if in_training else SAE).load_from_disk(folder, device=device)
-    except _LOADING_ERRORS as error:
+    except Exception as error:
         raise _no_model(config_path, error) from None
     for name, tensor in sae.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -145,18 +145,8 @@ def open_folder(folder: Path, device: str = "cpu") -> SAE[Any]:
     return inference_model(sae).eval()
 
 
-_LOADING_ERRORS = (
-    KeyError,
-    TypeError,
-    ValueError,
-    RuntimeError,
-    AttributeError,
-    OverflowError,
-    AssertionError,
-)
-
-
 def _no_model(config_path: Path, error: Exception) -> FormatError:
+    """Of a config that SAELens or torch could not make a model of, with whatever error they gave up."""
     reason = " ".join(str(error).split()) or type(error).__name__
     return FormatError(f"{config_path} and {SAE_WEIGHTS_FILENAME} make no model: {reason}")
 
@@ -167,7 +157,7 @@ def _config(path: Path) -> dict[str, Any]:
     check_metadata(cfg.get("metadata", {}), str(path))
     try:
         cfg = handle_config_defaulting(cfg)
-    except _LOADING_ERRORS as error:
+    except Exception as error:
         raise _no_model(path, error) from None
     cfg["metadata"] = check_metadata(cfg.get("metadata", {}), str(path))
     architecture = field(cfg, "architecture", str, path)
