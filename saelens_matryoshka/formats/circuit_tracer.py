@@ -21,9 +21,10 @@ from typing import Any
 
 import yaml
 from safetensors.torch import save_file
+from typing_extensions import override
 
 from saelens_matryoshka.file_names import natural
-from saelens_matryoshka.formats import gemma_scope
+from saelens_matryoshka.formats import gemma_scope, layout
 from saelens_matryoshka.formats.coder import SparseCoder, StateDict
 from saelens_matryoshka.formats.files import (
     FormatError,
@@ -213,25 +214,16 @@ def to_state(coder: SparseCoder) -> StateDict:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-class Writer:
-    """Writes a set: a file per layer, and the config once all are there.
+class Writer(layout.Writer):
+    """Writes a set: a file per layer, and the config once all are there."""
 
-    Args:
-        out: Where.
-    """
-
-    def __init__(self, out: Path, several: bool = True) -> None:  # noqa: ARG002
-        self.out = out
+    def __init__(self, out: Path, several: bool) -> None:
+        super().__init__(out, several)
         self.layers: set[int] = set()
         self.common: dict[str, Any] = {}
 
+    @override
     def add(self, coder: SparseCoder, _name: str, /) -> None:
-        """Write one layer.
-
-        Raises:
-            FormatError: circuit-tracer cannot carry it, there was one of that layer before, or it is unlike
-                the others.
-        """
         tensors, metadata = to_state(coder), coder.metadata
         source, target = (block_hook(metadata.get(name)) for name in ("hook_name", "hook_name_out"))
         if source is None or target is None or source[0] != target[0]:
@@ -258,12 +250,8 @@ class Writer:
         path = self.out / f"layer_{layer}.safetensors"
         save_file(tensors, path, metadata={"format": "pt", **note_text(coder)})
 
+    @override
     def close(self) -> None:
-        """Write the config.
-
-        Raises:
-            FormatError: a layer is missing.
-        """
         missing = sorted(set(range(max(self.layers) + 1)) - self.layers)
         if missing:
             raise FormatError(

@@ -17,11 +17,12 @@ import json
 import re
 import warnings
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import override
 
+from saelens_matryoshka.formats import layout
 from saelens_matryoshka.formats.coder import SparseCoder, StateDict, believe, move_b_dec, note
 from saelens_matryoshka.formats.files import (
     FormatError,
@@ -218,23 +219,11 @@ def _trainer_fields(coder: SparseCoder) -> dict[str, Any]:
     }
 
 
-class Writer:
-    """Writes a folder per coder.
+class Writer(layout.Writer):
+    """Writes a folder per coder."""
 
-    Args:
-        out: Where; of a single coder it is the folder itself.
-        several: Whether there will be several.
-    """
-
-    def __init__(self, out: Path, several: bool) -> None:
-        self.out, self.several = out, several
-
+    @override
     def add(self, coder: SparseCoder, name: str, /) -> None:
-        """Write one.
-
-        Raises:
-            FormatError: dictionary_learning cannot carry it.
-        """
         trainer, tensors = to_state(coder)
         folder = self.out / name if self.several else self.out
         folder.mkdir(exist_ok=True)
@@ -245,6 +234,3 @@ class Writer:
             NOTE: note(coder),
         }
         (folder / CONFIG).write_text(json.dumps(config, indent=2))
-
-    def close(self) -> None:
-        """Nothing is left to do."""

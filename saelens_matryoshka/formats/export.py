@@ -20,8 +20,8 @@ from saelens_matryoshka.file_names import unreserved
 from saelens_matryoshka.formats.card import write_card
 from saelens_matryoshka.formats.coder import SparseCoder, build, from_saelens
 from saelens_matryoshka.formats.files import FormatError
-from saelens_matryoshka.formats.layout import block_hook
-from saelens_matryoshka.formats.registry import FORMATS, Unstated, Writer, get_format, load
+from saelens_matryoshka.formats.layout import Writer, block_hook
+from saelens_matryoshka.formats.registry import FORMATS, Unstated, get_format, load
 from saelens_matryoshka.formats.sources import Folder, Source, open_source
 from saelens_matryoshka.formats.thresholds import keep_topk
 from saelens_matryoshka.prefixes import truncate

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from saelens_matryoshka.file_names import natural
@@ -30,6 +30,33 @@ def folders_with(source: Source, inside: str, files: Collection[str]) -> list[st
 def join(folder: str, name: str) -> str:
     """A path in a source; the source's own folder is "" or "."."""
     return str(PurePosixPath(folder) / name)
+
+
+class Writer:
+    """Writes models into a folder, one at a time: a set of large models need not fit into memory.
+
+    Args:
+        out: The folder.
+        several: Whether there will be several, or the one has a folder of its own all the same.
+    """
+
+    def __init__(self, out: Path, several: bool) -> None:
+        self.out, self.several = out, several
+
+    def add(self, coder: SparseCoder, name: str, /) -> None:
+        """Write one, in a folder of that name if need be.
+
+        Raises:
+            FormatError: the format cannot carry it, or not beside those before.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Write what is of all of them.
+
+        Raises:
+            FormatError: they make no set.
+        """
 
 
 def block_hook(hook_name: str | None) -> tuple[int, str] | None:

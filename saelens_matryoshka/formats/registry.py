@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from sae_lens.constants import DTYPE_TO_STR
@@ -27,19 +27,9 @@ from saelens_matryoshka.formats import (
 )
 from saelens_matryoshka.formats.coder import SparseCoder, StateDict, to_saelens
 from saelens_matryoshka.formats.files import FormatError
-from saelens_matryoshka.formats.layout import block_hook
+from saelens_matryoshka.formats.layout import Writer, block_hook
 from saelens_matryoshka.formats.sources import Folder, HubRepository, Source
 from saelens_matryoshka.widths import cumulative_widths
-
-
-class Writer(Protocol):
-    """Writes models into a folder, one at a time: a set of large models need not fit into memory."""
-
-    def add(self, coder: SparseCoder, name: str, /) -> None:
-        """Write one, in a folder of that name if need be; FormatError if the format cannot carry it."""
-
-    def close(self) -> None:
-        """Write what is of all of them; FormatError if they make no set."""
 
 
 @dataclass(frozen=True)

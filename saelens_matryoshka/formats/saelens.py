@@ -14,7 +14,9 @@ from sae_lens import __version__ as sae_lens_version
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+from typing_extensions import override
 
+from saelens_matryoshka.formats import layout
 from saelens_matryoshka.formats.coder import SparseCoder, build, check_metadata, from_saelens
 from saelens_matryoshka.formats.files import (
     FormatError,
@@ -56,23 +58,12 @@ def load(source: Source, item: str) -> SparseCoder:
     return from_saelens(read(source, item))
 
 
-class Writer:
-    """Writes stock folders.
+class Writer(layout.Writer):
+    """Writes stock folders."""
 
-    Args:
-        out: Where; of a single model it is the folder itself.
-        several: Whether there will be several, or the one has a folder of its own all the same.
-    """
-
-    def __init__(self, out: Path, several: bool) -> None:
-        self.out, self.several = out, several
-
+    @override
     def add(self, coder: SparseCoder, name: str, /) -> None:
-        """Write one."""
         build(coder).save_model(self.out / name if self.several else self.out)
-
-    def close(self) -> None:
-        """Nothing is left to do."""
 
 
 def read(source: Source, item: str, device: str = "cpu") -> SAE[Any]:

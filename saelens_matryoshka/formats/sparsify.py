@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from safetensors.torch import save_file
+from typing_extensions import override
 
+from saelens_matryoshka.formats import layout
 from saelens_matryoshka.formats.coder import SparseCoder, StateDict, move_b_dec
 from saelens_matryoshka.formats.files import (
     FormatError,
@@ -245,22 +247,11 @@ def _named_module(coder: SparseCoder) -> str | None:
     return match[1]
 
 
-class Writer:
-    """Writes a folder per coder.
+class Writer(layout.Writer):
+    """Writes a folder per coder, named after its module."""
 
-    Args:
-        out: Where.
-    """
-
-    def __init__(self, out: Path, several: bool = True) -> None:  # noqa: ARG002
-        self.out = out
-
+    @override
     def add(self, coder: SparseCoder, _name: str, /) -> None:
-        """Write one.
-
-        Raises:
-            FormatError: sparsify cannot carry it, or there was one of that module before.
-        """
         folder = self.out / hookpoint_of(coder)
         config, tensors = to_state(coder)
         if folder.exists():
@@ -272,6 +263,3 @@ class Writer:
             metadata={"format": "pt", **note_text(coder)},
         )
         (folder / CONFIG).write_text(json.dumps(config, indent=2))
-
-    def close(self) -> None:
-        """Nothing is left to do."""
