@@ -20,7 +20,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
-from safetensors.torch import save_file
 from typing_extensions import override
 
 from saelens_matryoshka.file_names import natural
@@ -31,16 +30,14 @@ from saelens_matryoshka.formats.files import (
     field,
     read_safetensors,
     read_yaml,
-    safetensors_note,
     safetensors_shapes,
 )
 from saelens_matryoshka.formats.layout import (
-    NOTE,
     block_hook,
     join,
-    note_text,
-    parse_note,
+    read_note,
     require_plain,
+    save_with_note,
 )
 from saelens_matryoshka.formats.sources import Source, hub_uri, safe_relative
 
@@ -108,7 +105,7 @@ def load(source: Source, item: str) -> SparseCoder:
         model_from_pretrained_kwargs={"fold_ln": False},
         converted_from="circuit-tracer",
     )
-    return coder if path.suffix == ".npz" else coder.with_note(parse_note(safetensors_note(path, NOTE)))
+    return coder if path.suffix == ".npz" else coder.with_note(read_note(path))
 
 
 def _config(source: Source, folder: str) -> tuple[dict[str, Any], Path | None]:
@@ -247,8 +244,7 @@ class Writer(layout.Writer):
                     f"The transcoders of a circuit-tracer set need equal {what}; that of layer {layer} has "
                     f"{value!r}, others {self.common[what]!r}."
                 )
-        path = self.out / f"layer_{layer}.safetensors"
-        save_file(tensors, path, metadata={"format": "pt", **note_text(coder)})
+        save_with_note(tensors, self.out / f"layer_{layer}.safetensors", coder)
 
     @override
     def close(self) -> None:

@@ -331,16 +331,14 @@ def scale_input(coder: SparseCoder, gain: torch.Tensor, offset: torch.Tensor | N
 # ---- what a file says about itself
 
 
-def note(coder: SparseCoder) -> dict[str, Any]:
-    """The part of the metadata that our own files in foreign formats carry with them."""
-    return {key: value for key, value in coder.metadata.items() if _believed(key, value)}
+def believe(written: Any) -> dict[str, Any]:
+    """What of metadata our own files in foreign formats carry, and of such a note is believed.
 
-
-def believe(written: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What to believe of a note found in a file: known fields of the right type."""
+    Known fields of the right type; none if it is no mapping at all.
+    """
     if not isinstance(written, Mapping):
         return {}
-    return {key: value for key, value in written.items() if _believed(key, value)}
+    return {k: v for k, v in written.items() if k in _NOTE_FIELDS and _is(v, _NOTE_FIELDS[k])}
 
 
 def check_metadata(metadata: Any, label: str) -> dict[str, Any]:
@@ -357,11 +355,6 @@ def check_metadata(metadata: Any, label: str) -> dict[str, Any]:
             expected = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
             raise FormatError(f"{label}: metadata has {key}={value!r}, where {expected} is expected.")
     return metadata
-
-
-def _believed(key: str, value: Any) -> bool:
-    kind = _NOTE_FIELDS.get(key)
-    return kind is not None and _is(value, kind)
 
 
 def _is(value: Any, kind: type | tuple[type, ...]) -> bool:

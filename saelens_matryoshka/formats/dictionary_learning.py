@@ -23,7 +23,7 @@ import torch
 from typing_extensions import override
 
 from saelens_matryoshka.formats import layout
-from saelens_matryoshka.formats.coder import SparseCoder, StateDict, believe, move_b_dec, note
+from saelens_matryoshka.formats.coder import SparseCoder, StateDict, believe, move_b_dec
 from saelens_matryoshka.formats.files import (
     FormatError,
     Shapes,
@@ -231,6 +231,6 @@ class Writer(layout.Writer):
         config = {
             "trainer": trainer,
             "buffer": {"ctx_len": coder.metadata.get("context_size")},
-            NOTE: note(coder),
+            NOTE: believe(coder.metadata),
         }
         (folder / CONFIG).write_text(json.dumps(config, indent=2))

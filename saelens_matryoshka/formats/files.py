@@ -149,12 +149,6 @@ def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise _unread(path, error) from None
 
 
-def safetensors_note(path: Path, key: str) -> str | None:
-    """A text from the header of a safetensors file that has been read before."""
-    with safe_open(path, framework="pt") as file:
-        return (file.metadata() or {}).get(key)
-
-
 def read_npz(path: Path, shapes: Shapes) -> dict[str, torch.Tensor]:
     """The arrays of an .npz file. Arguments and errors as for `read_safetensors`."""
     try:

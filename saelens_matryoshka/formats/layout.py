@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from safetensors import safe_open
+from safetensors.torch import save_file
+
 from saelens_matryoshka.file_names import natural
-from saelens_matryoshka.formats.coder import SparseCoder, believe, note
+from saelens_matryoshka.formats.coder import SparseCoder, StateDict, believe
 from saelens_matryoshka.formats.files import FormatError
 from saelens_matryoshka.formats.sources import Source
 
@@ -75,15 +78,17 @@ def require_plain(coder: SparseCoder, name: str) -> None:
         raise FormatError(f"{name} has nothing like normalize_activations='layer_norm', which this needs.")
 
 
-def note_text(coder: SparseCoder) -> dict[str, str]:
-    """Our note, for the header of a safetensors file."""
-    return {NOTE: json.dumps(note(coder))}
+def save_with_note(tensors: StateDict, path: Path, coder: SparseCoder) -> None:
+    """Write a safetensors file with our note in its header."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, path, metadata={"format": "pt", NOTE: json.dumps(believe(coder.metadata))})
 
 
-def parse_note(text: str | None) -> dict[str, Any]:
-    """What to believe of a note, of which anyone may have written anything."""
+def read_note(path: Path) -> dict[str, Any]:
+    """What to believe of the note in a safetensors file, whose tensors have been read before."""
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get(NOTE, "")
     try:
-        loaded = json.loads(text) if text else None
+        return believe(json.loads(text))
     except (ValueError, RecursionError):
         return {}
-    return believe(loaded if isinstance(loaded, Mapping) else None)

@@ -17,7 +17,6 @@ import re
 from pathlib import PurePosixPath
 from typing import Any
 
-from safetensors.torch import save_file
 from typing_extensions import override
 
 from saelens_matryoshka.formats import layout
@@ -27,16 +26,14 @@ from saelens_matryoshka.formats.files import (
     field,
     read_json,
     read_safetensors,
-    safetensors_note,
 )
 from saelens_matryoshka.formats.layout import (
-    NOTE,
     block_hook,
     folders_with,
     join,
-    note_text,
-    parse_note,
+    read_note,
     require_plain,
+    save_with_note,
 )
 from saelens_matryoshka.formats.sources import Source
 
@@ -99,7 +96,7 @@ def load(source: Source, item: str) -> SparseCoder:
     model = read_json(training).get("model") if training else None
     if isinstance(model, str):
         coder = coder.with_metadata(model_name=model)
-    return coder.with_note(parse_note(safetensors_note(path, NOTE)))
+    return coder.with_note(read_note(path))
 
 
 def _sized(config: dict[str, Any]) -> dict[str, tuple[str | int, ...]]:
@@ -257,9 +254,5 @@ class Writer(layout.Writer):
         if folder.exists():
             raise FormatError(f"Two of the models are of module {folder.name!r}; sparsify has one of each.")
         folder.mkdir()
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            folder / WEIGHTS,
-            metadata={"format": "pt", **note_text(coder)},
-        )
+        save_with_note(tensors, folder / WEIGHTS, coder)
         (folder / CONFIG).write_text(json.dumps(config, indent=2))
