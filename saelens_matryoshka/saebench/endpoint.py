@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -58,31 +57,24 @@ class Estimate:
         )
 
 
-@dataclass
 class ChatModel:
-    """Sends messages and counts tokens. May be used from several threads."""
+    """Sends messages. May be used from several threads."""
 
-    endpoint: Endpoint
-    prompt_tokens: int = 0
-    """sent so far, as the endpoint counts"""
-    completion_tokens: int = 0
-    """received so far"""
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    def __post_init__(self) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         from openai import OpenAI  # pyright: ignore[reportMissingImports]
 
-        key = os.environ.get(self.endpoint.key_variable)
+        self.endpoint = endpoint
+        key = os.environ.get(endpoint.key_variable)
         if not key:
             raise EndpointError(
-                f"The environment variable {self.endpoint.key_variable} is not set: it holds the endpoint's "
+                f"The environment variable {endpoint.key_variable} is not set: it holds the endpoint's "
                 "key. Any text will do for a local server that asks for none."
             )
         self._client = OpenAI(
             api_key=key,
-            base_url=self.endpoint.base_url,
-            max_retries=self.endpoint.max_retries,
-            timeout=self.endpoint.timeout,
+            base_url=endpoint.base_url,
+            max_retries=endpoint.max_retries,
+            timeout=endpoint.timeout,
         )
 
     def answer(self, messages: list[dict[str, str]], max_tokens: int) -> str:
@@ -109,10 +101,6 @@ class ChatModel:
                 f"The endpoint {self._client.base_url} does not have model {self.endpoint.model!r}: "
                 f"{_text(error)}"
             ) from None
-        if result.usage is not None:
-            with self._lock:
-                self.prompt_tokens += result.usage.prompt_tokens
-                self.completion_tokens += result.usage.completion_tokens
         return (result.choices[0].message.content or "").strip()
 
 
