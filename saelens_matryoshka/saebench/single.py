@@ -69,43 +69,19 @@ class Bench:
     # ---- what a result depends on
 
     @cached_property
-    def _model_fingerprint(self) -> str:
-        return hash_of_tensors(self.model.state_dict())
-
-    @cached_property
     def _labelled_fingerprint(self) -> str | None:
         return None if self.labelled is None else self.labelled.fingerprint()
 
-    def _language_model_fingerprint(self, item: _evals.Eval, options: Mapping[str, Any]) -> str:
-        """Hash of all that what is computed without latents depends on."""
+    @cached_property
+    def _common(self) -> dict[str, Any]:
+        """What the result of every eval depends on, but for the SAE's weights."""
         metadata = self.sae.cfg.metadata
-        return hash_of(
-            {
-                "eval": item.name,
-                "model": self._model_fingerprint,
-                "hooks": [metadata.hook_name, metadata.hook_name_out],
-                "labelled": self._labelled_fingerprint if item.labelled else None,
-                "settings": {name: options[name] for name in item.without_latents},
-                "seed": self.seed,
-                "sae_bench": VERSION,
-            }
-        )
-
-    def _fingerprint(self, item: _evals.Eval, width: int, options: Mapping[str, Any]) -> str:
-        metadata = self.sae.cfg.metadata
-        return hash_of(
-            {
-                "eval": item.name,
-                "width": width,
-                "sae": self._sae_fingerprint,
-                "model": self._model_fingerprint,
-                "hooks": [metadata.hook_name, metadata.hook_name_out],
-                "labelled": self._labelled_fingerprint if item.labelled else None,
-                "settings": _with_contents(options),
-                "seed": self.seed,
-                "sae_bench": VERSION,
-            }
-        )
+        return {
+            "model": hash_of_tensors(self.model.state_dict()),
+            "hooks": [metadata.hook_name, metadata.hook_name_out],
+            "seed": self.seed,
+            "sae_bench": VERSION,
+        }
 
     @cached_property
     def _sae_fingerprint(self) -> str:
@@ -114,14 +90,23 @@ class Bench:
     @cached_property
     def _subject(self) -> str:
         """Hash of what all evals have in common: results of the same subject make one table."""
-        metadata = self.sae.cfg.metadata
+        return hash_of({**self._common, "sae": self._sae_fingerprint})
+
+    def _language_model_fingerprint(self, item: _evals.Eval, options: Mapping[str, Any]) -> str:
+        """Hash of all that what is computed without latents depends on."""
+        labelled = self._labelled_fingerprint if item.labelled else None
+        settings = {name: options[name] for name in item.without_latents}
+        return hash_of({**self._common, "eval": item.name, "labelled": labelled, "settings": settings})
+
+    def _fingerprint(self, item: _evals.Eval, width: int, options: Mapping[str, Any]) -> str:
         return hash_of(
             {
+                **self._common,
+                "eval": item.name,
+                "width": width,
                 "sae": self._sae_fingerprint,
-                "model": self._model_fingerprint,
-                "hooks": [metadata.hook_name, metadata.hook_name_out],
-                "seed": self.seed,
-                "sae_bench": VERSION,
+                "labelled": self._labelled_fingerprint if item.labelled else None,
+                "settings": _with_contents(options),
             }
         )
 
