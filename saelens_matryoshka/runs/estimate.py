@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,7 +232,8 @@ def estimate(
         free = (
             psutil.virtual_memory().available if device_name(cfg.device) == "cpu" else _free_cuda(cfg.device)
         )
-        with _quiet():
+        with torch.random.fork_rng(devices=()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # notices about settings are not repeated
             seconds = measure_time(cfgs, shape, store_rows(cfg), budget=free // 3)
     return Estimate(cfg.model_name, trace.n_parameters, devices, seconds, advice, mesh)
 
@@ -279,18 +279,6 @@ def _is_here(device: Any) -> bool:
     if torch.device(device).type != "cuda" or not torch.cuda.is_available():
         return False
     return (torch.device(device).index or 0) < torch.cuda.device_count()
-
-
-@contextmanager
-def _quiet() -> Any:
-    """The random state is left as it was, and notices about settings are not repeated."""
-    state = torch.get_rng_state()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.set_rng_state(state)
 
 
 # ---- what is shown
