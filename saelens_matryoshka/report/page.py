@@ -6,18 +6,18 @@ text, never as HTML.
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import torch
+from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
+from saelens_matryoshka import __version__
 from saelens_matryoshka.atomic import write_atomically
 from saelens_matryoshka.report.decoder import DecoderRelations
 from saelens_matryoshka.report.logits import LogitEffects
@@ -89,7 +89,7 @@ def render_page(content: PageContent) -> str:
         kind=content.kind,
         source=content.source,
         target=content.target,
-        version=_version(),
+        version=__version__,
         tiles=_tiles(content),
         rows=_rows(content.evaluation),
         measured=_measured(content.evaluation),
@@ -103,24 +103,11 @@ def render_page(content: PageContent) -> str:
         density_lead="" if samples is None else _density_lead(samples),
         latents_lead="" if samples is None else _latents_lead(samples),
         facts=[{"name": name, "value": value} for name, value in content.facts.items()],
-        data=Markup(_embedded(data)),
+        data=htmlsafe_json_dumps(data, separators=(",", ":"), allow_nan=False),
         blob=Markup(blob),
         css=Markup((assets / "page.css").read_text(encoding="utf-8")),
         js=Markup("\n".join((assets / name).read_text(encoding="utf-8") for name in _SCRIPTS)),
     )
-
-
-def _embedded(data: dict[str, Any]) -> str:
-    """JSON that can stand in a script element: no `<`, so neither `</script` nor `<!--`."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _version() -> str:
-    try:
-        return version("saelens-matryoshka")
-    except PackageNotFoundError:
-        return ""
 
 
 def _data(content: PageContent) -> tuple[dict[str, Any], str]:
