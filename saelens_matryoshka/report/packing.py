@@ -18,8 +18,6 @@ from saelens_matryoshka.report.logits import LogitEffects
 from saelens_matryoshka.report.samples import Samples
 from saelens_matryoshka.report.text import TokenText
 
-_TYPES = {"uint8": "u8", "int8": "i8", "uint16": "u16", "int16": "i16", "uint32": "u32", "int32": "i32"}
-_TYPES["float32"] = "f32"
 _NONE = 0xFFFFFFFF
 _BINS = 32
 
@@ -105,11 +103,9 @@ def _chosen(samples: Samples, n_examples: int) -> tuple[tuple[np.ndarray, np.nda
     n_top = min(n_examples, top.positions.shape[1])
     per_interval = drawn.positions.shape[1] // samples.n_intervals
     middle = torch.arange(samples.n_intervals - 1, -1, -1) * per_interval
-    return (
-        np.concatenate([_array(top.positions[:, :n_top]), _array(drawn.positions[:, middle])], axis=1),
-        np.concatenate([_array(top.values[:, :n_top]), _array(drawn.values[:, middle])], axis=1),
-        np.concatenate([_array(top.windows[:, :n_top]), _array(drawn.windows[:, middle])], axis=1),
-    ), n_top
+    parts = ((top.positions, drawn.positions), (top.values, drawn.values), (top.windows, drawn.windows))
+    positions, values, windows = (_array(torch.cat([a[:, :n_top], b[:, middle]], dim=1)) for a, b in parts)
+    return (positions, values, windows), n_top
 
 
 def _add_examples(
@@ -159,9 +155,8 @@ def _pack(arrays: dict[str, np.ndarray]) -> tuple[list[dict[str, Any]], str]:
     layout, parts, offset = [], [], 0
     for name, array in arrays.items():
         data = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<")).tobytes()
-        layout.append(
-            {"name": name, "type": _TYPES[array.dtype.name], "offset": offset, "length": array.size}
-        )
+        kind = f"{array.dtype.kind}{8 * array.dtype.itemsize}"  # such as u16, as the script calls it
+        layout.append({"name": name, "type": kind, "offset": offset, "length": array.size})
         padding = -len(data) % 4  # typed arrays start at multiples of their size
         parts += [data, b"\0" * padding]
         offset += len(data) + padding
