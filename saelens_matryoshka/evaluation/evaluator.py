@@ -29,7 +29,7 @@ from saelens_matryoshka.evaluation.metrics import (
 )
 from saelens_matryoshka.evaluation.passes import Passes, Progress
 from saelens_matryoshka.evaluation.result import EvalResult, PrefixMetrics
-from saelens_matryoshka.evaluation.tokens import special_token_ids, token_batches
+from saelens_matryoshka.evaluation.tokens import is_excluded, special_token_ids, token_batches
 from saelens_matryoshka.ops import ALONE, Group
 from saelens_matryoshka.prefixes import inference_model, matryoshka_widths, predict_prefixes
 from saelens_matryoshka.sites import check_hook, norm_frame
@@ -205,7 +205,7 @@ class Evaluation:
         mean = self.reconstruction.mean(self.group).expand_as(target)
         # What is predicted where the target is replaced, unless that is a special token.
         counted = torch.zeros_like(keep)
-        counted[:, :-1] = keep[:, :-1] & ~self._is_excluded(tokens)[:, 1:].to(keep.device)
+        counted[:, :-1] = keep[:, :-1] & ~is_excluded(tokens, self.excluded)[:, 1:].to(keep.device)
         labels = tokens.roll(-1, dims=1)[counted.to(tokens.device)]
         clean = clean[counted.to(clean.device)]
         self.clean.add(clean, clean, labels)
@@ -281,13 +281,7 @@ class Evaluation:
         """Mask `[prompts, context_size]` of the positions that count, where the target is replaced."""
         keep = torch.zeros_like(tokens, dtype=torch.bool)
         keep[:, slice(*(self.sae.cfg.metadata.seqpos_slice or (None,)))] = True
-        return (keep & ~self._is_excluded(tokens)).to(self.sae.device)
-
-    def _is_excluded(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Mask `[prompts, context_size]` of the special tokens."""
-        if self.excluded is None:
-            return torch.zeros_like(tokens, dtype=torch.bool)
-        return torch.isin(tokens, self.excluded.to(tokens.device))
+        return (keep & ~is_excluded(tokens, self.excluded)).to(self.sae.device)
 
     def _logits(self, tokens: torch.Tensor, *hooks: tuple[str, Callable[..., Any]]) -> torch.Tensor:
         return self.model.run_with_hooks(

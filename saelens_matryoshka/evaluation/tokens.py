@@ -31,6 +31,13 @@ def special_token_ids(model: Any, exclude: bool | list[int]) -> torch.Tensor | N
     return torch.tensor(exclude, dtype=torch.long) if exclude else None
 
 
+def is_excluded(tokens: torch.Tensor, excluded: torch.Tensor | None) -> torch.Tensor:
+    """Mask, of the tokens' shape and on their device, of those that `special_token_ids` leaves out."""
+    if excluded is None:
+        return torch.zeros_like(tokens, dtype=torch.bool)
+    return torch.isin(tokens, excluded.to(tokens.device))
+
+
 def token_batches(
     sae: SAE[Any],
     model: Any,

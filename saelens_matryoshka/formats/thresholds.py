@@ -14,7 +14,7 @@ from sae_lens import SAE
 
 from saelens_matryoshka.architectures.calibration import threshold_for_l0
 from saelens_matryoshka.evaluation.activations import hook_activations, in_eval_mode, require_width
-from saelens_matryoshka.evaluation.tokens import special_token_ids, token_batches
+from saelens_matryoshka.evaluation.tokens import is_excluded, special_token_ids, token_batches
 from saelens_matryoshka.formats.coder import SparseCoder, build
 from saelens_matryoshka.formats.files import FormatError
 from saelens_matryoshka.sites import check_hook, hook_names
@@ -106,9 +106,7 @@ def hook_rows(
             seen = hook_activations(model, tokens, names)
             if hooks is None:
                 require_width(names[0], seen[names[0]], coder.d_in, "d_in")
-            keep = torch.ones_like(tokens, dtype=torch.bool)
-            if excluded is not None:
-                keep = ~torch.isin(tokens, excluded.to(tokens.device))
+            keep = ~is_excluded(tokens, excluded)
             yield {name: seen[name].flatten(2)[keep.to(seen[name].device)].cpu() for name in names}
 
 

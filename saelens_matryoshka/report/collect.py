@@ -18,7 +18,7 @@ from sae_lens.config import HfDataset
 
 from saelens_matryoshka.evaluation.activations import hook_activations, in_eval_mode
 from saelens_matryoshka.evaluation.evaluator import flattened_heads, hooks_and_frame
-from saelens_matryoshka.evaluation.tokens import special_token_ids, token_batches
+from saelens_matryoshka.evaluation.tokens import is_excluded, special_token_ids, token_batches
 from saelens_matryoshka.prefixes import inference_model
 from saelens_matryoshka.report.collector import HISTOGRAM_BINS, Collector
 from saelens_matryoshka.report.samples import Samples
@@ -100,8 +100,7 @@ def collect_samples(
                 source = source[:, :, sae.cfg.metadata.hook_head_index]
             keep = torch.zeros_like(tokens, dtype=torch.bool)
             keep[:, slice(*(sae.cfg.metadata.seqpos_slice or (None,)))] = True
-            if excluded is not None:
-                keep &= ~torch.isin(tokens, excluded.to(tokens.device))
+            keep &= ~is_excluded(tokens, excluded)
             collector.add(tokens, source.flatten(2).to(sae.device, sae.dtype), keep.to(sae.device))
             if on_progress is not None:
                 on_progress(collector.n_seen)

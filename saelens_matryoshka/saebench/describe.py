@@ -28,7 +28,7 @@ from sae_lens import SAE
 from saelens_matryoshka.evaluation.activations import hook_activations
 from saelens_matryoshka.evaluation.evaluator import hooks_and_frame
 from saelens_matryoshka.evaluation.metrics import FiringCounts
-from saelens_matryoshka.evaluation.tokens import special_token_ids, token_batches
+from saelens_matryoshka.evaluation.tokens import is_excluded, special_token_ids, token_batches
 from saelens_matryoshka.fingerprint import hash_of_tensors
 from saelens_matryoshka.prefixes import inference_model, matryoshka_widths
 from saelens_matryoshka.saebench.descriptions import Description, Descriptions
@@ -246,10 +246,7 @@ def _firings(sae: SAE[Any], model: Any, tokens: torch.Tensor, batch_size: int) -
     name = sae.cfg.metadata.hook_name
     for batch in tokens.split(batch_size):
         acts = sae.encode(hook_activations(model, batch, [name])[name].to(sae.device))
-        keep = torch.ones_like(batch, dtype=torch.bool)
-        if special is not None:
-            keep = ~torch.isin(batch, special.to(batch.device))
-        counts.add(acts[keep.to(acts.device)])
+        counts.add(acts[~is_excluded(batch, special).to(acts.device)])
     return counts.fired.cpu()
 
 

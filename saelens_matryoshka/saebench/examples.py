@@ -15,7 +15,7 @@ import torch
 from sae_lens import SAE
 
 from saelens_matryoshka.evaluation.activations import hook_activations
-from saelens_matryoshka.evaluation.tokens import special_token_ids
+from saelens_matryoshka.evaluation.tokens import is_excluded, special_token_ids
 
 
 class Examples(NamedTuple):
@@ -45,8 +45,7 @@ def activations(
     parts = []
     for batch in tokens.split(batch_size):
         acts = sae.encode(hook_activations(model, batch, [name])[name].to(sae.device))[..., latents]
-        if special is not None:
-            acts = acts * ~torch.isin(batch, special.to(batch.device)).to(acts.device)[..., None]
+        acts = acts * ~is_excluded(batch, special).to(acts.device)[..., None]
         parts.append(acts.permute(2, 0, 1).to("cpu", torch.bfloat16))
     return torch.cat(parts, dim=1)
 
