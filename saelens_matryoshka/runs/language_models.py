@@ -63,9 +63,12 @@ class ModelShape:
             d_vocab: Fewer tokens than it knows.
         """
         config = copy.deepcopy(self.config)
-        model = _hf_model if self.is_hf else _hooked_transformer
+        make = _hf_model if self.is_hf else _hooked_transformer
         with torch.device(device):
-            return model(config, device, n_layers or self.n_layers, d_vocab)
+            model = make(config, device, n_layers or self.n_layers, d_vocab).eval()
+            if device != "meta":
+                _randomise(model)
+        return model
 
 
 def _hooked_transformer(config: Any, device: str, n_layers: int, d_vocab: int | None) -> HookedTransformer:
@@ -75,23 +78,17 @@ def _hooked_transformer(config: Any, device: str, n_layers: int, d_vocab: int | 
         config.attn_types = config.attn_types[:n_layers]
     if d_vocab is not None:
         config.d_vocab = config.d_vocab_out = min(d_vocab, config.d_vocab)
-    model = HookedTransformer(config, move_to_device=False).eval()
-    if device != "meta":
-        _randomise(model)
-    return model
+    return HookedTransformer(config, move_to_device=False)
 
 
-def _hf_model(config: Any, device: str, n_layers: int, d_vocab: int | None) -> HookedProxyLM:
+def _hf_model(config: Any, _device: str, n_layers: int, d_vocab: int | None) -> HookedProxyLM:
     config.num_hidden_layers = n_layers
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = config.layer_types[:n_layers]
     if d_vocab is not None:
         config.vocab_size = min(d_vocab, config.vocab_size)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    if device != "meta":
-        _randomise(model)
     tokenizer: Any = None
-    return HookedProxyLM(model, tokenizer)
+    return HookedProxyLM(AutoModelForCausalLM.from_config(config), tokenizer)
 
 
 @torch.no_grad()

@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import torch
-
 from saelens_matryoshka.runs.fields import did_you_mean
 from saelens_matryoshka.sites import check_hook, find_site
 
@@ -131,9 +129,7 @@ def skeleton(model_name: str) -> Any:
         NoModelConfigError: its configuration is neither on this machine nor to be had from the hub.
         ValueError: TransformerLens does not know the model.
     """
-    from transformer_lens import HookedTransformer
-
-    from saelens_matryoshka.runs.language_models import hooked_config
+    from saelens_matryoshka.runs.language_models import ModelShape, hooked_config
 
     if model_name in TINY:
         from saelens_matryoshka.tiny import load_hooked_transformer
@@ -154,11 +150,9 @@ def skeleton(model_name: str) -> Any:
 
         close = did_you_mean(model_name, [*OFFICIAL_MODEL_NAMES, TINY[0]])
         raise ValueError(f"model_name {model_name!r} is not one that TransformerLens knows{close}") from None
-    config.tokenizer_name, config.device, config.init_weights = None, "meta", False
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with torch.device("meta"):
-            return HookedTransformer(config, move_to_device=False)
+        return ModelShape(model_name, config).build("meta")
     finally:
         logging.disable(level)
