@@ -20,7 +20,7 @@ from functools import cache
 from typing import Any
 
 from saelens_matryoshka.runs.fields import did_you_mean
-from saelens_matryoshka.sites import check_hook, find_site
+from saelens_matryoshka.sites import find_site
 
 TINY = ("tiny", "saelens_matryoshka.tiny")
 
@@ -108,17 +108,6 @@ def _cross_layer(model: Any, low: int, high: int, layer: int | None, transcoder:
 def _require_layer(said: str, layer: int, n_layers: int) -> None:
     if not 0 <= layer < n_layers:
         raise ValueError(f"{said} {layer}: the model has {n_layers} layers, 0 to {n_layers - 1}.")
-
-
-def check_hooks(model: Any, hook_name: str, hook_name_out: str | None) -> None:
-    """Check that a model has these hooks, before its weights are loaded.
-
-    Raises:
-        ValueError: it has not; the message names similar ones.
-    """
-    check_hook(model, hook_name, "hook_name")
-    if hook_name_out:
-        check_hook(model, hook_name_out, "hook_name_out")
 
 
 @cache

@@ -35,10 +35,10 @@ from saelens_matryoshka.runs.mappings import (
     DERIVED,
     TINY,
     NoModelConfigError,
-    check_hooks,
     find_mapping,
     skeleton,
 )
+from saelens_matryoshka.sites import check_hook
 from saelens_matryoshka.text_files import is_text_file
 
 SettingsSource = Mapping[str, Given]
@@ -293,7 +293,9 @@ def _check_and_label(given: Mapping[str, Given], transcoder: bool, stock_model: 
     except NoModelConfigError:  # found out when the model is loaded
         model = None
     if model is not None:
-        check_hooks(model, hooks[0], hooks[1] if transcoder and len(hooks) > 1 else None)
+        check_hook(model, hooks[0], "hook_name")
+        if transcoder and any(hooks[1:]):
+            check_hook(model, hooks[1], "hook_name_out")
         context = given.get("context_size")
         if context is not None and context.value > model.cfg.n_ctx:
             raise ValueError(
