@@ -158,11 +158,16 @@ def store_rows(cfg: LanguageModelSAERunnerConfig[Any], n_processes: int = 1) -> 
     """Rows the activation store of one process holds."""
     return buffer_rows(
         buffer_size=cfg.n_batches_in_buffer * _per_prompt(cfg),
-        llm_batch=cfg.store_batch_size_prompts * _per_prompt(cfg),
+        llm_batch=llm_batch_rows(cfg),
         train_batch=cfg.train_batch_size_tokens // n_processes,
         mix=cfg.activations_mixing_fraction,
         wanted=cfg.training_tokens // n_processes,
     )
+
+
+def llm_batch_rows(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
+    """Rows of one batch of the language model."""
+    return cfg.store_batch_size_prompts * _per_prompt(cfg)
 
 
 def _per_prompt(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
@@ -296,13 +301,12 @@ def _language_model(cfg: LanguageModelSAERunnerConfig[Any], trace: ForwardTrace)
     n_prompts = cfg.n_eval_batches * (cfg.eval_batch_size_prompts or cfg.store_batch_size_prompts)
     # On a CPU what the thread that runs it has freed stays with the thread, and its buffers come on top.
     kept = cfg.prefetch_llm_batches and device == "cpu"
-    needs = [
+    return [
         Need("language model", device, trace.weights, PHASES),
         Need("its weights as stored", "cpu", trace.weights, (LOADING,)),
         Need("its activations", device, trace.peak, (FILLING, SHUFFLING) if kept else (FILLING,)),
         Need("held-out prompts", "cpu", max(n_prompts, 0) * cfg.context_size * 8),
     ]
-    return needs
 
 
 def _store(cfgs: Configs, rows: BufferRows, trace: ForwardTrace) -> list[Need]:
@@ -338,11 +342,12 @@ def _dictionary(cfg: LanguageModelSAERunnerConfig[Any]) -> list[Need]:
     weights = _n_parameters(cfg) * size
     statistics = 2 * cfg.sae.d_sae * _FLOAT32
     folded = weights if size >= _FLOAT32 else 3 * weights  # it is made in float32
+    in_copy = 0 if device == "cpu" else weights  # tensors on a CPU are written from where they are
     needs = [
         Need("dictionary", device, weights),
         Need("Adam's moments", device, 2 * weights + statistics),
         Need("folded copy", device, folded, (SAVING,)),
-        Need("file in the making", "cpu", _file_bytes(weights, device), (SAVING,)),
+        Need("file in the making", "cpu", in_copy, (SAVING,)),
     ]
     if getattr(cfg.sae, "threshold_calibration", None) == "l0":
         rows = min(MAX_ROWS, ROWS_PER_BATCH * cfg.total_training_steps)
@@ -351,11 +356,6 @@ def _dictionary(cfg: LanguageModelSAERunnerConfig[Any]) -> list[Need]:
         # it is over before the copy is made
         needs.append(Need("threshold calibration", device, max(0, scores - folded), (SAVING,)))
     return needs
-
-
-def _file_bytes(weights: int, device: str) -> int:
-    """Bytes in main memory of a file that is written: tensors on a CPU are written from where they are."""
-    return 0 if device == "cpu" else weights
 
 
 def _step(cfg: LanguageModelSAERunnerConfig[Any], refilled: bool) -> list[Need]:

@@ -22,7 +22,7 @@ from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig
 from saelens_matryoshka.runner import prepare_trainer
 from saelens_matryoshka.runs.buffer import BufferRows
 from saelens_matryoshka.runs.language_models import ModelShape
-from saelens_matryoshka.runs.memory import Configs, hooks_of, run_hooks, widths_of
+from saelens_matryoshka.runs.memory import Configs, hooks_of, llm_batch_rows, run_hooks, widths_of
 
 # The largest products and prompts that are measured as they are: some tenths of a second on a slow processor.
 _CPU_STEP_VALUES, _GPU_STEP_VALUES = 4e9, 1e13
@@ -102,14 +102,13 @@ def measure_time(cfgs: Configs, shape: ModelShape, rows: BufferRows, *, budget: 
     cfg = cfgs[0]
     first_step, step, step_scaled = _steps_seconds(cfgs, budget)
     forward, forward_scaled = _forward_seconds(cfgs, shape)
-    per_prompt = len(range(*slice(*cfg.seqpos_slice).indices(cfg.context_size)))
     return Time(
         step=step,
         first_step=first_step,
         language_model=forward,
         moving=_seconds_per_row_moved(cfgs, rows),
         rows=rows,
-        llm_batch_rows=cfg.store_batch_size_prompts * per_prompt,
+        llm_batch_rows=llm_batch_rows(cfg),
         n_steps=-(-cfg.training_tokens // cfg.train_batch_size_tokens),
         tokens_per_step=cfg.train_batch_size_tokens,
         overlapping=bool(cfg.prefetch_llm_batches),
