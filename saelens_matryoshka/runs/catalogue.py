@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from saelens_matryoshka.upkeep.checkpoints import Checkpoints
 _PREFIX_METRICS = ("width", "fvu", "l0", "dead_fraction", "ce_recovered", "kl")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """One run, from the files in its folder."""
 
@@ -29,19 +29,19 @@ class Run:
     model: str
     mapping: str
     name: str
-    architecture: str | None
+    architecture: str | None = None
     status: Literal["running", "interrupted", "done", "damaged"]
-    started_at: str
-    completed_at: str | None
-    d_sae: int | None
-    k: float | None
-    tokens: int
+    started_at: str = ""
+    completed_at: str | None = None
+    d_sae: int | None = None
+    k: float | None = None
+    tokens: int = 0
     """trained on so far"""
-    training_tokens: int | None
+    training_tokens: int | None = None
     """to train on"""
-    evaluated: bool
+    evaluated: bool = False
     """whether the metrics are those of held-out text; else they are of the last logged batch"""
-    prefixes: list[dict[str, Any]]
+    prefixes: list[dict[str, Any]] = field(default_factory=list)
     """by width, the narrowest first: width, fvu, l0, dead_fraction, ce_recovered, kl; None where unknown"""
     fault: str | None = None
     """what of it cannot be read, if it is damaged: its metrics, then there are none here; or its config.yaml,
@@ -80,16 +80,7 @@ def _without_settings(folder: RunFolder) -> Run:
         model=path.parent.parent.name,
         mapping=path.parent.name,
         name=path.name,
-        architecture=None,
         status="damaged",
-        started_at="",
-        completed_at=None,
-        d_sae=None,
-        k=None,
-        tokens=0,
-        training_tokens=None,
-        evaluated=False,
-        prefixes=[],
         fault=f"{folder.config} has not the settings that `train` writes.",
     )
 
