@@ -18,7 +18,7 @@ from sae_lens.config import HfDataset
 
 from saelens_matryoshka.evaluation.activations import hook_activations, in_eval_mode
 from saelens_matryoshka.evaluation.evaluator import flattened_heads, hooks_and_frame
-from saelens_matryoshka.evaluation.tokens import is_excluded, special_token_ids, token_batches
+from saelens_matryoshka.evaluation.tokens import is_excluded, require_count, special_token_ids, token_batches
 from saelens_matryoshka.prefixes import inference_model
 from saelens_matryoshka.report.collector import HISTOGRAM_BINS, Collector
 from saelens_matryoshka.report.samples import Samples
@@ -76,7 +76,7 @@ def collect_samples(
         ValueError: a number is out of range, the model has no such hook, its norms are folded otherwise than
             those of the model the SAE was trained on, or the dataset has no tokens.
     """
-    _check(n_tokens, n_top, n_intervals, per_interval, before, after, batch_size_prompts)
+    _check(n_top, n_intervals, per_interval, before, after)
     sae = inference_model(sae)
     hook, _, _ = hooks_and_frame(sae, model)
     excluded = special_token_ids(model, exclude_special_tokens)
@@ -135,24 +135,10 @@ def _goes_over(batches: Iterator[torch.Tensor], tokens: torch.Tensor) -> bool:
     return True
 
 
-def _check(
-    n_tokens: int,
-    n_top: int,
-    n_intervals: int,
-    per_interval: int,
-    before: int,
-    after: int,
-    batch_size_prompts: int,
-) -> None:
-    for name, value in {
-        "n_tokens": n_tokens,
-        "n_top": n_top,
-        "per_interval": per_interval,
-        "batch_size_prompts": batch_size_prompts,
-    }.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1.")
-    if before < 0 or after < 0:
-        raise ValueError(f"before={before} and after={after} must not be negative.")
+def _check(n_top: int, n_intervals: int, per_interval: int, before: int, after: int) -> None:
+    require_count("n_top", n_top, 1)
+    require_count("per_interval", per_interval, 1)
+    require_count("before", before, 0)
+    require_count("after", after, 0)
     if n_intervals not in (2, 4, 8, 16, 32, HISTOGRAM_BINS):
         raise ValueError(f"n_intervals={n_intervals} must be a power of two from 2 to {HISTOGRAM_BINS}.")
