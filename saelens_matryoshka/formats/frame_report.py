@@ -19,6 +19,7 @@ from sae_lens import SAE
 from saelens_matryoshka.evaluation.metrics import FiringCounts, ReconstructionSums
 from saelens_matryoshka.formats.coder import SparseCoder, from_saelens
 from saelens_matryoshka.formats.frames import has_post_norm
+from saelens_matryoshka.formats.layout import block_hook
 from saelens_matryoshka.formats.thresholds import hook_rows
 from saelens_matryoshka.sites import Site, find_site, hook_names, norm_gain
 
@@ -223,7 +224,7 @@ def _trained_l0(coder: SparseCoder) -> float | None:
 
 
 def _layer(hook: str) -> int:
-    parts = hook.split(".")
-    if len(parts) < 3 or parts[0] != "blocks" or not parts[1].isdigit():
+    block = block_hook(hook)
+    if block is None:
         raise ValueError(f"hook_name={hook!r} does not say which layer it is of: give --layer.")
-    return int(parts[1])
+    return block[0]
