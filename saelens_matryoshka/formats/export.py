@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
 from saelens_matryoshka.atomic import whole_folder
@@ -240,8 +241,6 @@ def upload(folder: Path, repo_id: str, *, private: bool = False) -> str:
     Returns:
         The address of the commit.
     """
-    from huggingface_hub import HfApi
-
     api = HfApi()
     api.create_repo(repo_id, private=private, exist_ok=True)
     commit = api.upload_folder(

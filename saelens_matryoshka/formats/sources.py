@@ -11,6 +11,9 @@ import tempfile
 from abc import ABC, abstractmethod
 from pathlib import Path, PurePosixPath
 
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
 from saelens_matryoshka.formats.files import FormatError
 
 _MAX_LISTED = 100_000
@@ -107,9 +110,6 @@ class HubRepository(Source):
         self.label = f"{repo_id}@{revision}" if revision else repo_id
 
     def _find(self, relative: str) -> Path | None:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
         try:
             path = hf_hub_download(
                 self.repo_id, relative, revision=self.revision, force_download=self.force_download
@@ -124,9 +124,6 @@ class HubRepository(Source):
         return Path(path)
 
     def _names(self, inside: str) -> list[str]:
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import OfflineModeIsEnabled
-
         try:
             names = HfApi().list_repo_files(self.repo_id, revision=self.revision)
         except OfflineModeIsEnabled:
@@ -137,9 +134,6 @@ class HubRepository(Source):
         return [name for name in names if not inside or name == inside or name.startswith(inside + "/")]
 
     def _snapshot(self) -> Path | None:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
         try:
             return Path(snapshot_download(self.repo_id, revision=self.revision, local_files_only=True))
         except LocalEntryNotFoundError:
