@@ -125,8 +125,9 @@ def from_state(trainer: dict[str, Any], tensors: StateDict, label: str = CONFIG)
             "function is a plain ReLU. Thresholds can be fitted with --calibrate-l0.",
             stacklevel=2,
         )
-        return coder.with_metadata(matryoshka_widths=_widths(tensors, coder.d_sae, label))
-    coder = coder.with_tensors(threshold=threshold.to(coder.b_enc.dtype).expand(coder.d_sae).contiguous())
+    else:
+        threshold = threshold.to(coder.b_enc.dtype).expand(coder.d_sae).contiguous()
+        coder = coder.with_tensors(threshold=threshold)
     return coder.with_metadata(matryoshka_widths=_widths(tensors, coder.d_sae, label))
 
 

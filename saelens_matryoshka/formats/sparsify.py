@@ -84,23 +84,20 @@ def load(source: Source, item: str) -> SparseCoder:
     config_path = source.file(join(item, CONFIG))
     config = read_json(config_path)
     hookpoint = PurePosixPath(item).name
-    config["d_in"] = field(config, "d_in", int, config_path)
+    field(config, "d_in", int, config_path)
     if not config.get("num_latents"):
         config["num_latents"] = config["d_in"] * field(config, "expansion_factor", int, config_path)
     field(config, "num_latents", int, config_path)
-    config["k"] = field(config, "k", int, config_path)
+    field(config, "k", int, config_path)
+    shapes = {name: tuple(config[dim] for dim in dims) for name, dims in _SHAPES.items()}
     optional = () if config.get("skip_connection") else ("W_skip",)
-    tensors = read_safetensors(path, _sized(config), optional)
+    tensors = read_safetensors(path, shapes, optional)
     coder = from_state(config, tensors, hookpoint)
     training = source.find(join(str(PurePosixPath(item).parent), "config.json"))
     model = read_json(training).get("model") if training else None
     if isinstance(model, str):
         coder = coder.with_metadata(model_name=model)
     return coder.with_note(read_note(path))
-
-
-def _sized(config: dict[str, Any]) -> dict[str, tuple[str | int, ...]]:
-    return {name: tuple(config[dim] for dim in dims) for name, dims in _SHAPES.items()}
 
 
 def from_state(config: dict[str, Any], tensors: StateDict, hookpoint: str) -> SparseCoder:
