@@ -37,6 +37,16 @@ class Eval:
     """whether it runs on labelled text"""
 
 
+_PROBING_FIGURES = {
+    "sae_top_1_test_accuracy": "accuracy, 1 latent",
+    "sae_top_5_test_accuracy": "accuracy, 5 latents",
+    "llm_test_accuracy": "accuracy, activation",
+}
+_PROBE_SETTINGS = (  # of SCR and TPP
+    *("dataset_names", "train_set_size", "test_set_size", "context_length", "probe_epochs"),
+    *("probe_lr", "probe_l1_penalty", "probe_train_batch_size", "early_stopping_patience"),
+)
+
 EVALS: dict[str, Eval] = {
     item.name: item
     for item in (
@@ -62,11 +72,7 @@ EVALS: dict[str, Eval] = {
         ),
         Eval(
             "sparse_probing",
-            {
-                "sae_top_1_test_accuracy": "accuracy, 1 latent",
-                "sae_top_5_test_accuracy": "accuracy, 5 latents",
-                "llm_test_accuracy": "accuracy, activation",
-            },
+            _PROBING_FIGURES,
             clipped=("k_values",),
             without_latents=(
                 *("dataset_names", "probe_train_set_size", "probe_test_set_size"),
@@ -76,11 +82,7 @@ EVALS: dict[str, Eval] = {
         ),
         Eval(
             "sae_probes",
-            {
-                "sae_top_1_test_accuracy": "accuracy, 1 latent",
-                "sae_top_5_test_accuracy": "accuracy, 5 latents",
-                "llm_test_accuracy": "accuracy, activation",
-            },
+            _PROBING_FIGURES,
             clipped=("ks",),
             without_latents=("setting", "baseline_method"),
         ),
@@ -93,11 +95,7 @@ EVALS: dict[str, Eval] = {
             },
             min_width=2,
             clipped=("n_values",),
-            without_latents=(
-                *("dataset_names", "train_set_size", "test_set_size", "context_length", "probe_epochs"),
-                *("probe_lr", "probe_l1_penalty", "probe_train_batch_size", "early_stopping_patience"),
-                "column1_vals_lookup",
-            ),
+            without_latents=(*_PROBE_SETTINGS, "column1_vals_lookup"),
             labelled=True,
         ),
         Eval(
@@ -109,10 +107,7 @@ EVALS: dict[str, Eval] = {
             },
             min_width=2,
             clipped=("n_values",),
-            without_latents=(
-                *("dataset_names", "train_set_size", "test_set_size", "context_length", "probe_epochs"),
-                *("probe_lr", "probe_l1_penalty", "probe_train_batch_size", "early_stopping_patience"),
-            ),
+            without_latents=_PROBE_SETTINGS,
             labelled=True,
         ),
     )
