@@ -102,7 +102,7 @@ def render_page(content: PageContent) -> str:
         no_samples="No samples were collected. saelens-matryoshka report without --no-samples adds them.",
         density_lead="" if samples is None else _density_lead(samples),
         latents_lead="" if samples is None else _latents_lead(samples),
-        facts=[{"name": name, "value": value} for name, value in content.facts.items()],
+        facts=content.facts,
         data=htmlsafe_json_dumps(data, separators=(",", ":"), allow_nan=False),
         blob=Markup(blob),
         css=Markup((assets / "page.css").read_text(encoding="utf-8")),
@@ -165,31 +165,29 @@ def _density(samples: Samples, widths: list[int]) -> dict[str, Any]:
     }
 
 
-def _tiles(content: PageContent) -> list[dict[str, str]]:
-    tiles = []
+def _tiles(content: PageContent) -> list[tuple[str, str, str]]:
+    """Names, figures and notes of the tiles at the top."""
+    tiles: list[tuple[str, str, str]] = []
     evaluation, samples = content.evaluation, content.samples
     n_levels = len(content.widths)
+    l0, dead, n_tokens = None, None, 0
     if evaluation is not None:
         whole = evaluation["prefixes"][-1]
-        fvu = _figure(whole["fvu"], ".3f")
-        tiles.append({"name": "FVU", "value": fvu, "note": "of the whole dictionary"})
+        l0, dead, n_tokens = whole["l0"], whole["dead_fraction"], evaluation["n_tokens"]
+        tiles.append(("FVU", _figure(whole["fvu"], ".3f"), "of the whole dictionary"))
         if whole.get("ce_recovered") is not None:
-            note = "against zero ablation"
-            tiles.append({"name": "CE recovered", "value": f"{whole['ce_recovered']:.1%}", "note": note})
-        note = f"k = {content.k:g} in training" if content.k else "active latents per token"
-        tiles.append({"name": "L0", "value": _figure(whole["l0"], ".1f"), "note": note})
-        dead = _figure(whole["dead_fraction"], ".1%")
-        tiles.append({"name": "dead", "value": dead, "note": f"on {evaluation['n_tokens']:,} tokens"})
+            tiles.append(("CE recovered", f"{whole['ce_recovered']:.1%}", "against zero ablation"))
     elif samples is not None:
-        l0 = samples.fired.sum().item() / samples.n_tokens
-        dead = (samples.fired == 0).double().mean().item()
+        n_tokens = samples.n_tokens
+        l0, dead = samples.fired.sum().item() / n_tokens, (samples.fired == 0).double().mean().item()
+    if evaluation is not None or samples is not None:
         note = f"k = {content.k:g} in training" if content.k else "active latents per token"
-        tiles.append({"name": "L0", "value": f"{l0:.1f}", "note": note})
-        tiles.append({"name": "dead", "value": f"{dead:.1%}", "note": f"on {samples.n_tokens:,} tokens"})
+        tiles.append(("L0", _figure(l0, ".1f"), note))
+        tiles.append(("dead", _figure(dead, ".1%"), f"on {n_tokens:,} tokens"))
     note = f"in {n_levels} nested levels" if n_levels > 1 else "in one level"
-    tiles.append({"name": "latents", "value": f"{content.widths[-1]:,}", "note": note})
+    tiles.append(("latents", f"{content.widths[-1]:,}", note))
     if content.log is not None:
-        tiles.append({"name": "trained on", "value": _short(content.log["tokens"][-1]), "note": "tokens"})
+        tiles.append(("trained on", _short(content.log["tokens"][-1]), "tokens"))
     return tiles
 
 
