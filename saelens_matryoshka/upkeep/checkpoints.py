@@ -94,10 +94,11 @@ class Checkpoints:
             os.rename(aside, path)
             _sync(self.folder)
         except Exception as error:
+            free = _free(aside)
             shutil.rmtree(aside, ignore_errors=True)
             last = self.newest()
             raise CheckpointError(
-                f"The checkpoint {path} could not be written: {error}. "
+                f"The checkpoint {path} could not be written{free}: {error}. "
                 + (f"The last good one is {last.path}." if last else "There is none before it.")
             ) from error
         except BaseException:
@@ -214,6 +215,14 @@ def _seal(folder: Path, trainer: SAETrainer[Any, Any]) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in [*found, folder / MANIFEST, folder]:
         _sync(path)
+
+
+def _free(folder: Path) -> str:
+    """How much room there is, in words: torch's error does not say that a disk is full."""
+    try:
+        return f" ({shutil.disk_usage(folder).free / 1e6:,.0f} MB are free)"
+    except OSError:  # it has gone
+        return ""
 
 
 def _sync(path: Path) -> None:
