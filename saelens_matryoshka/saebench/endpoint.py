@@ -82,7 +82,7 @@ class ChatModel:
 
         Raises:
             EndpointError: the endpoint will refuse the other requests too.
-            openai.OpenAIError: this request failed, after all retries.
+            openai.OpenAIError: this request failed, after all retries, or what came back is no answer.
         """
         import openai  # pyright: ignore[reportMissingImports]
 
@@ -101,7 +101,19 @@ class ChatModel:
                 f"The endpoint {self._client.base_url} does not have model {self.endpoint.model!r}: "
                 f"{_text(error)}"
             ) from None
-        return (result.choices[0].message.content or "").strip()
+        except ValueError as error:
+            raise openai.OpenAIError(f"the answer is no JSON: {error}") from None
+        # The client checks nothing: a proxy's page comes as a str, a gateway's error without choices.
+        choices = getattr(result, "choices", None)
+        if not choices:
+            raise openai.OpenAIError(f"the answer is no chat completion: {str(result)[:200]}")
+        text = (choices[0].message.content or "").strip()
+        if not text:
+            reason = choices[0].finish_reason  # "length": a model that thinks has used up its tokens
+            raise openai.OpenAIError(
+                f"the answer is empty, of at most {max_tokens} tokens (finish_reason {reason!r})"
+            )
+        return text
 
 
 def _text(error: Any) -> str:

@@ -27,6 +27,8 @@ class ChatServer(ThreadingHTTPServer):
         """how many of the next requests are answered with 429"""
         self.fails_after: int | None = None
         """after how many answers every request gets 500"""
+        self.body: bytes | None = None
+        """what is sent in place of every answer"""
         self.lock = threading.Lock()
 
     @property
@@ -55,7 +57,7 @@ class _Handler(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             status, body = self._answer(request)
-        data = json.dumps(body).encode()
+        data = json.dumps(body).encode() if self.server.body is None else self.server.body
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))

@@ -163,6 +163,34 @@ def test_an_answer_that_is_no_list_is_kept_unscored(
     assert "3 answers could not be read" in str(said.table().caption)
 
 
+NO_ANSWERS = {
+    "cut short": (b'{"id": "1", "choi', "is no JSON"),
+    "another kind": (b"[]", r"is no chat completion: \[\]"),
+    "a gateway's error": (b'{"error": {"message": "overloaded"}}', "is no chat completion.*overloaded"),
+    "no choices": (b'{"choices": []}', "is no chat completion"),
+    "no text": (
+        b'{"choices": [{"finish_reason": "length", "message": {"content": null}}]}',
+        r"is empty.*\(finish_reason 'length'\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NO_ANSWERS)
+def test_what_is_no_answer_is_told_and_asked_for_again(
+    case: str,
+    detectors: SAE[Any],
+    tiny_model: HookedTransformer,
+    text: Dataset,
+    server: ChatServer,
+    tmp_path: Path,
+) -> None:
+    server.body, message = NO_ANSWERS[case]
+    with pytest.raises(RuntimeError, match=rf"3 of 3 latents got no answer \(latent .: the answer {message}"):
+        _describe(detectors, tiny_model, text, tmp_path / "d", server)
+    server.body = None
+    assert sorted(_describe(detectors, tiny_model, text, tmp_path / "d", server).by_latent) == [0, 1, 2]
+
+
 def test_what_the_endpoint_refuses_is_told_at_once(
     detectors: SAE[Any],
     tiny_model: HookedTransformer,
