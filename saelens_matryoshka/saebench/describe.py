@@ -131,16 +131,17 @@ def _ask(
 ) -> None:
     from openai import OpenAIError  # pyright: ignore[reportMissingImports]
 
+    def describe_one(latent: int, parts: Examples) -> None:
+        # Written down here: what is under way when the call is interrupted is paid for, and kept too.
+        said.add(_describe_one(interp, chat, latent, *parts))
+
     failed: list[str] = []
     executor = ThreadPoolExecutor(max_workers=concurrency)
     try:
-        futures = {
-            executor.submit(_describe_one, interp, chat, latent, *parts): latent
-            for latent, parts in examples.items()
-        }
+        futures = {executor.submit(describe_one, latent, parts): latent for latent, parts in examples.items()}
         for n_done, future in enumerate(as_completed(futures), start=1):
             try:
-                said.add(future.result())
+                future.result()
             except OpenAIError as error:
                 failed.append(f"latent {futures[future]}: {error}")
             if on_progress is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+
+from saelens_matryoshka.atomic import write_atomically
 
 _SETTINGS, _LATENTS = "settings.json", "latents.jsonl"
 
@@ -54,7 +57,7 @@ class Description:
 
 @dataclass
 class Descriptions:
-    """All descriptions of one model in a folder, added to as they come."""
+    """All descriptions of one model in a folder, added to as they come, from several threads too."""
 
     folder: Path
     settings: dict[str, Any]
@@ -63,6 +66,7 @@ class Descriptions:
     """cumulative widths of the levels"""
     by_latent: dict[int, Description] = field(default_factory=dict)
     _prepared: bool = field(default=False, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @classmethod
     def open(cls, folder: str | Path, settings: Mapping[str, Any], widths: list[int]) -> Descriptions:
@@ -98,8 +102,7 @@ class Descriptions:
         """Make the folder, and say in it what the descriptions are made with."""
         if self._prepared:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / _SETTINGS).write_text(json.dumps(self.settings, indent=2) + "\n")
+        write_atomically(self.folder / _SETTINGS, json.dumps(self.settings, indent=2) + "\n")
         path = self.folder / _LATENTS
         if path.exists() and not path.read_bytes().endswith(b"\n"):
             with path.open("a") as file:
@@ -108,10 +111,11 @@ class Descriptions:
 
     def add(self, description: Description) -> None:
         """Write one down."""
-        self._prepare()
-        with (self.folder / _LATENTS).open("a") as file:
-            file.write(json.dumps(description.to_dict()) + "\n")
-        self.by_latent[description.latent] = description
+        with self._lock:
+            self._prepare()
+            with (self.folder / _LATENTS).open("a") as file:
+                file.write(json.dumps(description.to_dict()) + "\n")
+            self.by_latent[description.latent] = description
 
     def table(self) -> Table:
         """Mean scores of every level, for rich; fits 80 columns."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -188,6 +189,38 @@ def test_what_is_no_answer_is_told_and_asked_for_again(
     with pytest.raises(RuntimeError, match=rf"3 of 3 latents got no answer \(latent .: the answer {message}"):
         _describe(detectors, tiny_model, text, tmp_path / "d", server)
     server.body = None
+    assert sorted(_describe(detectors, tiny_model, text, tmp_path / "d", server).by_latent) == [0, 1, 2]
+
+
+def test_what_is_under_way_at_an_interruption_is_kept(
+    detectors: SAE[Any], tiny_model: HookedTransformer, text: Dataset, server: ChatServer, tmp_path: Path
+) -> None:
+    def interrupt(n_done: int, n_all: int) -> None:  # noqa: ARG001
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _describe(detectors, tiny_model, text, tmp_path / "d", server, on_progress=interrupt)
+    kept = (tmp_path / "d" / "latents.jsonl").read_text().splitlines()
+    assert len(kept) == len(server.answered) / 2 == 3
+
+
+def test_a_full_disk_leaves_the_settings_that_were_there(
+    detectors: SAE[Any],
+    tiny_model: HookedTransformer,
+    text: Dataset,
+    server: ChatServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _describe(detectors, tiny_model, text, tmp_path / "d", server, latents=[0])
+
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            _describe(detectors, tiny_model, text, tmp_path / "d", server)
     assert sorted(_describe(detectors, tiny_model, text, tmp_path / "d", server).by_latent) == [0, 1, 2]
 
 
