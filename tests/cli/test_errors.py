@@ -7,7 +7,9 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 import typer
+from safetensors.torch import save_file
 
 from saelens_matryoshka import cli
 from saelens_matryoshka.cli.output import Console, message
@@ -28,6 +30,16 @@ def test_an_error_is_told_word_for_word(
     with pytest.raises(SystemExit):
         cli.main()
     assert capsys.readouterr().err == f"error: {said}\n"
+
+
+def test_a_full_disk_is_told_by_the_writer_of_weights_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "app", lambda: save_file({"a": torch.zeros(1)}, tmp_path / "missing" / "file"))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.startswith("error: Error while serializing: I/O error")
 
 
 def test_a_path_or_a_command_is_told_whole_however_long_it_is(
