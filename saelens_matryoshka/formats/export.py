@@ -78,10 +78,11 @@ def import_models(
     source, inside = open_source(src)
     inside = "/".join(part for part in (inside, item) if part)
     found = get_format(format).items(source, inside)
-    if not found and item:
+    if not found and item and source.names(inside) != [inside]:
         found = [inside]  # a name that the format understands, such as a layer's without its suffix
     if not found:
-        raise FormatError(f"{src} holds nothing in the format {format!r}.{_hint(source, inside, format)}")
+        where = "/".join(part for part in (src, item) if part)
+        raise FormatError(f"{where} holds nothing in the format {format!r}.{_hint(source, inside, format)}")
 
     def import_one(name: str, folder: Path) -> SparseCoder:
         coder = load(source, name, format, given)

@@ -215,6 +215,11 @@ def test_a_source_in_another_format_than_said_is_recognised(stock: Path, tmp_pat
         import_models(str(tmp_path / "notes.txt"), "sparsify", tmp_path / "out")
 
 
+def test_a_file_in_place_of_a_model_s_folder_is_said_to_be_one(stock: Path, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"cfg\.json holds nothing .* name the folder that they are in"):
+        import_models(str(stock), "saelens", tmp_path / "out", item="layer_0/cfg.json")
+
+
 def test_checkpoints_below_a_model_are_not_taken_for_layers(tmp_path: Path) -> None:
     build(random_coder()).save_model(tmp_path / "sae")
     build(random_coder()).save_model(tmp_path / "sae" / "checkpoint_1000")
