@@ -313,14 +313,15 @@ def told_how_to_go_on(folder: Path, console: Console) -> Iterator[None]:
 
     go_on = f"To go on: saelens-matryoshka train --resume {shlex.quote(str(folder))}"
 
-    def what_is_kept() -> str:
-        return go_on if RunFolder(folder).is_run() or runs_in(folder) else _NOTHING_WRITTEN
+    def what_is_kept(otherwise: str = _NOTHING_WRITTEN) -> str:
+        return go_on if RunFolder(folder).is_run() or runs_in(folder) else otherwise
 
     try:
         with interruptible(what_is_kept):
             yield
     except RunStopped as stopped:
-        console.print(f"\n{stopped}\n{go_on}", soft_wrap=True, markup=False)
+        kept = what_is_kept(f"{folder} is not there any more: from where it was moved to, --resume goes on.")
+        console.print(f"\n{stopped}\n{kept}", soft_wrap=True, markup=False)
         raise typer.Exit(stopped.exit_code) from None
 
 

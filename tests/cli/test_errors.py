@@ -79,8 +79,21 @@ def test_a_dataset_that_cannot_be_looked_for_is_named_with_what_to_do() -> None:
 
 
 @pytest.mark.parametrize("said", QUOTED)
-def test_why_a_run_stopped_is_told_word_for_word(said: str) -> None:
+def test_why_a_run_stopped_is_told_word_for_word(
+    said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("results/x").mkdir(parents=True)
+    Path("results/x/config.yaml").write_text("started_at: then\n")
     told = io.StringIO()
     with pytest.raises(typer.Exit), told_how_to_go_on(Path("results/x"), Console(file=told)):
         raise RunStopped(said)
     assert f"\n{said}\nTo go on: saelens-matryoshka train --resume results/x\n" in told.getvalue()
+
+
+def test_a_run_whose_folder_is_gone_is_not_said_to_go_on_there(tmp_path: Path) -> None:
+    told = io.StringIO()
+    with pytest.raises(typer.Exit), told_how_to_go_on(tmp_path / "x", Console(file=told)):
+        raise RunStopped("no such file")
+    assert "x is not there any more" in told.getvalue()
+    assert "To go on" not in told.getvalue()
