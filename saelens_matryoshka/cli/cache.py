@@ -68,7 +68,7 @@ def cache(
 
         require_own_folder(folder)
         settings, first = _settings(context.args, preset, mapping, layers, hook or [])
-        from saelens_matryoshka.cache import CacheSettings, write_cache
+        from saelens_matryoshka.cache import CacheError, CacheSettings, open_cache, write_cache
         from saelens_matryoshka.layers.lockstep import load_model_for
         from saelens_matryoshka.runs.training import overrides
 
@@ -81,11 +81,19 @@ def cache(
         )
         given = overrides(first)
         model = given.get("override_model") or load_model_for([one.cfg for one in settings])
-    console.print(f"Writing {len(wanted.hook_names)} hooks of {wanted.model_name} to {folder}", markup=False)
+        try:
+            open_cache(folder)
+            whole = True
+        except CacheError:
+            whole = False
+    if not whole:
+        hooks = f"{len(wanted.hook_names)} hooks of {wanted.model_name}"
+        console.print(f"Writing {hooks} to {folder}", markup=False)
     started = time.monotonic()
     manifest = write_cache(folder, model, wanted, given.get("override_dataset"), progress=not on_stdout(json))
     _print(folder, manifest, console, json)
-    console.print(f"Written in {time.monotonic() - started:,.0f} s.")
+    took = f"Written in {time.monotonic() - started:,.0f} s."
+    console.print("It is complete: nothing had to be written." if whole else took)
     if manifest.rows("train") < 0.5 * wanted.training_tokens:
         console.print(f"The text had no more than these tokens; {wanted.training_tokens:,} were asked for.")
 

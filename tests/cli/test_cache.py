@@ -38,7 +38,12 @@ def test_a_cache_is_written_shown_verified_and_trained_from(
     monkeypatch.chdir(tmp_path)
     words = ["--model_name", "tiny", "--context_size", "32", "--tokens", "1024", "--held-out", "128"]
     words += ["--mapping", "mlp", "--layers", "2", "--hook", "blocks.1.hook_resid_post"]
-    _run("cache", "acts", *words)
+    assert "Written in" in _run("cache", "acts", *words)
+    again = _run("cache", "acts", *words)
+    assert "It is complete: nothing had to be written." in again
+    assert "Writing" not in again
+    next(Path("acts/train").glob("*.arrow")).unlink()
+    assert "Written in" in _run("cache", "acts", *words)
     shown = _run("cache", "acts")
     assert "blocks.1.hook_resid_post" in shown
     assert "1,024 tokens to train on" in shown
