@@ -126,7 +126,7 @@ def _show(
     if skipped := [one for one in names if one not in results]:
         console.print(f"Finished before, and left alone: {', '.join(skipped)}.", markup=False)
     table = Table("run", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for heading in ("width", "FVU", "L0", "dead", "CE rec."):
+    for heading in ("width", "FVU", "L0", "dead", "CE rec.\nzero"):
         table.add_column(heading, justify="right")
     for one, result in results.items():
         if result is None:

@@ -25,6 +25,7 @@ def runs(
 
     The numbers are those of metrics.json, measured on held-out text after
     training; of a run that is not done, those of its last logged batch, with a ~.
+    CE recovered is that against zero ablation.
 
       saelens-matryoshka runs
       saelens-matryoshka runs results/gpt2 --prefixes

@@ -166,7 +166,7 @@ def runs_table(runs: list[Run], *, prefixes: bool = False) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("run", overflow="fold")
     table.add_column("status", no_wrap=True)
-    for heading in ("tokens", "FVU", "L0", "dead", "CE rec."):
+    for heading in ("tokens", "FVU", "L0", "dead", "CE rec.\nzero"):
         table.add_column(heading, justify="right", no_wrap=True)
     for (model, mapping), group in groupby(runs, key=lambda run: (run.model, run.mapping)):
         table.add_row(Text(f"{model} · {mapping}", "bold"))

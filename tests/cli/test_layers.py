@@ -24,7 +24,9 @@ def _run(*words: str) -> str:
 def test_layers_are_trained_left_alone_and_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["train", "--mapping", "mlp", "--name", "n", *_SIZES]
-    assert "export results/tiny/mlp-0-1/n --to circuit-tracer" in _run(*words, "--layers", "0-1")
+    said = _run(*words, "--layers", "0-1")
+    assert "export results/tiny/mlp-0-1/n --to circuit-tracer" in said
+    assert next(line for line in said.splitlines() if " width " in line).split()[-1] == "zero", "ablation"
     parent = Path("results/tiny/mlp-0-1/n")
     assert {path.name for path in parent.iterdir()} >= {"mlp-0", "mlp-1", "checkpoints"}
     assert "Finished before, and left alone: mlp-0, mlp-1." in _run(*words, "--layers", "0-1").replace(

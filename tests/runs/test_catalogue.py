@@ -72,6 +72,8 @@ def test_runs_are_found_with_their_state_and_numbers(tmp_path: Path) -> None:
         "10k/20k",
         "~0.250",
         "90.0%",
+        "CE rec.",
+        "zero",
     ):
         assert word in shown, shown
     assert "interrupted" in _shown(tmp_path / "gpt2" / "mlp-9")  # the lock went with its holder
