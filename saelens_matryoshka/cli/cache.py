@@ -170,9 +170,10 @@ def _print(folder: Path, manifest: Manifest, console: Console, json: Path | None
     from rich.table import Table
 
     settings = manifest.settings
-    table = Table("hook", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    table.add_column("width", justify="right")
-    table.add_column("frame")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("hook", overflow="fold")
+    table.add_column("width", justify="right", no_wrap=True)
+    table.add_column("frame", no_wrap=True)
     for name, hook in manifest.hooks.items():
         table.add_row(name, f"{hook.width:,}", hook.frame)
     console.print(table)

@@ -93,7 +93,9 @@ def _show_settings(settings: dict[str, Settings], console: Console) -> None:
 
     from saelens_matryoshka.cli.train import settings_table
 
-    sites = Table("run", "reads", "predicts", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    sites = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for heading in ("run", "reads", "predicts"):
+        sites.add_column(heading, overflow="fold")
     for name, one in settings.items():
         sites.add_row(name, one.cfg.hook_name, getattr(one.cfg.sae, "hook_name_out", None) or "the same")
     console.print(sites)
@@ -125,9 +127,10 @@ def _show(
         return
     if skipped := [one for one in names if one not in results]:
         console.print(f"Finished before, and left alone: {', '.join(skipped)}.", markup=False)
-    table = Table("run", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("run", overflow="fold")
     for heading in ("width", "FVU", "L0", "dead", "CE rec.\nzero"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for one, result in results.items():
         if result is None:
             table.add_row(one, "-", "-", "-", "-", "-")

@@ -17,13 +17,19 @@ from typing import IO, Annotated, Any
 import rich.console
 import typer
 from rich.cells import cell_len
+from rich.console import Group
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 from saelens_matryoshka.atomic import write_atomically
 
 OUTPUT, TEXT = "Output", "Text and tokens"
 """panels of the help: what is printed and written, and what is measured on"""
+_UNLIMITED = 1000
+"""columns of a terminal that every table fits in"""
+_FOLDED = 8
+"""columns that text which may be folded is given, however narrow the terminal is"""
 
 
 class _Aside:
@@ -57,17 +63,41 @@ Json = Annotated[
 
 
 class Console(rich.console.Console):
-    """The terminal, where a word that is longer than a line, a path mostly, stays whole and can be copied."""
+    """The terminal, where what is wider than a line is left to it to wrap: no figure of a table is cut, and a
+    word, a path mostly, stays whole and can be copied.
+    """
 
     def __init__(self, *, stderr: bool = False, file: IO[str] | None = None) -> None:
         super().__init__(stderr=stderr, file=file, highlight=False, emoji=False)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """As rich's, but that lines with such a word are left to the terminal to wrap."""
+        """As rich's, but for lines with such a word or table."""
         words = (word for one in objects if isinstance(one, str | Text) for word in str(one).split())
         if any(cell_len(word) > self.width for word in words):
             options["soft_wrap"] = True
+        for one in objects:
+            if isinstance(one, Group):
+                for part in one.renderables:
+                    self.print(part, **options)
+                return
+        width = self.width
+        needed = max((self._needed(one) for one in objects if isinstance(one, Table)), default=0)
+        if needed > width:
+            self.width = needed
         super().print(*objects, **options)
+        if needed > width:
+            self.width = width
+
+    def _needed(self, table: Table) -> int:
+        """Columns below which rich would cut what a table says."""
+        folded = [column for column in table.columns if not column.no_wrap]
+        for column in folded:
+            column.width = column.min_width or _FOLDED
+        try:
+            return self.measure(table, options=self.options.update(width=_UNLIMITED)).maximum
+        finally:
+            for column in folded:
+                column.width = None
 
     def tell(self, error: str) -> None:
         """Print an error, in lines that end between words."""

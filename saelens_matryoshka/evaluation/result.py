@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 
 from saelens_matryoshka.evaluation.metrics import DENSITY_EDGES
@@ -137,8 +138,15 @@ def _from_dict(kind: type[T], record: dict[str, Any], *, with_ce: bool) -> T:
 class _Numbers(Table):
     """A table whose columns move together on a narrow terminal, where rich would cut the figures."""
 
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        padding, self.padding = self.padding, 0  # which it can do without
+        try:
+            return super().__rich_measure__(console, options)
+        finally:
+            self.padding = padding
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        wanted = self.__rich_measure__(console, options.update(width=_UNLIMITED)).maximum
+        wanted = super().__rich_measure__(console, options.update(width=_UNLIMITED)).maximum
         padding = self.padding
         if wanted > options.max_width:
             self.padding = 0

@@ -114,7 +114,7 @@ class FrameReport:
         table.add_column("tensor", overflow="fold")
         for heading in ("FVU", "L0"):
             table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         for candidate in self.candidates:
             mark = "declared" if candidate.name == self.declared else ""
             table.add_row(candidate.name, f"{candidate.fvu:,.3f}", f"{candidate.l0:.1f}", mark)

@@ -164,7 +164,8 @@ def runs_table(runs: list[Run], *, prefixes: bool = False) -> Table:
         prefixes: A row for every prefix, and not for the whole dictionary alone.
     """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("run", overflow="fold")
+    # 12: "first 1024" in one piece; 6: all of it in 60 columns
+    table.add_column("run", overflow="fold", min_width=12 if prefixes else 6)
     table.add_column("status", no_wrap=True)
     for heading in ("tokens", "FVU", "L0", "dead", "CE rec.\nzero"):
         table.add_column(heading, justify="right", no_wrap=True)

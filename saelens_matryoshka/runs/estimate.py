@@ -287,9 +287,9 @@ def _is_here(device: Any) -> bool:
 def _device_table(device: Device) -> Table:
     title = f"{device.name}: {_size(device.peak)}, at its most while {device.peak_phase}"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, title_justify="left")
-    table.add_column("at the peak")
+    table.add_column("at the peak", overflow="fold")
     table.add_column("", justify="right", no_wrap=True)
-    table.add_column("in each part of the run")
+    table.add_column("in each part of the run", overflow="fold")
     table.add_column("", justify="right", no_wrap=True)
     parts = sorted(device.parts.items(), key=lambda part: -part[1])
     small = [n for _, n in parts if n < device.peak / 100]

@@ -121,7 +121,7 @@ class Descriptions:
         """Mean scores of every level, for rich; fits 80 columns."""
         table = Table(title="Detection of latents from their descriptions", box=box.SIMPLE_HEAD)
         for heading in ("latents", "described", "accuracy", "balanced accuracy"):
-            table.add_column(heading, justify="right")
+            table.add_column(heading, justify="right", no_wrap=True)
         lower = 0
         for width in self.widths:
             here = [self.by_latent[latent] for latent in sorted(self.by_latent) if lower <= latent < width]

@@ -99,7 +99,7 @@ class SAEBenchResult:
 
     def _table(self, widths: list[int]) -> Table:
         table = Table()
-        table.add_column("prefix")
+        table.add_column("prefix", overflow="fold")
         for width in widths:
             table.add_column(f"{width:,}", justify="right", no_wrap=True)
         for name in [name for name in EVALS if any(item.eval == name for item in self.evals)]:

@@ -13,12 +13,15 @@ from pathlib import Path
 
 import pytest
 import typer.main
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.table import Table
 from sae_lens import __version__ as sae_lens_version
 from typer.testing import CliRunner
 
 import saelens_matryoshka
 from saelens_matryoshka.cli import app
+from saelens_matryoshka.cli.output import Console as Terminal
 from saelens_matryoshka.cli.output import token_progress, with_json_targets
 
 COMMAND = [sys.executable, "-m", "saelens_matryoshka"]
@@ -93,6 +96,23 @@ def test_json_alone_means_standard_output(given: str, read: str) -> None:
 def test_presets_do_not_fold_a_model_into_a_column_of_letters() -> None:
     said = CliRunner().invoke(app, ["presets"], env={"COLUMNS": "60", "TERMINAL_WIDTH": "60"}).output
     assert "gpt2" in next(line for line in said.splitlines() if line.startswith("quick"))
+
+
+def test_a_terminal_too_narrow_for_a_table_wraps_its_lines_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("run", overflow="fold")
+    for heading in ("status", "tokens", "FVU", "CE rec.\nzero"):
+        table.add_column(heading, no_wrap=True)
+    table.add_row("12288-k64", "interrupted", "6.14k/4M", "~1.027", "100.0%")
+    shown = io.StringIO()
+    terminal = Terminal(file=shown)
+    terminal.print(Group("a sentence that is longer than forty columns", table))
+    said = shown.getvalue()
+    assert all(word in said for word in ("12288-k", "interrupted", "6.14k/4M", "~1.027", "CE rec.", "100.0%"))
+    assert "…" not in said
+    assert said.startswith("a sentence that is longer than forty \ncolumns\n")
+    assert terminal.width == 40
 
 
 def test_presets_as_json_alone_and_in_a_file_beside_the_table(tmp_path: Path) -> None:
