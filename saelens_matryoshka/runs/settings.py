@@ -368,7 +368,12 @@ def _check(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         if (path := getattr(cfg, name)) is not None and not Path(path).is_dir():
             raise ValueError(f"--{name} {path!r} is no folder.")
     if is_text_file(cfg.dataset_path) and not Path(cfg.dataset_path).is_file():
-        raise ValueError(f"--dataset_path {cfg.dataset_path!r}: there is no such file.")
+        raise ValueError(
+            f"--dataset_path {cfg.dataset_path!r}: there is no such file{_here(cfg.dataset_path)}."
+        )
+    cache = cfg.cached_activations_path if cfg.use_cached_activations else None
+    if cache is not None and not Path(cache).is_dir():
+        raise ValueError(f"--cached_activations_path {cache!r}: there is no such folder{_here(cache)}.")
     trainer = cfg.to_sae_trainer_config()
     assert trainer.lr_end is not None  # the config has put lr / 10
     try:
@@ -388,6 +393,11 @@ def _check(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
             f"the learning-rate schedule (lr {trainer.lr:g}, lr_end {trainer.lr_end:g}, "
             f"lr_scheduler_name {trainer.lr_scheduler_name!r} of {schedulers}): {error}."
         ) from None
+
+
+def _here(path: str) -> str:
+    """Where a relative path was looked for: a run may be resumed from another folder than its first."""
+    return "" if Path(path).is_absolute() else f" in {Path.cwd()}"
 
 
 def _check_place(cfg: LanguageModelSAERunnerConfig[Any]) -> None:

@@ -242,3 +242,14 @@ def test_whole_numbers_have_units(text: str, number: object) -> None:
 
 def test_tokens_are_given_with_a_unit() -> None:
     assert _resolve("--training_tokens 2M").cfg.training_tokens == 2_000_000
+
+
+@pytest.mark.parametrize(
+    "flags", ["--dataset_path t.jsonl", "--use_cached_activations --cached_activations_path t"]
+)
+def test_a_relative_path_is_said_to_have_been_looked_for_in_the_current_folder(
+    flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=rf"there is no such (file|folder) in {tmp_path}\.$"):
+        _resolve(flags)
