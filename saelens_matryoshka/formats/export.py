@@ -75,6 +75,8 @@ def import_models(
         FileExistsError: `out` is not empty.
     """
     _require_new(out)
+    if item == "":  # as that of a variable that is not set
+        raise FormatError("--id '' names nothing: leave it out for all that the source holds.")
     source, inside = open_source(src)
     inside = "/".join(part for part in (inside, item) if part)
     found = get_format(format).items(source, inside)

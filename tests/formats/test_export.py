@@ -220,6 +220,11 @@ def test_a_file_in_place_of_a_model_s_folder_is_said_to_be_one(stock: Path, tmp_
         import_models(str(stock), "saelens", tmp_path / "out", item="layer_0/cfg.json")
 
 
+def test_an_empty_id_is_not_taken_for_all(stock: Path, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="--id '' names nothing"):
+        import_models(str(stock), "saelens", tmp_path / "out", item="")
+
+
 def test_checkpoints_below_a_model_are_not_taken_for_layers(tmp_path: Path) -> None:
     build(random_coder()).save_model(tmp_path / "sae")
     build(random_coder()).save_model(tmp_path / "sae" / "checkpoint_1000")
