@@ -59,8 +59,12 @@ def cache(
     require_writable(json)
     console = Console(stderr=on_stdout(json))
     quieten()
-    asked = [preset, mapping, layers, hook, *context.args]
-    if verify or not any(asked):
+    given = {
+        one
+        for one in context.params
+        if getattr(context.get_parameter_source(one), "name", "") == "COMMANDLINE"
+    }
+    if verify or not (context.args or given - {"folder", "json"}):
         _show(folder, console, json, verify=verify)
         return
     with console.status("loading"):
@@ -79,8 +83,8 @@ def cache(
             dtype=dtype,
             shard_bytes=shard_mb << 20,
         )
-        given = overrides(first)
-        model = given.get("override_model") or load_model_for([one.cfg for one in settings])
+        replaced = overrides(first)
+        model = replaced.get("override_model") or load_model_for([one.cfg for one in settings])
         try:
             open_cache(folder)
             whole = True
@@ -90,7 +94,9 @@ def cache(
         hooks = f"{len(wanted.hook_names)} hooks of {wanted.model_name}"
         console.print(f"Writing {hooks} to {folder}", markup=False)
     started = time.monotonic()
-    manifest = write_cache(folder, model, wanted, given.get("override_dataset"), progress=not on_stdout(json))
+    manifest = write_cache(
+        folder, model, wanted, replaced.get("override_dataset"), progress=not on_stdout(json)
+    )
     _print(folder, manifest, console, json)
     took = f"Written in {time.monotonic() - started:,.0f} s."
     console.print("It is complete: nothing had to be written." if whole else took)

@@ -47,6 +47,8 @@ def test_a_cache_is_written_shown_verified_and_trained_from(
     shown = _run("cache", "acts")
     assert "blocks.1.hook_resid_post" in shown
     assert "1,024 tokens to train on" in shown
+    with pytest.raises(ValueError, match="--model_name is needed"):
+        _run("cache", "acts", "--tokens", "2048")
     assert "All 2 files have the checksums" in _run("cache", "acts", "--verify")
     sizes = ["--d_sae", "64", "-k", "4", "--training_tokens", "1024", "--train_batch_size_tokens", "128"]
     printed = _run(
