@@ -47,15 +47,16 @@ _PER_LATENT_ARCHITECTURES = frozenset(
 def matryoshka_widths(sae: SAE[Any]) -> list[int]:
     """Cumulative widths of the nested levels an SAE or transcoder was trained with.
 
-    They are read from the metadata, where this package and SAELens's `matryoshka_batchtopk` record them.
-    `[d_sae]` if none are known: then the model has one prefix, itself.
+    They are read from the config of a training SAE, and else from the metadata, where this package and
+    SAELens's `matryoshka_batchtopk` record them. `[d_sae]` if none are known: then the model has one
+    prefix, itself.
     """
     _require_sae(sae)
     metadata = sae.cfg.metadata
     details = metadata.get("training_architecture_details") or {}
     recorded = (
-        metadata.get("matryoshka_widths")
-        or getattr(sae.cfg, "matryoshka_widths", None)
+        getattr(sae.cfg, "matryoshka_widths", None)
+        or metadata.get("matryoshka_widths")
         or details.get("matryoshka_widths")
     )
     return cumulative_widths(recorded, sae.cfg.d_sae) if recorded else [sae.cfg.d_sae]

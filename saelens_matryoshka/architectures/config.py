@@ -150,6 +150,18 @@ class MatryoshkaTrainingConfig(MatryoshkaBatchTopKTrainingSAEConfig, ABC):
                 "trained with the k largest of each token"
             )
 
+    # What is written says what the fields are now: they may have been changed since the config was made.
+
+    @override
+    def to_dict(self) -> dict[str, Any]:
+        self.add_training_info_to_metadata()
+        return super().to_dict()
+
+    @override
+    def get_inference_sae_cfg_dict(self) -> dict[str, Any]:
+        self.add_training_info_to_metadata()
+        return super().get_inference_sae_cfg_dict()
+
     def objective(self, *, subtract_b_dec: bool) -> NestedObjective:
         """The loss these settings describe."""
         return NestedObjective(

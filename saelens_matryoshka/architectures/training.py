@@ -50,6 +50,7 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
     """What happens to a batch of NaN or Inf"""
 
     def __init__(self, cfg: MatryoshkaTrainingConfig, use_error_term: bool = False) -> None:
+        cfg.__post_init__()  # its fields may have been changed since it was made
         super().__init__(cfg, use_error_term)
         self.step_fn = SparseStep()
         self.finite = FiniteGuard()

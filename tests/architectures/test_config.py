@@ -130,6 +130,19 @@ def test_metadata_says_what_was_trained() -> None:
     assert metadata["training_architecture"] == "matryoshka_transcoder"
 
 
+def test_fields_that_are_changed_later_are_checked_and_recorded() -> None:
+    cfg = sm.MatryoshkaTrainingSAEConfig(**SAE)
+    cfg.matryoshka_widths = [8, 8, 16]
+    sae = sm.MatryoshkaTrainingSAE(cfg)
+    assert sae.cfg.matryoshka_widths == [8, 16, 32]
+    cfg.matryoshka_widths = [4, 32]
+    assert sm.matryoshka_widths(sae) == sm.matryoshka_widths(sm.inference_model(sae)) == [4, 32]
+    assert cfg.to_dict()["metadata"]["matryoshka_widths"] == [4, 32]
+    cfg.matryoshka_widths = [8, 16]
+    with pytest.raises(ValueError, match=r"matryoshka_widths=\[8, 16\] fits d_sae=32 in neither"):
+        sm.MatryoshkaTrainingSAE(cfg)
+
+
 def test_command_line_knows_the_architectures() -> None:
     config = parse_runner_config(
         [
