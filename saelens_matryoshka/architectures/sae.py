@@ -41,6 +41,7 @@ class MatryoshkaTrainingSAE(MatryoshkaTraining):
     """A sparse autoencoder whose every prefix reconstructs its input on its own."""
 
     cfg: MatryoshkaTrainingSAEConfig  # type: ignore[assignment]
+    config_class = MatryoshkaTrainingSAEConfig
 
     @override
     def split_batch(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -42,6 +42,8 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
 
     cfg: MatryoshkaTrainingConfig  # type: ignore[assignment]
 
+    config_class: type[MatryoshkaTrainingConfig]
+    """What a subclass is made from"""
     step_fn: NestedStepFn
     """The implementation of the training step: `ops.SparseStep`, or `ops.reference_step`"""
     group: Group = ALONE
@@ -50,6 +52,13 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
     """What happens to a batch of NaN or Inf"""
 
     def __init__(self, cfg: MatryoshkaTrainingConfig, use_error_term: bool = False) -> None:
+        if not (
+            isinstance(cfg, self.config_class) and cfg.architecture() == self.config_class.architecture()
+        ):
+            raise ValueError(
+                f"cfg is a {type(cfg).__name__}, and a {type(self).__name__} is made from a "
+                f"{self.config_class.__name__}."
+            )
         cfg.__post_init__()  # its fields may have been changed since it was made
         super().__init__(cfg, use_error_term)
         self.step_fn = SparseStep()

@@ -131,6 +131,7 @@ class MatryoshkaTrainingTranscoder(MatryoshkaTraining):
     """
 
     cfg: MatryoshkaTrainingTranscoderConfig  # type: ignore[assignment]
+    config_class = MatryoshkaTrainingTranscoderConfig
     source_scale: torch.Tensor
     target_scale: torch.Tensor
     gain: torch.Tensor
@@ -305,6 +306,7 @@ class MatryoshkaTrainingSkipTranscoder(MatryoshkaTrainingTranscoder):
     """A Matryoshka transcoder with a linear skip `W_skip x`, the same in every level."""
 
     cfg: MatryoshkaTrainingSkipTranscoderConfig  # type: ignore[assignment]
+    config_class = MatryoshkaTrainingSkipTranscoderConfig
     W_skip: nn.Parameter
 
     @override

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -9,6 +10,7 @@ from sae_lens import LanguageModelSAERunnerConfig, MatryoshkaBatchTopKTrainingSA
 from sae_lens.saes.sae import TrainingSAEConfig
 
 import saelens_matryoshka as sm
+from saelens_matryoshka.plugin import ARCHITECTURES
 from saelens_matryoshka.seams import parse_runner_config
 from tests.helpers import runner_config, transcoder_config
 
@@ -141,6 +143,14 @@ def test_fields_that_are_changed_later_are_checked_and_recorded() -> None:
     cfg.matryoshka_widths = [8, 16]
     with pytest.raises(ValueError, match=r"matryoshka_widths=\[8, 16\] fits d_sae=32 in neither"):
         sm.MatryoshkaTrainingSAE(cfg)
+
+
+@pytest.mark.parametrize(("sae", "cfg"), itertools.permutations(ARCHITECTURES, 2))
+def test_a_config_of_another_architecture_is_refused(sae: Any, cfg: Any) -> None:
+    fields = SAE if cfg == ARCHITECTURES[0] else TRANSCODER
+    says = f"cfg is a {cfg[1].__name__}, and a {sae[0].__name__} is made from a {sae[1].__name__}"
+    with pytest.raises(ValueError, match=says):
+        sae[0](cfg[1](**fields))
 
 
 def test_command_line_knows_the_architectures() -> None:
