@@ -11,7 +11,6 @@ import warnings
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from sae_lens import SAE, TrainingSAE, Transcoder
 from sae_lens.registry import get_sae_class
@@ -19,7 +18,7 @@ from sae_lens.registry import get_sae_class
 from saelens_matryoshka.architectures import MatryoshkaTraining, MatryoshkaTrainingTranscoder
 from saelens_matryoshka.ops import ALONE, Group, nested_decode
 from saelens_matryoshka.sites import uncompiled
-from saelens_matryoshka.widths import cumulative_widths
+from saelens_matryoshka.widths import cumulative_widths, plain_numbers
 
 # The dimension of each tensor that runs over the latents.
 _LATENT_DIM = {
@@ -102,7 +101,7 @@ def truncate(sae: SAE[Any], width: int) -> SAE[Any]:
             (TopK), so that a prefix is not a model of its own.
     """
     sae = inference_model(sae)
-    width = int(width) if isinstance(width, np.integer) else width
+    width = plain_numbers(width)
     if isinstance(width, bool) or not isinstance(width, int) or not 0 < width <= sae.cfg.d_sae:
         raise ValueError(f"width={width!r} must be an integer from 1 to d_sae={sae.cfg.d_sae}.")
     architecture = sae.cfg.architecture()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,12 +35,13 @@ def cumulative_widths(sizes: Sequence[int], d_sae: int) -> list[int]:
         ValueError: `sizes` is empty, has an entry that is not a positive integer, or is neither
             cumulative widths nor group sizes; the message prints both readings.
     """
+    sizes = plain_numbers(sizes)
     if isinstance(sizes, str) or not isinstance(sizes, Iterable):
         raise ValueError(
             f"matryoshka_widths={sizes!r} must be a list of integers, the last one d_sae={d_sae}, e.g. "
             f"{_example(d_sae)}."
         )
-    sizes = [int(size) if isinstance(size, np.integer) else size for size in sizes]
+    sizes = [plain_numbers(size) for size in sizes]
     if not sizes:
         raise ValueError(
             "matryoshka_widths is empty: give the cumulative widths of the levels, the last one "
@@ -58,6 +60,11 @@ def cumulative_widths(sizes: Sequence[int], d_sae: int) -> list[int]:
         f"Give strictly increasing widths that end in d_sae, e.g. {_example(d_sae)}, or group sizes "
         "that add up to d_sae."
     )
+
+
+def plain_numbers(value: Any) -> Any:
+    """Numbers, arrays and tensors of numpy and torch as Python's numbers and lists; all else as it is."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray | torch.Tensor) else value
 
 
 def latent_levels(widths: Sequence[int], device: torch.device | str | None = None) -> torch.Tensor:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -60,7 +62,23 @@ def test_level_of_each_latent() -> None:
     assert latent_levels([4]).dtype == torch.int64
 
 
-def test_integers_of_numpy_are_integers() -> None:
-    widths = sm.cumulative_widths(2 ** np.arange(3, 6), 32)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "sizes", [2 ** np.arange(3, 6), torch.tensor([8, 16, 32]), [torch.tensor(8), np.int64(16), 32]]
+)
+def test_integers_of_numpy_and_torch_are_integers(sizes: Any) -> None:
+    widths = sm.cumulative_widths(sizes, 32)
     assert widths == [8, 16, 32]
     assert all(type(width) is int for width in widths)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [
+        (torch.tensor(32), "=32 must be a list of integers"),
+        (torch.tensor([8.0, 32.0]), r"=\[8.0, 32.0\]: every width must be a positive integer"),
+        (np.array([[8, 32]]), r"=\[\[8, 32\]\]: every width must be a positive integer"),
+    ],
+)
+def test_arrays_that_are_no_list_of_integers_are_refused(sizes: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=f"matryoshka_widths{says}"):
+        sm.cumulative_widths(sizes, 32)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeGuard
 
-import numpy as np
 import torch
 from sae_lens import MatryoshkaBatchTopKTrainingSAEConfig
 from sae_lens.constants import DTYPE_MAP
@@ -16,7 +15,7 @@ from typing_extensions import Self, override
 
 from saelens_matryoshka.architectures.recipe import recommended_widths
 from saelens_matryoshka.ops import NestedObjective
-from saelens_matryoshka.widths import cumulative_widths
+from saelens_matryoshka.widths import cumulative_widths, plain_numbers
 
 # The auxiliary loss, and a target in another space, are undefined under a per-row normalisation.
 _PER_ROW_NORMALISATIONS = ("layer_norm", "constant_norm_rescale")
@@ -67,14 +66,13 @@ class MatryoshkaTrainingConfig(MatryoshkaBatchTopKTrainingSAEConfig, ABC):
     @override
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, np.generic):  # a number like any other, but JSON knows none
-                setattr(self, field.name, value.item())
+            # numbers like any other, but JSON knows none of them
+            setattr(self, field.name, plain_numbers(getattr(self, field.name)))
         require_positive_int("d_in", self.d_in)
         require_positive_int("d_sae", self.d_sae)
         self.matryoshka_widths = cumulative_widths(self.matryoshka_widths, self.d_sae)
-        if isinstance(weights := self.level_weights, Sequence | np.ndarray) and not isinstance(weights, str):
-            self.level_weights = [w.item() if isinstance(w, np.generic) else w for w in weights]
+        if isinstance(weights := self.level_weights, Sequence) and not isinstance(weights, str):
+            self.level_weights = [plain_numbers(weight) for weight in weights]
         for name in (
             "apply_b_dec_to_input",
             "rescale_acts_by_decoder_norm",

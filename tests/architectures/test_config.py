@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sae_lens import LanguageModelSAERunnerConfig, MatryoshkaBatchTopKTrainingSAEConfig
 from sae_lens.saes.sae import TrainingSAEConfig
 
@@ -254,16 +255,19 @@ def test_recommended_learning_rate_falls_with_the_root_of_the_inputs_width() -> 
     assert rates[0] == pytest.approx(10 * rates[1])
 
 
-def test_numbers_of_numpy_are_taken_and_stored_as_plain_ones() -> None:
+def test_numbers_of_numpy_and_torch_are_taken_and_stored_as_plain_ones() -> None:
     cfg = sm.MatryoshkaTrainingSAEConfig(
-        d_in=np.int64(16), d_sae=np.int64(64), k=np.float32(4.5), matryoshka_widths=list(2 ** np.arange(5, 7))
+        d_in=np.int64(16), d_sae=torch.tensor(64), k=np.float32(4.5), matryoshka_widths=2 ** np.arange(5, 7)
     )  # type: ignore[arg-type]
     assert json.loads(json.dumps(cfg.to_dict()))["k"] == 4.5
     assert cfg.matryoshka_widths == [32, 64]
 
 
-@pytest.mark.parametrize("weights", [np.array([1.0, 2.0]), [np.float32(1), np.int64(2)], (1.0, 2.0)])
-def test_level_weights_of_numpy_are_numbers(weights: Any) -> None:
+@pytest.mark.parametrize(
+    "weights",
+    [np.array([1.0, 2.0]), torch.tensor([1.0, 2.0]), [np.float32(1), np.int64(2)], (1.0, 2.0)],
+)
+def test_level_weights_of_numpy_and_torch_are_numbers(weights: Any) -> None:
     cfg = sm.MatryoshkaTrainingSAEConfig(**SAE, level_weights=weights)
     assert cfg.level_weights == [1.0, 2.0]
     assert TrainingSAEConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
