@@ -219,7 +219,7 @@ def evaluate_cached(
 
     def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         hooks = list(dict.fromkeys([source, target]))
-        for rows in cache.held_out(hooks, _HELD_OUT_BATCH, device=sae.device, dtype=sae.dtype):
+        for rows in cache.held_out(hooks, _HELD_OUT_BATCH, device=sae.device, dtype=torch.float32):
             yield rows[source], rows[target]
 
     return evaluate_activations(

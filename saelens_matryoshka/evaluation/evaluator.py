@@ -117,7 +117,7 @@ def evaluate_activations(
     Args:
         sae: As in `evaluate`.
         model: Says in which frame the source is; it is not run.
-        pairs: Sources `[n, d_in]` and targets `[n, d_out]`, on the SAE's device and in its dtype.
+        pairs: Sources `[n, d_in]` and targets `[n, d_out]`, on the SAE's device.
         with_redundancy: As in `evaluate`.
         group: As in `evaluate`; the pairs are the same in all processes.
     """
@@ -183,7 +183,7 @@ class Evaluation:
             the whole dictionary, and whether they are of these sources, not of those of another shard.
         """
         with flattened_heads(self.sae):
-            for rows, is_own in self.group.in_turn(source):
+            for rows, is_own in self.group.in_turn(source.to(self.sae.dtype)):
                 for x in rows.split(self._rows_at_a_time):
                     acts = self.sae.encode(x)
                     yield acts, predict_prefixes(self.sae, x, acts, group=self.group), is_own
@@ -302,7 +302,10 @@ class Evaluation:
         return *self._pair(seen), logits
 
     def _pair(self, seen: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Source and target `[prompts, context_size, d]`, heads flattened, on the SAE's device."""
+        """Source and target `[prompts, context_size, d]`, heads flattened, on the SAE's device.
+
+        In the language model's dtype: in that of the SAE, the target could be coarser.
+        """
         source, target = seen[self.source_hook], seen[self.target_hook]
         if self.source_head is not None:
             source = source[:, :, self.source_head]
@@ -310,8 +313,8 @@ class Evaluation:
             target = target[:, :, self.target_head]
         require_width(self.source_hook, source, self.sae.cfg.d_in, "d_in")
         require_width(self.target_hook, target, self.sae.W_dec.shape[-1], "d_out")
-        place = {"device": self.sae.device, "dtype": self.sae.dtype}
-        return source.flatten(2).to(**place), target.flatten(2).to(**place)
+        device = self.sae.device
+        return source.flatten(2).to(device), target.flatten(2).to(device)
 
 
 @contextmanager

@@ -152,6 +152,17 @@ def test_an_sae_is_evaluated_against_what_it_reads(
     assert [row.width for row in result.prefixes] == [16, 64]
 
 
+def test_the_target_is_not_rounded_to_the_dtype_of_the_sae(
+    tiny_model: HookedTransformer, tokens: torch.Tensor
+) -> None:
+    transcoder = _stock_transcoder()
+    transcoder.W_dec.data.zero_()
+    transcoder.b_dec.data.fill_(0.5)  # predicts what every dtype has
+    expected = sm.evaluate(transcoder, tiny_model, tokens, n_tokens=320, n_ce_tokens=0)
+    found = sm.evaluate(transcoder.to(torch.bfloat16), tiny_model, tokens, n_tokens=320, n_ce_tokens=0)
+    assert found.prefixes[-1].fvu == expected.prefixes[-1].fvu
+
+
 def test_what_is_held_at_a_time_does_not_change_the_metrics(
     tiny_model: HookedTransformer, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
