@@ -232,7 +232,8 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
         unknown = torch.full((), torch.nan, device=source.device)
         losses = {"mse_loss": unknown, "auxiliary_reconstruction_loss": unknown}
         names = ["fvu", *(f"fvu_w{width}" for width in self.cfg.matryoshka_widths)]
-        metrics: dict[str, Any] = {"topk_threshold": self.topk_threshold}
+        # l0: in place of the 0 that the activations would give
+        metrics: dict[str, Any] = {"topk_threshold": self.topk_threshold, "l0": unknown}
         metrics |= dict.fromkeys(names, lambda: unknown)
         return TrainStepOutput(
             sae_in=target,

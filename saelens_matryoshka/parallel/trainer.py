@@ -177,8 +177,8 @@ def _count_over_all(trainer: SAETrainer[Any, Any], group: Processes) -> None:
             trainer.act_freq_scores = so_far
         so_far += fired
         n_rows = len(batch) * group.row_blocks
-        # of the whole batch, in place of what SAELens logs of the rows it sees
-        output.metrics["l0"] = fired.sum() / n_rows
+        # of the whole batch, in place of what SAELens logs of the rows it sees; unknown if it was left out
+        output.metrics.setdefault("l0", fired.sum() / n_rows)
         output.metrics["explained_variance"] = lambda: 1 - output.metrics["fvu"]()  # type: ignore[operator]
         trainer.n_forward_passes_since_fired[fired > 0] = 0
         trainer.n_training_samples += n_rows - len(batch)
