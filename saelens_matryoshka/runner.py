@@ -94,6 +94,7 @@ def build_store(
             the field. Raised before the dataset is opened where possible, and before anything is written.
     """
     require_float64("device", cfg.device)
+    require_sizes(cfg)
     require_own_output_path(cfg)
     if cfg.use_cached_activations and is_cache(cfg.cached_activations_path):
         return _expecting_prefetching(cached_store(cfg, model), cfg)
@@ -164,6 +165,13 @@ def _require_width(field: str, configured: int | None, hook: str, actual: int) -
             f"{field}={configured}, but hook {hook!r} of this model gives {actual} values per token. "
             f"Set {field}={actual}."
         )
+
+
+def require_sizes(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Refuse a run of no tokens, which would end with the weights it starts from, and empty batches."""
+    for name in ("training_tokens", "train_batch_size_tokens", "store_batch_size_prompts"):
+        if not (size := getattr(cfg, name)) > 0:
+            raise ValueError(f"{name}={size} must be larger than 0.")
 
 
 def require_own_output_path(cfg: LanguageModelSAERunnerConfig[Any]) -> None:

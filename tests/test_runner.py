@@ -354,6 +354,15 @@ def test_frame_of_a_folded_norm_is_recorded_and_a_mismatch_refused(
         sm.evaluate(trained, tiny_model, token_dataset, n_tokens=100)
 
 
+@pytest.mark.parametrize("field", ["training_tokens", "train_batch_size_tokens", "store_batch_size_prompts"])
+def test_a_run_of_no_tokens_is_refused(
+    field: str, tiny_model: HookedTransformer, token_dataset: datasets.Dataset
+) -> None:
+    cfg = runner_config(transcoder_config(), **{field: -5})
+    with pytest.raises(ValueError, match=f"{field}=-5 must be larger than 0"):
+        _run(cfg, tiny_model, token_dataset)
+
+
 @pytest.mark.parametrize("architecture", ["sae", "transcoder"])
 def test_empty_dataset_is_refused(architecture: str, tiny_model: HookedTransformer) -> None:
     sae: Any = transcoder_config()

@@ -49,6 +49,7 @@ from saelens_matryoshka.runner import (
     observe,
     prepare_trainer,
     require_own_output_path,
+    require_sizes,
 )
 from saelens_matryoshka.seams import defer_checkpoints, replace_progress_bar, set_sae_metadata
 from saelens_matryoshka.upkeep.keeper import Keeper
@@ -119,6 +120,7 @@ def train_layers(
     require_common(cfgs)
     for name, cfg in cfgs.items():
         with _naming(name):
+            require_sizes(cfg)
             require_own_output_path(cfg)
     cfgs = _unfinished(cfgs, finished)
     if not cfgs:
