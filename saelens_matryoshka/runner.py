@@ -31,6 +31,7 @@ from saelens_matryoshka.architectures import (
 )
 from saelens_matryoshka.architectures.config import require_float64
 from saelens_matryoshka.cache.store import CachedActivationsStore, cached_store, is_cache
+from saelens_matryoshka.evaluation.tokens import as_dataset
 from saelens_matryoshka.evaluation.training_evaluator import (
     CachedEvaluator,
     HeldOutEvaluator,
@@ -101,6 +102,8 @@ def build_store(
     source = check_source(model, cfg)
     store: ResumableStore
     try:
+        if override_dataset is not None:
+            override_dataset = as_dataset(override_dataset, "override_dataset")
         if isinstance(override_dataset, Sized) and len(override_dataset) == 0:
             raise StopIteration  # SAELens would read dataset_path in its place
         if isinstance(cfg.sae, MatryoshkaTrainingTranscoderConfig):

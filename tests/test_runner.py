@@ -373,6 +373,24 @@ def test_empty_dataset_is_refused(architecture: str, tiny_model: HookedTransform
         _run(runner_config(sae), tiny_model, empty)
 
 
+def test_a_list_of_rows_trains_as_the_dataset_of_them(
+    tiny_model: HookedTransformer, token_dataset: datasets.Dataset
+) -> None:
+    sae = sm.MatryoshkaTrainingSAEConfig(d_in=128, d_sae=64, k=4, matryoshka_widths=[64])
+    trained = []
+    for dataset in (token_dataset, token_dataset.to_list()):
+        torch.manual_seed(0)
+        trained.append(_run(runner_config(sae), tiny_model, dataset))
+    assert torch.equal(trained[0].W_dec, trained[1].W_dec)
+
+
+def test_a_dataset_that_cannot_be_read_twice_is_refused(
+    tiny_model: HookedTransformer, token_dataset: datasets.Dataset
+) -> None:
+    with pytest.raises(ValueError, match="override_dataset is a list_iterator, and must be a dataset"):
+        _run(runner_config(transcoder_config()), tiny_model, iter(token_dataset.to_list()))
+
+
 @pytest.mark.parametrize("architecture", ["sae", "transcoder"])
 def test_too_small_dataset_is_refused(architecture: str, tiny_model: HookedTransformer) -> None:
     sae: Any = transcoder_config()

@@ -55,7 +55,7 @@ class Comparison:
 def compare(
     saes: Mapping[str, SAE[Any]],
     model: Any,
-    dataset: HfDataset | str | torch.Tensor,
+    dataset: HfDataset | list[Any] | str | torch.Tensor,
     *,
     n_tokens: int = 100_000,
     n_ce_tokens: int = 20_000,

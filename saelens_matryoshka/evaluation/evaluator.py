@@ -44,7 +44,7 @@ _LOGIT_VALUES = 1 << 29
 def evaluate(
     sae: SAE[Any],
     model: Any,
-    dataset: HfDataset | str | torch.Tensor,
+    dataset: HfDataset | list[Any] | str | torch.Tensor,
     *,
     n_tokens: int = 100_000,
     n_ce_tokens: int = 20_000,
@@ -63,8 +63,8 @@ def evaluate(
         sae: SAE or transcoder, ours or stock; `metadata.hook_name` (and `hook_name_out`) say what it reads
             and predicts. A model without recorded widths has one prefix, itself.
         model: HookedTransformer, TransformerBridge or HookedProxyLM.
-        dataset: Held-out text: a dataset, a path `datasets.load_dataset` takes, or tokens
-            `[prompts, context_size]`.
+        dataset: Held-out text: a dataset, a list of texts or of rows, a path `datasets.load_dataset` takes,
+            or tokens `[prompts, context_size]`.
         n_tokens: Tokens for all metrics but cross-entropy and KL.
         n_ce_tokens: Tokens for cross-entropy and KL; 0 leaves them out.
         context_size: Tokens per prompt. None: what the SAE was trained with.

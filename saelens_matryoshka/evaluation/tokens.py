@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from sae_lens import SAE, ActivationsStore
 from sae_lens.config import HfDataset
 from sae_lens.util import get_special_token_ids
@@ -38,10 +39,28 @@ def is_excluded(tokens: torch.Tensor, excluded: torch.Tensor | None) -> torch.Te
     return torch.isin(tokens, excluded.to(tokens.device))
 
 
+def as_dataset(dataset: Any, field: str) -> HfDataset:
+    """A dataset as it is, and a list of rows or of texts as one.
+
+    Raises:
+        ValueError: it is something else, or several splits; the message names the field.
+    """
+    if isinstance(dataset, list) and all(isinstance(row, str | dict) for row in dataset):
+        return Dataset.from_list([{"text": row} if isinstance(row, str) else row for row in dataset])
+    if isinstance(dataset, DatasetDict | IterableDatasetDict):
+        raise ValueError(f"{field} has the splits {', '.join(map(str, dataset))}: give one of them.")
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise ValueError(
+            f"{field} is a {type(dataset).__name__}, and must be a dataset of the datasets library, or a "
+            "list of texts or of rows. Of a generator, IterableDataset.from_generator makes one."
+        )
+    return dataset
+
+
 def token_batches(
     sae: SAE[Any],
     model: Any,
-    dataset: HfDataset | str | torch.Tensor,
+    dataset: HfDataset | list[Any] | str | torch.Tensor,
     n_tokens: int,
     context_size: int | None,
     batch_size: int,
@@ -132,9 +151,10 @@ def _require_context_size(context_size: int, model: Any) -> None:
 
 
 def _token_store(
-    sae: SAE[Any], model: Any, dataset: HfDataset | str, context_size: int | None
+    sae: SAE[Any], model: Any, dataset: HfDataset | list[Any] | str, context_size: int | None
 ) -> ActivationsStore:
     metadata = copy.copy(sae.cfg.metadata)
+    dataset = dataset if isinstance(dataset, str) else as_dataset(dataset, "dataset")
     context_size = metadata.context_size if context_size is None else context_size
     if context_size is None:
         raise ValueError(

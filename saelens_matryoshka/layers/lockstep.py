@@ -31,6 +31,7 @@ from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig
 from saelens_matryoshka.cache.manifest import RUNNER_FIELDS
 from saelens_matryoshka.cache.reader import open_cache
 from saelens_matryoshka.cache.store import CachedModel, cached_store, is_cache
+from saelens_matryoshka.evaluation.tokens import as_dataset
 from saelens_matryoshka.evaluation.training_evaluator import hold_out_prompts, share_held_out
 from saelens_matryoshka.layers.scaling import estimate_scaling_factors
 from saelens_matryoshka.layers.store import (
@@ -333,6 +334,8 @@ def _from_model(
     cfgs: Mapping[str, LanguageModelSAERunnerConfig[Any]], model: Any, override_dataset: HfDataset | None
 ) -> tuple[dict[str, PartRunner], Any]:
     first = next(iter(cfgs.values()))
+    if override_dataset is not None:
+        override_dataset = as_dataset(override_dataset, "override_dataset")
     readings: dict[str, Reading] = {}
     widths: dict[str, int] = {}
     for name, cfg in cfgs.items():

@@ -66,16 +66,27 @@ def test_a_text_that_cannot_be_read_is_one_error(
     check_command(case, place, monkeypatch, capfd)
 
 
+ROW = datasets.Dataset.from_dict({"text": ["x"]})
 PYTHON = [
     Case("no rows", datasets.Dataset.from_dict({"text": []}), r"dataset: it is empty"),
     Case("no column of text", datasets.Dataset.from_dict({"a": ["x"]}), r"dataset: Dataset must have"),
-    Case("one word", datasets.Dataset.from_dict({"text": ["x"]}), r"dataset: it holds no full prompt"),
+    Case("one word", ROW, r"dataset: it holds no full prompt"),
     Case("numbers", datasets.Dataset.from_dict({"text": [3] * 9}), r"dataset: a row cannot be read as text"),
     Case("token beyond", torch.full((2, 32), 1 << 20), r"dataset: it has token 1048576"),
     Case("token below", torch.full((2, 32), -1), r"dataset: it has token -1"),
     Case("vectors", torch.zeros(2, 32, 8, dtype=torch.long), r"dataset: a torch\.int64 tensor of shape"),
     Case(
         "floats", torch.zeros(2, 32), r"dataset: a torch\.float32 tensor of shape \[2, 32\]; expected integer"
+    ),
+    Case("dict", {"text": ["x"]}, r"dataset is a dict, and must be a dataset of the datasets library"),
+    Case("list of lists", [[1, 2]], r"dataset is a list, and must be .* a list of texts or of rows"),
+    Case(
+        "generator", iter([{"text": "x"}]), r"dataset is a list_iterator, .* IterableDataset.from_generator"
+    ),
+    Case(
+        "splits",
+        datasets.DatasetDict(train=ROW, test=ROW),
+        r"dataset has the splits train, test: give one of them",
     ),
     Case("nothing", torch.zeros(0, 32, dtype=torch.long), r"shape \[0, 32\]; .* at least one"),
 ]

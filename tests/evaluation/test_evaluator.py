@@ -163,6 +163,16 @@ def test_the_target_is_not_rounded_to_the_dtype_of_the_sae(
     assert found.prefixes[-1].fvu == expected.prefixes[-1].fvu
 
 
+def test_a_list_of_texts_or_rows_is_read_as_the_dataset_of_them(tiny_model: HookedTransformer) -> None:
+    texts = tiny.text.dataset("held_out")["text"][:3]
+    rows = [{"text": text} for text in texts]
+    results = [
+        sm.evaluate(_stock_transcoder(), tiny_model, given, n_tokens=128, n_ce_tokens=0)
+        for given in (datasets.Dataset.from_list(rows), rows, list(texts))
+    ]
+    assert results[0] == results[1] == results[2]
+
+
 def test_what_is_held_at_a_time_does_not_change_the_metrics(
     tiny_model: HookedTransformer, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
