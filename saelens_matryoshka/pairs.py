@@ -18,6 +18,7 @@ from sae_lens.config import HfDataset
 from typing_extensions import override
 
 from saelens_matryoshka.evaluation.tokens import special_token_ids
+from saelens_matryoshka.reading import Reading
 from saelens_matryoshka.seams import token_sequences
 from saelens_matryoshka.sites import Site, probe
 from saelens_matryoshka.store import ResumableStore
@@ -33,8 +34,7 @@ class PairedActivationsStore(ResumableStore):
     stored.
     """
 
-    source: Site
-    target_hook: str
+    reading: Reading
 
     @override
     @torch.no_grad()
@@ -47,10 +47,7 @@ class PairedActivationsStore(ResumableStore):
         Returns:
             `[prompts, context_size after seqpos_slice, d_in + d_out]` on the store's device.
         """
-        activations = self.get_multi_hook_activations(batch_tokens)
-        source = self.source(activations[self.source.hook_name])
-        target = activations[self.target_hook]
-        pair = torch.cat([source.to(target.device), target], dim=-1)
+        pair = self.reading(self.get_multi_hook_activations(batch_tokens))
         return pair.to(self.device, self.dtype)
 
 
@@ -79,7 +76,7 @@ def paired_store(
     store = multi_hook_store(
         PairedActivationsStore, model, cfg, [cfg.hook_name, target_hook], widths, override_dataset, heads
     )
-    store.source, store.target_hook = source, target_hook
+    store.reading = Reading(source, target_hook)
     store.d_in = sae.d_in + sae.d_out  # the width of a row, which the stock methods reshape to
     return store
 

@@ -1,4 +1,4 @@
-"""What one dictionary reads of rows that hold many hooks."""
+"""What one dictionary reads of activations of many hooks."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Reading:
         return list(dict.fromkeys([self.source.hook_name, *target]))
 
     def __call__(self, rows: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The batch that is trained on: `[n, d_in]`, or `[source | target]`, `[n, d_in + d_out]`.
+        """The batch that is trained on: `[*batch, d_in]`, or `[source | target]`, `[*batch, d_in + d_out]`.
 
         Args:
-            rows: By hook, `[n, width]`.
+            rows: By hook, `[*batch, width]`.
         """
         source = rows[self.source.hook_name]
-        source = self.source(source if self.columns is None else source[:, self.columns])
+        source = self.source(source if self.columns is None else source[..., self.columns])
         if self.target_hook is None:
             return source
-        return torch.cat([source, rows[self.target_hook].to(source)], dim=-1)
+        return torch.cat([source, rows[self.target_hook].to(source.device)], dim=-1)

@@ -44,6 +44,7 @@ from saelens_matryoshka.pairs import (
     require_enough_text,
     warn_of_same_tensor,
 )
+from saelens_matryoshka.reading import Reading
 from saelens_matryoshka.scaling import FiniteScaler
 from saelens_matryoshka.seams import defer_checkpoints, replace_progress_bar
 from saelens_matryoshka.sites import Site, check_hook, make_readable, norm_frame, norm_gain
@@ -282,21 +283,21 @@ def _add_what_is_missing(trainer: SAETrainer[Any, Any]) -> None:
     store = stock.activations_store
     if isinstance(trainer.data_provider, PrefetchingIterator) and isinstance(store, ResumableStore):
         trainer.data_provider = PrefetchedBatches(trainer.data_provider, store)
-    _say_what_it_is_trained_on(trainer.sae, store)
+    reading: Reading = getattr(store, "reading", Reading(Site(store.hook_name)))
+    _say_what_it_is_trained_on(trainer.sae, reading)
     trainer.sae.cfg.metadata.input_frame = norm_frame(store.model, store.hook_name)
-    source: Site | None = getattr(store, "source", None)
-    if source is not None and source.gain is not None:
-        trainer.sae.set_input_gain(source.gain, source.offset)
+    if reading.source.gain is not None:
+        trainer.sae.set_input_gain(reading.source.gain, reading.source.offset)
     trainer.evaluator = held_out_evaluator(stock)
 
 
-def _say_what_it_is_trained_on(sae: Any, store: Any) -> None:
+def _say_what_it_is_trained_on(sae: Any, reading: Reading) -> None:
     """Record a loaded transcoder's target as it is in this run, as SAELens does with its source.
 
     Raises:
         ValueError: the dictionary given is not one for the data of the run.
     """
-    target: str | None = getattr(store, "target_hook", None)
+    target = reading.target_hook
     given = "from_pretrained_path or override_sae"
     if isinstance(sae, MatryoshkaTrainingTranscoder) != (target is not None):
         wanted = "an SAE" if target is None else "a transcoder"
@@ -306,7 +307,7 @@ def _say_what_it_is_trained_on(sae: Any, store: Any) -> None:
         )
     if target is None:
         return
-    in_run = "none" if store.source.gain is None else "norm_weight"
+    in_run = "none" if reading.source.gain is None else "norm_weight"
     if sae.cfg.input_gain != in_run:
         raise ValueError(
             f"input_gain={in_run!r}, but the dictionary of {given} was made with "

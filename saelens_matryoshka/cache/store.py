@@ -74,16 +74,6 @@ class CachedActivationsStore(ResumableStore):
     reading: Reading
     batches: CachedBatches
 
-    @property
-    def source(self) -> Site:
-        """The hook that is read, with its gain."""
-        return self.reading.source
-
-    @property
-    def target_hook(self) -> str | None:
-        """The hook that is predicted; None of an SAE."""
-        return self.reading.target_hook
-
     @override
     def load_cached_activation_dataset(self) -> None:
         return None  # the columns are not those of SAELens's caches

@@ -106,16 +106,6 @@ class PartOfStore:
         self.shared, self.reading = shared, reading
 
     @property
-    def source(self) -> Any:
-        """The hook that is read, with its gain."""
-        return self.reading.source
-
-    @property
-    def target_hook(self) -> str | None:
-        """The hook that is predicted; None of an SAE."""
-        return self.reading.target_hook
-
-    @property
     def hook_name(self) -> str:
         """The hook that is read."""
         return self.reading.source.hook_name
