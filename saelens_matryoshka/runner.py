@@ -21,6 +21,7 @@ from sae_lens.config import HfDataset
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.llm_sae_training_runner import LLMSaeEvaluator
 from sae_lens.saes.sae import TrainStepOutput
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.prefetch import PrefetchingIterator
 from tqdm.auto import tqdm
 
@@ -276,7 +277,7 @@ def _add_what_is_missing(trainer: SAETrainer[Any, Any]) -> None:
     trainer.sae.finite.watch(trainer.optimizer, [trainer.sae.b_enc, trainer.sae.b_dec])
     trainer.activation_scaler = FiniteScaler(trainer.activation_scaler, trainer.sae)
     save_if_due = defer_checkpoints(trainer)
-    replace_progress_bar(trainer, functools.partial(_after_step, trainer, save_if_due, [0.0]))
+    replace_progress_bar(trainer, functools.partial(_after_step, trainer, save_if_due, ProgressBar(trainer)))
     stock = trainer.evaluator
     if not isinstance(stock, LLMSaeEvaluator):  # synthetic data: no language model
         return
@@ -336,12 +337,12 @@ def complete_step(trainer: SAETrainer[Any, Any], step_output: TrainStepOutput) -
 def _after_step(
     trainer: SAETrainer[Any, Any],
     save_if_due: Callable[[], None],
-    last_shown: list[float],
+    bar: ProgressBar,
     step_output: TrainStepOutput,
     pbar: tqdm,  # type: ignore[type-arg]
     update_interval: int = 100,  # noqa: ARG001  (the stock signature)
 ) -> None:
-    _update_bar(trainer, step_output, pbar, last_shown)
+    bar.update(pbar, functools.partial(_shown, trainer, step_output))
     complete_step(trainer, step_output)
     save_if_due()
 
@@ -355,26 +356,29 @@ def mean_l0(step_output: TrainStepOutput) -> float:
     return (acts._nnz() if acts.is_sparse else int((acts > 0).sum())) / len(acts)
 
 
-@torch.no_grad()
-def _update_bar(
-    trainer: SAETrainer[Any, Any],
-    step_output: TrainStepOutput,
-    pbar: tqdm,  # type: ignore[type-arg]
-    last_shown: list[float],
-) -> None:
-    """Show FVU, L0, dead latents and loss, twice a second: a terminal of 80 columns may cut the last."""
-    pbar.update(trainer.n_training_samples - pbar.n)
-    now = time.monotonic()
-    finished = trainer.n_training_samples >= trainer.cfg.total_training_samples
-    if now - last_shown[0] < _BAR_REFRESH_SECONDS and not finished:
-        return
-    last_shown[0] = now  # reading the numbers waits for the GPU, so it is not done every step
-    dead = trainer.dead_neurons.float().mean().item()
-    fvu = step_output.metrics["fvu"]
-    pbar.unit, pbar.unit_scale = "tok", True
-    pbar.set_description_str("", refresh=False)
-    pbar.set_postfix_str(
-        f"FVU {fvu().item():.3f} L0 {mean_l0(step_output):.1f} "  # type: ignore[operator]
-        f"dead {dead:.0%} loss {step_output.loss.item():.3g}",
-        refresh=False,
+def _shown(trainer: SAETrainer[Any, Any], step_output: TrainStepOutput) -> str:
+    """FVU, L0, dead latents and loss: a terminal of 80 columns may cut the last."""
+    return (
+        f"FVU {step_output.metrics['fvu']().item():.3f} L0 {mean_l0(step_output):.1f} "  # type: ignore[operator]
+        f"dead {trainer.dead_neurons.float().mean().item():.0%} loss {step_output.loss.item():.3g}"
     )
+
+
+class ProgressBar:
+    """Moves a trainer's progress bar after every step, and says how it goes twice a second."""
+
+    def __init__(self, trainer: SAETrainer[Any, Any] | MultiSAETrainer) -> None:
+        self._trainer, self._shown_at = trainer, 0.0
+
+    @torch.no_grad()
+    def update(self, pbar: tqdm, shown: Callable[[], str]) -> None:  # type: ignore[type-arg]
+        """Show the step that is done, and now and then the text that `shown` gives."""
+        trainer, now = self._trainer, time.monotonic()
+        pbar.update(trainer.n_training_samples - pbar.n)
+        finished = trainer.n_training_samples >= trainer.cfg.total_training_samples
+        if now - self._shown_at < _BAR_REFRESH_SECONDS and not finished:
+            return
+        self._shown_at = now  # reading the numbers waits for the GPU, so it is not done every step
+        pbar.unit, pbar.unit_scale = "tok", True
+        pbar.set_description_str("", refresh=False)
+        pbar.set_postfix_str(shown(), refresh=False)

@@ -8,7 +8,6 @@ language model, which runs once per batch, the text, the buffer and the order of
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
@@ -45,6 +44,7 @@ from saelens_matryoshka.pairs import probe_hooks, require_enough_text
 from saelens_matryoshka.reading import Reading
 from saelens_matryoshka.runner import (
     Observer,
+    ProgressBar,
     check_source,
     complete_step,
     observe,
@@ -79,7 +79,6 @@ _SHARED = (
     "use_cached_activations",
     "cached_activations_path",
 )
-_BAR_REFRESH_SECONDS = 0.5
 T = TypeVar("T")
 
 
@@ -246,7 +245,7 @@ class LockstepTrainer(MultiSAETrainer):
         estimate_scaling_factors(self)
         if not self._is_prepared:  # a run that was interrupted may call `fit` again
             save_if_due = defer_checkpoints(self)  # type: ignore[arg-type]
-            replace_progress_bar(self, partial(self._after_step, save_if_due, [0.0]))  # type: ignore[arg-type]
+            replace_progress_bar(self, partial(self._after_step, save_if_due, ProgressBar(self)))  # type: ignore[arg-type]
             self._is_prepared = True
         return super().fit()
 
@@ -258,40 +257,25 @@ class LockstepTrainer(MultiSAETrainer):
     def _after_step(
         self,
         save_if_due: Callable[[], None],
-        last_shown: list[float],
+        bar: ProgressBar,
         step_outputs: dict[str, TrainStepOutput],
         pbar: tqdm,  # type: ignore[type-arg]
         update_interval: int = 100,  # noqa: ARG002  (the stock signature)
     ) -> None:
-        self._update_bar(step_outputs, pbar, last_shown)
+        bar.update(pbar, partial(self._shown, step_outputs))
         for name, trainer in self.trainers.items():
             complete_step(trainer, step_outputs[name])
         for observer in self.observers:
             observer(self, step_outputs)
         save_if_due()
 
-    @torch.no_grad()
-    def _update_bar(
-        self,
-        step_outputs: dict[str, TrainStepOutput],
-        pbar: tqdm,  # type: ignore[type-arg]
-        last_shown: list[float],
-    ) -> None:
-        """Show the FVU and dead latents of the best and the worst, twice a second."""
-        pbar.update(self.n_training_samples - pbar.n)
-        now = time.monotonic()
-        finished = self.n_training_samples >= self.cfg.total_training_samples
-        if now - last_shown[0] < _BAR_REFRESH_SECONDS and not finished:
-            return
-        last_shown[0] = now
+    def _shown(self, step_outputs: dict[str, TrainStepOutput]) -> str:
+        """The FVU and dead latents of the best and the worst."""
         fvus = torch.stack([output.metrics["fvu"]() for output in step_outputs.values()])  # type: ignore
         dead = torch.stack([trainer.dead_neurons.float().mean() for trainer in self.trainers.values()])
-        pbar.unit, pbar.unit_scale = "tok", True
-        pbar.set_description_str("", refresh=False)
-        pbar.set_postfix_str(
+        return (
             f"{len(fvus)} dictionaries, FVU {fvus.min().item():.3f} to {fvus.max().item():.3f}, "
-            f"dead {dead.min().item():.0%} to {dead.max().item():.0%}",
-            refresh=False,
+            f"dead {dead.min().item():.0%} to {dead.max().item():.0%}"
         )
 
     def _evaluate(
