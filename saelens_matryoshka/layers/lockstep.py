@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import wandb
@@ -79,7 +79,6 @@ _SHARED = (
     "use_cached_activations",
     "cached_activations_path",
 )
-T = TypeVar("T")
 
 
 def train_layers(
@@ -444,15 +443,10 @@ def _is_saved(cfg: LanguageModelSAERunnerConfig[Any]) -> bool:
     return cfg.output_path is not None and all((Path(cfg.output_path) / name).is_file() for name in names)
 
 
-class _naming:
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
     """Within, a ValueError says which dictionary it is about."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, ValueError):
-            raise ValueError(f"{self.name}: {error}") from None
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None

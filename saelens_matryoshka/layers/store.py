@@ -8,7 +8,7 @@ reads is a `Reading` of these rows.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -117,8 +117,8 @@ class PartOfStore:
 class _OnDemand(Mapping[str, torch.Tensor]):
     """The batches of one step by name, each made when it is asked for, once, and not kept."""
 
-    def __init__(self, names: Iterator[str], make: Callable[[str], torch.Tensor]) -> None:
-        self._names, self._make = list(names), make
+    def __init__(self, names: Collection[str], make: Callable[[str], torch.Tensor]) -> None:
+        self._names, self._make = names, make
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._make(name)
@@ -151,7 +151,7 @@ class SharedBatches(Iterator[Mapping[str, torch.Tensor]]):
 
     def __next__(self) -> Mapping[str, torch.Tensor]:
         hooks = self._store.split(next(self._rows))
-        return _OnDemand(iter(self._readings), lambda name: self._readings[name](hooks))
+        return _OnDemand(self._readings, lambda name: self._readings[name](hooks))
 
     def paused(self) -> AbstractContextManager[None]:
         """Keep a prefetcher's thread from running the language model meanwhile."""
@@ -179,12 +179,13 @@ class OwnBatches(Iterator[Mapping[str, torch.Tensor]]):
         self._stores = stores
 
     def __next__(self) -> Mapping[str, torch.Tensor]:
-        return _OnDemand(iter(self._stores), lambda name: next(self._stores[name]))
+        return _OnDemand(self._stores, lambda name: next(self._stores[name]))
 
     def save_to_checkpoint(self, checkpoint_path: Path | None) -> None:
         """Write the place of each in the data into a folder of its own."""
-        for name, store in self._stores.items() if checkpoint_path is not None else ():
-            assert checkpoint_path is not None
+        if checkpoint_path is None:
+            return
+        for name, store in self._stores.items():
             store.save_to_checkpoint(checkpoint_path / name)
 
     def load_from_checkpoint(self, checkpoint_path: str | Path) -> None:
