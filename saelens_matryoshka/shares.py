@@ -32,20 +32,8 @@ class Begun(NamedTuple):
     """the fingerprint of the last of them"""
 
 
-@dataclass(frozen=True)
-class Division:
-    """How far each of some processes has come in an epoch; None has come to the end of its share."""
-
-    begun: tuple[Begun | None, ...]
-
-    def as_json(self) -> list[Any]:
-        """As `of_json` takes it."""
-        return [None if begun is None else list(begun) for begun in self.begun]
-
-    @classmethod
-    def of_json(cls, values: list[Any]) -> Division:
-        """What `as_json` gave."""
-        return cls(tuple(None if begun is None else Begun(*begun) for begun in values))
+Division = tuple[Begun | None, ...]
+"""How far each of some processes has come in an epoch; None has come to the end of its share."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +59,10 @@ class Shares:
         if not before:
             return self._share(rank, size)
         *earlier, division = before
-        n, n_groups = len(division.begun), math.gcd(size, len(division.begun))
+        n, n_groups = len(division), math.gcd(size, len(division))
         left = [
             self._behind(self.share(other, n, earlier), begun)
-            for other, begun in enumerate(division.begun)
+            for other, begun in enumerate(division)
             if begun is not None and other % n_groups == rank % n_groups
         ]
         left = concatenate_datasets(left or [self.dataset.take(0)])

@@ -19,7 +19,7 @@ from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 
-from saelens_matryoshka.shares import Begun, Division
+from saelens_matryoshka.shares import Begun
 from saelens_matryoshka.token_stream import Position
 
 _METADATA_KEY = "saelens_matryoshka"
@@ -112,11 +112,9 @@ def take_over(states: Iterable[StoreState], rank: int, size: int) -> StoreState:
                 n_waiting += len(waiting)
     n = len(positions)
     epoch = min(position.epoch for position in positions)
-    division = Division(
-        tuple(
-            Begun(position.n_documents, position.fingerprint) if position.epoch == epoch else None
-            for position in positions
-        )
+    division = tuple(
+        Begun(position.n_documents, position.fingerprint) if position.epoch == epoch else None
+        for position in positions
     )
     before = next(position.before for position in positions if position.epoch == epoch)
     rests = (

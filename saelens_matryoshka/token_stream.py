@@ -22,7 +22,7 @@ from datasets import IterableDataset
 from sae_lens.pretokenize_runner import get_special_token_from_cfg
 
 from saelens_matryoshka.seams import OpenStore
-from saelens_matryoshka.shares import Division, another_dataset, fingerprint
+from saelens_matryoshka.shares import Begun, Division, another_dataset, fingerprint
 
 _IN_JSON = ("n_documents", "n_dataset_processed", "dataset_state", "dataset_state_at", "cached_row", "epoch")
 
@@ -61,7 +61,7 @@ class Position:
         values |= {
             "last_document": self.fingerprint,
             "rests": [len(rest) for rest in self.rests],
-            "before": [division.as_json() for division in self.before],
+            "before": self.before,
         }
         return torch.cat([torch.zeros(0, dtype=torch.long), *(rest.cpu() for rest in self.rests)]), values
 
@@ -69,7 +69,10 @@ class Position:
     def of_saved(cls, rests: torch.Tensor, values: dict[str, Any]) -> Position:
         """What `saved` gave."""
         lengths = values.get("rests", [len(rests)])
-        before = tuple(Division.of_json(division) for division in values.get("before", []))
+        before = tuple(
+            tuple(None if begun is None else Begun(*begun) for begun in division)
+            for division in values.get("before", [])
+        )
         return cls(**{**values, "rests": rests.split(lengths), "before": before})
 
 
