@@ -15,17 +15,22 @@ _ASIDE = re.compile(r"\..+\.[0-9a-f]{32}")
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a whole file or none, in a folder that is made if need be; text as UTF-8 with Unix line ends."""
+    with whole_file(path) as new:
+        new.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to write, which takes its place once all is written, in a folder that is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _aside(path)
+    new = _aside(path)
     try:
-        with temporary.open("xb") as file:
-            file.write(content if isinstance(content, bytes) else content.encode())
-            file.flush()
+        yield new
+        with new.open("r+b") as file:
             os.fsync(file.fileno())  # or a power cut may leave an empty file under the name
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +20,7 @@ from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from saelens_matryoshka.atomic import whole_file
 from saelens_matryoshka.fingerprint import differences, hash_of
 from saelens_matryoshka.stopping import RunStopped, StopRequest
 
@@ -143,13 +142,8 @@ class Unfinished:
 
     def _save(self, work: Work, seconds: float) -> None:
         about = {"settings": self.settings, "n_seen": work.n_seen, "seconds": seconds}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
-        try:
-            save_file(work.state(), aside, metadata={"about": json.dumps(about)})
-            os.replace(aside, self.path)
-        finally:
-            aside.unlink(missing_ok=True)
+        with whole_file(self.path) as new:
+            save_file(work.state(), new, metadata={"about": json.dumps(about)})
 
 
 def _about(path: Path) -> dict[str, Any]:

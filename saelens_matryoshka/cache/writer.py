@@ -10,8 +10,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
-import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timezone
@@ -27,7 +25,7 @@ from sae_lens.config import HfDataset
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from saelens_matryoshka.atomic import is_left_aside, write_atomically
+from saelens_matryoshka.atomic import is_left_aside, whole_file, write_atomically
 from saelens_matryoshka.cache.encoding import Rows, encode, row_bytes, to_arrow
 from saelens_matryoshka.cache.manifest import (
     GAINS,
@@ -208,23 +206,12 @@ class _Writing:
 
     def _save(self, split: Split, name: str, table: pa.Table) -> None:
         """A whole file or none, and then its line in the manifest."""
-        path = self.folder / name
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
-            with temporary.open("wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        with whole_file(self.folder / name) as new:
+            with new.open("wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
                 stream.write_table(table)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            shard = describe_file(temporary, len(table))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        shards = self.manifest.shards(split)
-        shards[name] = shard
-        ordered = dict(sorted(shards.items()))
-        shards.clear()
-        shards.update(ordered)
+            shard = describe_file(new, len(table))
+        shards = self.manifest.shards(split) | {name: shard}
+        setattr(self.manifest, split, dict(sorted(shards.items())))
         self.manifest.save(self.folder)
 
     def _wait(self) -> None:
