@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from numbers import Integral
 from types import SimpleNamespace
@@ -82,18 +83,12 @@ def token_batches(
         store = _token_store(sae, model, dataset, context_size)
         n_prompts = -(-n_tokens // store.context_size)
         prompts = _prompts(store, n_prompts)
-    batch: list[torch.Tensor] = []
-    n_batches = 0
-    for prompt in prompts:
-        batch.append(prompt)
-        if len(batch) == batch_size:
-            yield torch.stack(batch).to(device)
-            batch, n_batches = [], n_batches + 1
-    if batch:
-        yield torch.stack(batch).to(device)
-        n_batches += 1
-    if n_batches == 0:
+    batch = list(itertools.islice(prompts, batch_size))
+    if not batch:
         raise ValueError("dataset: it holds no full prompt, so there is nothing to evaluate on.")
+    while batch:
+        yield torch.stack(batch).to(device)
+        batch = list(itertools.islice(prompts, batch_size))
 
 
 def require_count(name: str, value: object, least: int) -> None:
