@@ -10,7 +10,6 @@ Nothing is trained or moved: a training object is converted to the inference mod
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -295,9 +294,8 @@ class Evaluation:
         self, tokens: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Source, target and clean logits, of one pass."""
-        seen: dict[str, torch.Tensor] = {}
-        logits = self._logits(
-            tokens, *((name, functools.partial(_read, seen, name)) for name in self.read_hooks)
+        logits, seen = self.model.run_with_cache(
+            tokens, return_type="logits", names_filter=self.read_hooks, **self.model_kwargs
         )
         return *self._pair(seen), logits
 
@@ -362,15 +360,6 @@ def trained_k(sae: SAE[Any]) -> float | None:
     if "k" not in details or (widths and sum(widths) != sae.cfg.d_sae and widths[-1] != sae.cfg.d_sae):
         return None
     return float(details["k"])
-
-
-def _read(
-    seen: dict[str, torch.Tensor],
-    name: str,
-    activation: torch.Tensor,
-    hook: Any,  # noqa: ARG001
-) -> None:
-    seen[name] = activation
 
 
 def _replace(replacement: torch.Tensor, keep: torch.Tensor, head: int | None) -> Callable[..., torch.Tensor]:
