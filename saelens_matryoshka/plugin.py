@@ -30,7 +30,7 @@ from saelens_matryoshka.architectures import (
 from saelens_matryoshka.architectures.config import MatryoshkaTrainingConfig
 from saelens_matryoshka.runner import build_store, prepare_trainer
 from saelens_matryoshka.seams import redirect
-from saelens_matryoshka.store import ResumableStore
+from saelens_matryoshka.store.resumable import ResumableStore
 
 ARCHITECTURES = (
     (MatryoshkaTrainingSAE, MatryoshkaTrainingSAEConfig),

@@ -39,17 +39,17 @@ from saelens_matryoshka.evaluation.training_evaluator import (
     hold_out_prompts,
 )
 from saelens_matryoshka.ops import SparseStep
-from saelens_matryoshka.pairs import (
+from saelens_matryoshka.scaling import FiniteScaler
+from saelens_matryoshka.seams import defer_checkpoints, replace_progress_bar
+from saelens_matryoshka.sites import Site, check_hook, make_readable, norm_frame, norm_gain
+from saelens_matryoshka.store.pairs import (
     paired_store,
     probe_hooks,
     require_enough_text,
     warn_of_same_tensor,
 )
-from saelens_matryoshka.reading import Reading
-from saelens_matryoshka.scaling import FiniteScaler
-from saelens_matryoshka.seams import defer_checkpoints, replace_progress_bar
-from saelens_matryoshka.sites import Site, check_hook, make_readable, norm_frame, norm_gain
-from saelens_matryoshka.store import PrefetchedBatches, ResumableStore
+from saelens_matryoshka.store.reading import Reading
+from saelens_matryoshka.store.resumable import PrefetchedBatches, ResumableStore
 
 # Entries of a runner config that differ between two starts of the same run.
 _VOLATILE = frozenset(

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from typing_extensions import Self
 
-from saelens_matryoshka.atomic import write_atomically
 from saelens_matryoshka.cache.encoding import DTYPES
-from saelens_matryoshka.fingerprint import hash_of
+from saelens_matryoshka.files.atomic import write_atomically
+from saelens_matryoshka.files.fingerprint import hash_of
 
 GAINS = "gains.safetensors"
 MANIFEST = "manifest.json"

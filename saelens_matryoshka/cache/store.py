@@ -26,10 +26,10 @@ from saelens_matryoshka.cache.reader import ActivationCache, CachedBatches, open
 from saelens_matryoshka.evaluation.evaluator import evaluate_activations
 from saelens_matryoshka.evaluation.result import EvalResult
 from saelens_matryoshka.ops import ALONE, Group
-from saelens_matryoshka.pairs import warn_of_same_tensor
-from saelens_matryoshka.reading import Reading
 from saelens_matryoshka.sites import Site
-from saelens_matryoshka.store import ResumableStore
+from saelens_matryoshka.store.pairs import warn_of_same_tensor
+from saelens_matryoshka.store.reading import Reading
+from saelens_matryoshka.store.resumable import ResumableStore
 
 _HELD_OUT_BATCH = 4096
 _CACHE = "cache"  # in the metadata of a checkpoint's file

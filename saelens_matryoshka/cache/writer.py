@@ -25,7 +25,6 @@ from sae_lens.config import HfDataset
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from saelens_matryoshka.atomic import is_left_aside, whole_file, write_atomically
 from saelens_matryoshka.cache.encoding import Rows, encode, row_bytes, to_arrow
 from saelens_matryoshka.cache.manifest import (
     GAINS,
@@ -40,8 +39,9 @@ from saelens_matryoshka.cache.manifest import (
 )
 from saelens_matryoshka.evaluation.activations import in_eval_mode
 from saelens_matryoshka.evaluation.tokens import special_token_ids
-from saelens_matryoshka.fingerprint import hash_of_model
-from saelens_matryoshka.locks import alone
+from saelens_matryoshka.files.atomic import is_left_aside, whole_file, write_atomically
+from saelens_matryoshka.files.fingerprint import hash_of_model
+from saelens_matryoshka.files.locks import alone
 from saelens_matryoshka.seams import split_off_prompts, token_device, token_sequences
 from saelens_matryoshka.sites import check_hook, make_readable, norm_frame, norm_gain, probe
 

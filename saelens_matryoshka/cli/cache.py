@@ -11,7 +11,7 @@ from rich import box
 
 from saelens_matryoshka.cli.interruption import interruptible
 from saelens_matryoshka.cli.output import Console, Json, on_stdout, quieten, require_writable, write_numbers
-from saelens_matryoshka.valid_json import dumps
+from saelens_matryoshka.files.valid_json import dumps
 
 if TYPE_CHECKING:
     from saelens_matryoshka.cache import Manifest

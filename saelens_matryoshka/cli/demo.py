@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from saelens_matryoshka.atomic import write_atomically
 from saelens_matryoshka.cli.inputs import TINY, load_language_model, open_dataset, pick_device
 from saelens_matryoshka.cli.output import Console, Json, on_stdout, quieten, require_writable, write_numbers
-from saelens_matryoshka.valid_json import dumps
+from saelens_matryoshka.files.atomic import write_atomically
+from saelens_matryoshka.files.valid_json import dumps
 
 _TINY = "the embedded tiny model"
 _CONTEXT_SIZE = 256

@@ -25,7 +25,7 @@ from saelens_matryoshka.cli.output import (
     require_writable,
     write_numbers,
 )
-from saelens_matryoshka.valid_json import dumps
+from saelens_matryoshka.files.valid_json import dumps
 
 _ENDPOINT = "The chat model"
 

@@ -32,7 +32,7 @@ from saelens_matryoshka.cli.output import (
 if TYPE_CHECKING:
     from sae_lens import SAE
 
-    from saelens_matryoshka.unfinished import Unfinished
+    from saelens_matryoshka.files.unfinished import Unfinished
 
 Model = Annotated[
     str | None,
@@ -199,8 +199,8 @@ def _unfinished(
     """Where the state of an evaluation is kept: a published model has no folder to keep it beside."""
     import torch
 
-    from saelens_matryoshka.fingerprint import hash_of, hash_of_model, hash_of_weights
-    from saelens_matryoshka.unfinished import Unfinished
+    from saelens_matryoshka.files.fingerprint import hash_of, hash_of_model, hash_of_weights
+    from saelens_matryoshka.files.unfinished import Unfinished
 
     depends_on = {
         **settings,

@@ -9,7 +9,7 @@ import typer
 from saelens_matryoshka.cli.inputs import load_language_model, load_text, named_folder, pick_device
 from saelens_matryoshka.cli.interruption import interruptible
 from saelens_matryoshka.cli.output import Console, Json, on_stdout, quieten, require_writable, write_numbers
-from saelens_matryoshka.valid_json import dumps
+from saelens_matryoshka.files.valid_json import dumps
 
 
 def register(app: typer.Typer) -> None:

@@ -199,7 +199,7 @@ def _after(documents: Any, skip: int) -> Any:
 
 def open_dataset(name: str, split: str) -> Any:
     """The documents of a dataset, see `open_text`; what is wrong with it is said of --dataset."""
-    from saelens_matryoshka.text_files import TextError, open_text
+    from saelens_matryoshka.files.text import TextError, open_text
 
     try:
         return open_text(name, split)

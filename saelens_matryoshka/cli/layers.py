@@ -13,7 +13,7 @@ from rich import box
 from rich.markup import escape
 
 from saelens_matryoshka.cli.output import Console, on_stdout, write_numbers
-from saelens_matryoshka.valid_json import dumps
+from saelens_matryoshka.files.valid_json import dumps
 
 if TYPE_CHECKING:
     from saelens_matryoshka.runs.settings import Settings, SettingsSource

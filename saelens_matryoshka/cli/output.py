@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
-from saelens_matryoshka.atomic import write_atomically
+from saelens_matryoshka.files.atomic import write_atomically
 
 OUTPUT, TEXT = "Output", "Text and tokens"
 """panels of the help: what is printed and written, and what is measured on"""

@@ -26,7 +26,7 @@ from saelens_matryoshka.cli.output import (
     write_numbers,
 )
 from saelens_matryoshka.cli.samples import obtain_samples, writing_samples
-from saelens_matryoshka.valid_json import dumps
+from saelens_matryoshka.files.valid_json import dumps
 
 
 def register(app: typer.Typer) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from saelens_matryoshka.cli.output import Console, Json, on_stdout, require_writable, write_numbers
-from saelens_matryoshka.valid_json import dumps
+from saelens_matryoshka.files.valid_json import dumps
 
 
 def register(app: typer.Typer) -> None:

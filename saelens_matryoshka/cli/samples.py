@@ -28,7 +28,7 @@ from saelens_matryoshka.cli.output import (
     token_progress,
     write_result,
 )
-from saelens_matryoshka.valid_json import dumps
+from saelens_matryoshka.files.valid_json import dumps
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -141,7 +141,7 @@ def writing_samples(folder: Path) -> AbstractContextManager[None]:
     Raises:
         ValueError: another process is at it.
     """
-    from saelens_matryoshka.locks import alone
+    from saelens_matryoshka.files.locks import alone
 
     place = Path(os.path.realpath(folder))
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -181,11 +181,11 @@ def obtain_samples(
     """
     import torch
 
-    from saelens_matryoshka.atomic import whole_folder
-    from saelens_matryoshka.fingerprint import hash_of_weights
+    from saelens_matryoshka.files.atomic import whole_folder
+    from saelens_matryoshka.files.fingerprint import hash_of_weights
+    from saelens_matryoshka.files.unfinished import Unfinished
     from saelens_matryoshka.report.collect import collect_samples
     from saelens_matryoshka.report.store import stored_samples
-    from saelens_matryoshka.unfinished import Unfinished
 
     text, described = load()
     batch_size = settings.pop("batch_size_prompts")
@@ -231,7 +231,7 @@ def _write_format(
     features: Path | None,
     overwrite: bool,
 ) -> Path:
-    from saelens_matryoshka.atomic import whole_folder
+    from saelens_matryoshka.files.atomic import whole_folder
     from saelens_matryoshka.report.feature_files import require_new_layer, write_feature_files
     from saelens_matryoshka.report.logits import logit_effects
     from saelens_matryoshka.report.neuronpedia import write_neuronpedia

@@ -16,7 +16,7 @@ from rich.markup import escape
 from saelens_matryoshka.cli.interruption import interruptible
 from saelens_matryoshka.cli.output import Console, Json, on_stdout, quieten, require_writable, write_numbers
 from saelens_matryoshka.cli.settings import read_mesh, read_sources, require_no_layer, require_one_process
-from saelens_matryoshka.valid_json import dumps
+from saelens_matryoshka.files.valid_json import dumps
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -16,9 +16,9 @@ from saelens_matryoshka.evaluation.evaluator import Evaluation
 from saelens_matryoshka.evaluation.passes import Passes, Progress
 from saelens_matryoshka.evaluation.result import EvalResult, metrics_row, metrics_table
 from saelens_matryoshka.evaluation.tokens import token_batches
+from saelens_matryoshka.files.unfinished import Unfinished
+from saelens_matryoshka.files.valid_json import dumps
 from saelens_matryoshka.prefixes import inference_model
-from saelens_matryoshka.unfinished import Unfinished
-from saelens_matryoshka.valid_json import dumps
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,10 @@ from saelens_matryoshka.evaluation.metrics import (
 from saelens_matryoshka.evaluation.passes import Passes, Progress
 from saelens_matryoshka.evaluation.result import EvalResult, PrefixMetrics
 from saelens_matryoshka.evaluation.tokens import is_excluded, special_token_ids, token_batches
+from saelens_matryoshka.files.unfinished import Unfinished
 from saelens_matryoshka.ops import ALONE, Group
 from saelens_matryoshka.prefixes import inference_model, matryoshka_widths, predict_prefixes
 from saelens_matryoshka.sites import check_hook, norm_frame
-from saelens_matryoshka.unfinished import Unfinished
 
 # Values of feature activations, and of logits, that are held at a time.
 _ACTIVATION_VALUES = 1 << 26

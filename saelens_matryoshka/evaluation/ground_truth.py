@@ -34,8 +34,8 @@ from sae_lens.synthetic import (
 from scipy.optimize import linear_sum_assignment
 
 from saelens_matryoshka.evaluation.metrics import FiringCounts, ReconstructionSums
+from saelens_matryoshka.files.valid_json import dumps
 from saelens_matryoshka.prefixes import inference_model, matryoshka_widths, predict_prefixes
-from saelens_matryoshka.valid_json import dumps
 from saelens_matryoshka.widths import latent_levels
 
 MIN_COSINE = 0.8

@@ -14,8 +14,8 @@ import torch
 from saelens_matryoshka.evaluation.activations import in_eval_mode
 from saelens_matryoshka.evaluation.metrics import restore, state_of
 from saelens_matryoshka.evaluation.tokens import require_count
-from saelens_matryoshka.fingerprint import hash_of_tensors
-from saelens_matryoshka.unfinished import Unfinished
+from saelens_matryoshka.files.fingerprint import hash_of_tensors
+from saelens_matryoshka.files.unfinished import Unfinished
 
 if TYPE_CHECKING:
     from saelens_matryoshka.evaluation.evaluator import Evaluation

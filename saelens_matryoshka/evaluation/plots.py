@@ -10,9 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from saelens_matryoshka.atomic import write_atomically
 from saelens_matryoshka.evaluation.result import EvalResult
 from saelens_matryoshka.evaluation.tables import COLUMNS, cells
+from saelens_matryoshka.files.atomic import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,7 +14,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from saelens_matryoshka.evaluation.metrics import DENSITY_EDGES
-from saelens_matryoshka.valid_json import dumps
+from saelens_matryoshka.files.valid_json import dumps
 
 T = TypeVar("T")
 _OF_CE = frozenset({"ce", "kl", "ce_clean", "ce_zero", "ce_mean"})

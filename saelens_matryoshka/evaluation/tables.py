@@ -7,8 +7,8 @@ import io
 from collections.abc import Mapping
 from pathlib import Path
 
-from saelens_matryoshka.atomic import write_atomically
 from saelens_matryoshka.evaluation.result import EvalResult, PrefixMetrics
+from saelens_matryoshka.files.atomic import write_atomically
 
 FORMATS = (".md", ".csv")
 

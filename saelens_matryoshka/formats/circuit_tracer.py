@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 from typing_extensions import override
 
-from saelens_matryoshka.file_names import natural
+from saelens_matryoshka.files.names import natural
 from saelens_matryoshka.formats import gemma_scope, layout
 from saelens_matryoshka.formats.coder import SparseCoder, StateDict
 from saelens_matryoshka.formats.files import (

@@ -16,8 +16,8 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
-from saelens_matryoshka.atomic import whole_folder
-from saelens_matryoshka.file_names import unreserved
+from saelens_matryoshka.files.atomic import whole_folder
+from saelens_matryoshka.files.names import unreserved
 from saelens_matryoshka.formats.card import write_card
 from saelens_matryoshka.formats.coder import SparseCoder, build, from_saelens
 from saelens_matryoshka.formats.files import FormatError

@@ -20,7 +20,7 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from saelens_matryoshka.plain_yaml import MAX_YAML_BYTES, PlainLoader
+from saelens_matryoshka.files.plain_yaml import MAX_YAML_BYTES, PlainLoader
 
 MAX_CONFIG_BYTES = 4 << 20
 # A compressed .npz of weights is about as large as the weights; this leaves room for many zeros.

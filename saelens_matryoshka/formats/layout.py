@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from saelens_matryoshka.file_names import natural
+from saelens_matryoshka.files.names import natural
 from saelens_matryoshka.formats.coder import SparseCoder, StateDict, believe
 from saelens_matryoshka.formats.files import FormatError
 from saelens_matryoshka.formats.sources import Source

@@ -18,7 +18,7 @@ import warnings
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from saelens_matryoshka.file_names import natural
+from saelens_matryoshka.files.names import natural
 from saelens_matryoshka.formats.coder import SparseCoder, StateDict
 from saelens_matryoshka.formats.files import FormatError, read_json, read_pickle
 from saelens_matryoshka.formats.layout import join

@@ -40,8 +40,6 @@ from saelens_matryoshka.layers.store import (
     many_hook_store,
 )
 from saelens_matryoshka.ops import SparseStep
-from saelens_matryoshka.pairs import probe_hooks, require_enough_text
-from saelens_matryoshka.reading import Reading
 from saelens_matryoshka.runner import (
     Observer,
     ProgressBar,
@@ -53,6 +51,8 @@ from saelens_matryoshka.runner import (
     require_sizes,
 )
 from saelens_matryoshka.seams import defer_checkpoints, replace_progress_bar, set_sae_metadata
+from saelens_matryoshka.store.pairs import probe_hooks, require_enough_text
+from saelens_matryoshka.store.reading import Reading
 from saelens_matryoshka.upkeep.keeper import Keeper
 from saelens_matryoshka.upkeep.wandb_guard import wandb_cannot_stop_it
 

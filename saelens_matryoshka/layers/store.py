@@ -19,9 +19,9 @@ from sae_lens.config import HfDataset
 from sae_lens.training.prefetch import PrefetchingIterator
 from typing_extensions import override
 
-from saelens_matryoshka.pairs import multi_hook_store
-from saelens_matryoshka.reading import Reading
-from saelens_matryoshka.store import PrefetchedBatches, ResumableStore
+from saelens_matryoshka.store.pairs import multi_hook_store
+from saelens_matryoshka.store.reading import Reading
+from saelens_matryoshka.store.resumable import PrefetchedBatches, ResumableStore
 
 _HOOKS = "hooks.json"
 

@@ -1,8 +1,8 @@
 """The share of the data that each process reads, and the states of all in one checkpoint.
 
-How documents are dealt out is said in `saelens_matryoshka.shares`. Here every process is one of N that read,
-whatever the mesh: each gives its part of the rows of every batch. Of a cache, every process reads its part of
-the same batches, whose place is one number for all.
+How documents are dealt out is said in `saelens_matryoshka.store.shares`. Here every process is one of N that
+read, whatever the mesh: each gives its part of the rows of every batch. Of a cache, every process reads its
+part of the same batches, whose place is one number for all.
 
 What waits to be trained on is a process's own, and may be gigabytes. A checkpoint is sealed by the first
 process, the only one that writes, perhaps to a disk that the others do not see. So it asks one after the
@@ -20,8 +20,8 @@ from datasets import IterableDataset
 from saelens_matryoshka.cache.store import CachedActivationsStore
 from saelens_matryoshka.parallel.processes import Processes
 from saelens_matryoshka.seams import token_sequences
-from saelens_matryoshka.store import ResumableStore
-from saelens_matryoshka.store_state import state_file
+from saelens_matryoshka.store.resumable import ResumableStore
+from saelens_matryoshka.store.state import state_file
 
 
 def share_data(store: ResumableStore, rank: int, size: int) -> None:

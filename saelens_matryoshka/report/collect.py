@@ -19,10 +19,10 @@ from sae_lens.config import HfDataset
 from saelens_matryoshka.evaluation.activations import hook_activations, in_eval_mode
 from saelens_matryoshka.evaluation.evaluator import flattened_heads, hooks_and_frame
 from saelens_matryoshka.evaluation.tokens import is_excluded, require_count, special_token_ids, token_batches
+from saelens_matryoshka.files.unfinished import Unfinished
 from saelens_matryoshka.prefixes import inference_model
 from saelens_matryoshka.report.collector import HISTOGRAM_BINS, Collector
 from saelens_matryoshka.report.samples import Samples
-from saelens_matryoshka.unfinished import Unfinished
 
 
 @torch.no_grad()

@@ -22,11 +22,11 @@ from typing import Any
 import filelock
 import torch
 
-from saelens_matryoshka.atomic import write_atomically
+from saelens_matryoshka.files.atomic import write_atomically
+from saelens_matryoshka.files.valid_json import dumps
 from saelens_matryoshka.report.logits import LogitEffects
 from saelens_matryoshka.report.samples import Example, Samples
 from saelens_matryoshka.report.text import TokenText
-from saelens_matryoshka.valid_json import dumps
 
 INDEX = "index.json.gz"
 LOCK = ".lock"

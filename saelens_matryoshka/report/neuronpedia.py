@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
+from saelens_matryoshka.files.valid_json import dumps
 from saelens_matryoshka.report.logits import LogitEffects
 from saelens_matryoshka.report.samples import Example, Samples
 from saelens_matryoshka.report.text import TokenText
-from saelens_matryoshka.valid_json import dumps
 
 _LATENTS_PER_FILE = 128
 _ALIGNED_NEURONS = 3

@@ -18,7 +18,7 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from saelens_matryoshka import __version__
-from saelens_matryoshka.atomic import write_atomically
+from saelens_matryoshka.files.atomic import write_atomically
 from saelens_matryoshka.report.decoder import DecoderRelations
 from saelens_matryoshka.report.logits import LogitEffects
 from saelens_matryoshka.report.packing import pack_latents

@@ -13,9 +13,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from saelens_matryoshka.files.valid_json import dumps
 from saelens_matryoshka.report.samples import Example, Samples
 from saelens_matryoshka.report.text import TokenText
-from saelens_matryoshka.valid_json import dumps
 
 
 def write_seed_files(samples: Samples, text: TokenText, folder: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from sae_lens import SAE
 
-from saelens_matryoshka.fingerprint import differences, hash_of_weights
+from saelens_matryoshka.files.fingerprint import differences, hash_of_weights
 from saelens_matryoshka.report.samples import Samples, has_samples
 
 

@@ -32,7 +32,7 @@ class BufferRows(NamedTuple):
 
 
 def buffer_rows(*, buffer_size: int, llm_batch: int, train_batch: int, mix: float, wanted: int) -> BufferRows:
-    """Follow `saelens_matryoshka.mixing` until `wanted` rows were served, or its rhythm is known.
+    """Follow `saelens_matryoshka.store.mixing` until `wanted` rows were served, or its rhythm is known.
 
     Args:
         buffer_size: Rows from which it is shuffled and served.

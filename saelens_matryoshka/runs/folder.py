@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from saelens_matryoshka.atomic import is_left_aside, write_atomically
-from saelens_matryoshka.file_names import is_reserved, unreserved
-from saelens_matryoshka.plain_yaml import PlainLoader
+from saelens_matryoshka.files.atomic import is_left_aside, write_atomically
+from saelens_matryoshka.files.names import is_reserved, unreserved
+from saelens_matryoshka.files.plain_yaml import PlainLoader
 from saelens_matryoshka.runs.fields import Given
 from saelens_matryoshka.runs.lock import LOCK
 from saelens_matryoshka.runs.settings import RECORDS, Settings

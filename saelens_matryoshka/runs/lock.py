@@ -8,7 +8,7 @@ from pathlib import Path
 
 import filelock
 
-from saelens_matryoshka.locks import alone
+from saelens_matryoshka.files.locks import alone
 
 LOCK = ".lock"
 

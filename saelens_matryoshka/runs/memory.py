@@ -2,8 +2,8 @@
 
 The language model's parts are counted by building and running it on tensors without data; those of the
 training step follow from `saelens_matryoshka.ops`, those of the activation store from
-`saelens_matryoshka.mixing`. On a GPU the figures are those of `torch.cuda.max_memory_allocated`, plus the
-CUDA context; on a CPU those of the resident memory.
+`saelens_matryoshka.store.mixing`. On a GPU the figures are those of `torch.cuda.max_memory_allocated`, plus
+the CUDA context; on a CPU those of the resident memory.
 """
 
 from __future__ import annotations

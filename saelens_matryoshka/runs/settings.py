@@ -20,7 +20,8 @@ from sae_lens.constants import DTYPE_MAP
 from sae_lens.training.optim import get_lr_scheduler
 
 from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig, recommended_runner_fields
-from saelens_matryoshka.plain_yaml import MAX_YAML_BYTES, PlainLoader
+from saelens_matryoshka.files.plain_yaml import MAX_YAML_BYTES, PlainLoader
+from saelens_matryoshka.files.text import is_text_file
 from saelens_matryoshka.runs.fields import (
     OUR_CONFIGS,
     Field,
@@ -39,7 +40,6 @@ from saelens_matryoshka.runs.mappings import (
     skeleton,
 )
 from saelens_matryoshka.sites import check_hook
-from saelens_matryoshka.text_files import is_text_file
 
 SettingsSource = Mapping[str, Given]
 """What a preset, a file or the flags say, by the name of the setting."""

@@ -266,7 +266,7 @@ def _in_layer(hook: str, layer: int) -> str:
 
 @torch.no_grad()
 def _seconds_per_row_moved(cfgs: Configs, rows: BufferRows) -> float:
-    """To its shuffled place in a new tensor, as `saelens_matryoshka.mixing` does."""
+    """To its shuffled place in a new tensor, as `saelens_matryoshka.store.mixing` does."""
     device = cfgs[0].act_store_device or cfgs[0].device
     width = sum(widths_of(cfgs).values())
     n = max(1, min(rows.serving, _MOVED_VALUES // width))

@@ -21,17 +21,17 @@ from sae_lens.constants import (
 from typing_extensions import override
 
 from saelens_matryoshka import parallel
-from saelens_matryoshka.atomic import write_atomically
 from saelens_matryoshka.cache import CachedModel, open_cache
 from saelens_matryoshka.cache.store import is_cache
 from saelens_matryoshka.evaluation.result import EvalResult
+from saelens_matryoshka.files.atomic import write_atomically
+from saelens_matryoshka.files.text import TextError, is_text_file, open_text
 from saelens_matryoshka.runner import Observer, held_out_evaluator, observe
 from saelens_matryoshka.runs.folder import RunFolder, now, versions
 from saelens_matryoshka.runs.lock import locked
 from saelens_matryoshka.runs.mappings import TINY
 from saelens_matryoshka.runs.metrics_log import MetricsLog
 from saelens_matryoshka.runs.settings import TINY_TEXT, Settings, resolve
-from saelens_matryoshka.text_files import TextError, is_text_file, open_text
 from saelens_matryoshka.upkeep.checkpoints import Checkpoints, warn_of_other_versions
 from saelens_matryoshka.upkeep.keeper import Keeper, Upkeep
 from saelens_matryoshka.upkeep.wandb_guard import wandb_cannot_stop_it

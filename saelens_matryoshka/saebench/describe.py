@@ -29,7 +29,7 @@ from saelens_matryoshka.evaluation.activations import hook_activations
 from saelens_matryoshka.evaluation.evaluator import hooks_and_frame
 from saelens_matryoshka.evaluation.metrics import FiringCounts
 from saelens_matryoshka.evaluation.tokens import is_excluded, special_token_ids, token_batches
-from saelens_matryoshka.fingerprint import hash_of_tensors
+from saelens_matryoshka.files.fingerprint import hash_of_tensors
 from saelens_matryoshka.prefixes import inference_model, matryoshka_widths
 from saelens_matryoshka.saebench.descriptions import Description, Descriptions
 from saelens_matryoshka.saebench.endpoint import ChatModel, Endpoint, Estimate

@@ -13,7 +13,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from saelens_matryoshka.atomic import write_atomically
+from saelens_matryoshka.files.atomic import write_atomically
 
 _SETTINGS, _LATENTS = "settings.json", "latents.jsonl"
 

@@ -11,8 +11,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from saelens_matryoshka.files.valid_json import dumps
 from saelens_matryoshka.saebench.evals import EVALS
-from saelens_matryoshka.valid_json import dumps
 
 _COLUMNS = 5  # prefixes side by side, so that a table fits into 80 columns
 

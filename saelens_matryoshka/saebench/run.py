@@ -16,8 +16,8 @@ from datasets import Dataset, DatasetDict
 from sae_lens import SAE
 from transformer_lens import HookedTransformer
 
-from saelens_matryoshka.atomic import write_atomically
 from saelens_matryoshka.evaluation.evaluator import hooks_and_frame
+from saelens_matryoshka.files.atomic import write_atomically
 from saelens_matryoshka.prefixes import inference_model, matryoshka_widths
 from saelens_matryoshka.saebench import evals as _evals
 from saelens_matryoshka.saebench.data import LabelledText, running_text

@@ -25,8 +25,9 @@ import torch
 from sae_lens import SAE
 from transformer_lens import HookedTransformer
 
-from saelens_matryoshka.atomic import write_atomically
-from saelens_matryoshka.fingerprint import hash_of, hash_of_tensors
+from saelens_matryoshka.files.atomic import write_atomically
+from saelens_matryoshka.files.fingerprint import hash_of, hash_of_tensors
+from saelens_matryoshka.files.valid_json import dumps
 from saelens_matryoshka.prefixes import inference_model, truncate
 from saelens_matryoshka.saebench import evals as _evals
 from saelens_matryoshka.saebench import patches
@@ -42,7 +43,6 @@ from saelens_matryoshka.saebench.views import (
     output_view,
     pair_view,
 )
-from saelens_matryoshka.valid_json import dumps
 
 
 class Bench:

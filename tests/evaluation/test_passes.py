@@ -12,10 +12,10 @@ from sae_lens import JumpReLUSAE
 from transformer_lens import HookedTransformer
 
 import saelens_matryoshka as sm
-from saelens_matryoshka import unfinished
+from saelens_matryoshka.files import unfinished
+from saelens_matryoshka.files.unfinished import Unfinished
 from saelens_matryoshka.ops import Group
 from saelens_matryoshka.stopping import RunStopped
-from saelens_matryoshka.unfinished import Unfinished
 from tests.report.conftest import CONTEXT, random_sae
 
 BATCHES, CE_BATCHES, PROMPTS = 5, 3, 2

@@ -25,7 +25,7 @@ from saelens_matryoshka.layers import LockstepTrainer, ManyHookStore, train_laye
 from saelens_matryoshka.layers import lockstep as lockstep_module
 from saelens_matryoshka.layers.scaling import estimate_scaling_factors
 from saelens_matryoshka.stopping import RunStopped
-from saelens_matryoshka.store import ResumableStore
+from saelens_matryoshka.store.resumable import ResumableStore
 from saelens_matryoshka.upkeep.checkpoints import Checkpoints
 from saelens_matryoshka.upkeep.keeper import Keeper
 from tests.helpers import runner_config, transcoder_config

@@ -16,8 +16,8 @@ from saelens_matryoshka.cache import CachedModel, open_cache
 from saelens_matryoshka.cache.store import cached_store
 from saelens_matryoshka.parallel.data import share_data
 from saelens_matryoshka.seams import token_sequences
-from saelens_matryoshka.store import ResumableStore
-from saelens_matryoshka.store_state import state_file
+from saelens_matryoshka.store.resumable import ResumableStore
+from saelens_matryoshka.store.state import state_file
 from tests.helpers import runner_config, transcoder_config
 
 

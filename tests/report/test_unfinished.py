@@ -11,10 +11,10 @@ import torch
 from sae_lens import JumpReLUSAE
 from transformer_lens import HookedTransformer
 
-from saelens_matryoshka import unfinished
+from saelens_matryoshka.files import unfinished
+from saelens_matryoshka.files.unfinished import Unfinished
 from saelens_matryoshka.report import Samples
 from saelens_matryoshka.stopping import RunStopped
-from saelens_matryoshka.unfinished import Unfinished
 from tests.report.conftest import CONTEXT, collected
 
 BATCH = 7

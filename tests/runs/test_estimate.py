@@ -18,7 +18,6 @@ from transformer_lens import HookedTransformer
 
 import saelens_matryoshka as sm
 from benchmarks.estimate import compare
-from saelens_matryoshka.mixing import MixingBuffer
 from saelens_matryoshka.parallel import Mesh
 from saelens_matryoshka.random_state import random_state
 from saelens_matryoshka.runner import prepare_trainer
@@ -40,8 +39,9 @@ from saelens_matryoshka.runs.memory import (
     trace_forward,
 )
 from saelens_matryoshka.runs.tracing import PeakMemory
-from saelens_matryoshka.store_state import StoreState
-from saelens_matryoshka.token_stream import Position
+from saelens_matryoshka.store.mixing import MixingBuffer
+from saelens_matryoshka.store.state import StoreState
+from saelens_matryoshka.store.token_stream import Position
 from tests.helpers import runner_config, trainer_for, transcoder_config
 
 _BESIDE_THE_STEP = (

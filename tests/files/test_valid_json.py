@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from saelens_matryoshka.valid_json import dumps
+from saelens_matryoshka.files.valid_json import dumps
 
 NAN, INF = float("nan"), float("inf")
 

@@ -28,12 +28,12 @@ from sae_lens.training.prefetch import PrefetchingIterator
 from safetensors.torch import load_file, save_file
 from typing_extensions import override
 
-from saelens_matryoshka.mixing import MixingBuffer
 from saelens_matryoshka.random_state import random_state, set_random_state
 from saelens_matryoshka.seams import OpenStore, before_split_off, read_from
-from saelens_matryoshka.shares import Shares
-from saelens_matryoshka.store_state import StoreState, load_state, n_states, take_over
-from saelens_matryoshka.token_stream import Position, TokenStream
+from saelens_matryoshka.store.mixing import MixingBuffer
+from saelens_matryoshka.store.shares import Shares
+from saelens_matryoshka.store.state import StoreState, load_state, n_states, take_over
+from saelens_matryoshka.store.token_stream import Position, TokenStream
 
 _COUNT = "n_dataset_processed"
 

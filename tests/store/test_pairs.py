@@ -8,8 +8,8 @@ import torch
 from sae_lens.training.prefetch import PrefetchingIterator
 
 import saelens_matryoshka as sm
-from saelens_matryoshka.pairs import PairedActivationsStore, paired_store, probe_hooks
 from saelens_matryoshka.sites import Site
+from saelens_matryoshka.store.pairs import PairedActivationsStore, paired_store, probe_hooks
 from tests.fake_model import N_VOCAB, FakeModel
 from tests.helpers import runner_config
 

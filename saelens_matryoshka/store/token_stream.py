@@ -22,7 +22,7 @@ from datasets import IterableDataset
 from sae_lens.pretokenize_runner import get_special_token_from_cfg
 
 from saelens_matryoshka.seams import OpenStore
-from saelens_matryoshka.shares import Begun, Division, another_dataset, fingerprint
+from saelens_matryoshka.store.shares import Begun, Division, another_dataset, fingerprint
 
 _IN_JSON = ("n_documents", "n_dataset_processed", "dataset_state", "dataset_state_at", "cached_row", "epoch")
 

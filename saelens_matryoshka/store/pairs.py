@@ -18,10 +18,10 @@ from sae_lens.config import HfDataset
 from typing_extensions import override
 
 from saelens_matryoshka.evaluation.tokens import special_token_ids
-from saelens_matryoshka.reading import Reading
 from saelens_matryoshka.seams import token_sequences
 from saelens_matryoshka.sites import Site, probe
-from saelens_matryoshka.store import ResumableStore
+from saelens_matryoshka.store.reading import Reading
+from saelens_matryoshka.store.resumable import ResumableStore
 
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookedRootModule

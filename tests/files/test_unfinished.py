@@ -10,9 +10,9 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from saelens_matryoshka import unfinished
+from saelens_matryoshka.files import unfinished
+from saelens_matryoshka.files.unfinished import Unfinished
 from saelens_matryoshka.stopping import RunStopped
-from saelens_matryoshka.unfinished import Unfinished
 
 
 class Counting:

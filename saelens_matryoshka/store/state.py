@@ -4,7 +4,7 @@ A file has the rows that wait to be trained on, the tokens of documents begun th
 in the dataset and the random states. The first process's is SAELens's own file. As many processes as have
 written them go on to the last bit, each with its own. Any other number takes over what there is: the
 waiting rows are dealt out, the rests of documents too, and what is left of the dataset (see
-`saelens_matryoshka.shares`).
+`saelens_matryoshka.store.shares`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 
-from saelens_matryoshka.shares import Begun
-from saelens_matryoshka.token_stream import Position
+from saelens_matryoshka.store.shares import Begun
+from saelens_matryoshka.store.token_stream import Position
 
 _METADATA_KEY = "saelens_matryoshka"
 

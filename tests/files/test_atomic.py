@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from saelens_matryoshka import atomic
-from saelens_matryoshka.atomic import whole_folder, write_atomically
 from saelens_matryoshka.cache.writer import require_own_folder
+from saelens_matryoshka.files import atomic
+from saelens_matryoshka.files.atomic import whole_folder, write_atomically
 from saelens_matryoshka.runs.folder import RunFolder
 
 

@@ -21,8 +21,8 @@ from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from sae_lens.training.mixing_buffer import mixing_buffer
 from sae_lens.training.prefetch import PrefetchingIterator
 
-from saelens_matryoshka.mixing import MixingBuffer
-from saelens_matryoshka.store import PrefetchedBatches, ResumableStore
+from saelens_matryoshka.store.mixing import MixingBuffer
+from saelens_matryoshka.store.resumable import PrefetchedBatches, ResumableStore
 from tests.fake_model import FakeModel
 
 CONTEXT = 16

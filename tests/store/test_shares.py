@@ -16,8 +16,8 @@ import torch
 
 from saelens_matryoshka.parallel.data import share_data
 from saelens_matryoshka.seams import token_sequences
-from saelens_matryoshka.store import ResumableStore
-from saelens_matryoshka.store_state import state_file
+from saelens_matryoshka.store.resumable import ResumableStore
+from saelens_matryoshka.store.state import state_file
 from tests.fake_model import FakeModel
 
 CONTEXT, PROMPTS, N_TOKENS = 8, 2, 60 * 24

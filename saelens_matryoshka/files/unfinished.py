@@ -20,8 +20,8 @@ from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from saelens_matryoshka.atomic import whole_file
-from saelens_matryoshka.fingerprint import differences, hash_of
+from saelens_matryoshka.files.atomic import whole_file
+from saelens_matryoshka.files.fingerprint import differences, hash_of
 from saelens_matryoshka.stopping import RunStopped, StopRequest
 
 _SECONDS = 180.0

@@ -1,0 +1,1 @@
+"""Files: written whole, named, read back as data, told apart, locked."""
