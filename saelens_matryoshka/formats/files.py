@@ -175,6 +175,8 @@ def read_npz(path: Path, shapes: Shapes) -> dict[str, torch.Tensor]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             loaded = {name: _to_torch(arrays[name]) for name in found}
+    except MemoryError:  # which says nothing of the file
+        raise
     except Exception as error:
         raise FormatError(f"{path} is truncated or not an .npz file: {error}.") from None
     return _finite(loaded, path)
