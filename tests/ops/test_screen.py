@@ -112,7 +112,7 @@ def test_nothing_is_dismissed_where_the_order_of_a_sum_decides(
     )
     encoder = Encoder(x, W_enc, torch.zeros(400), None, _no_scratch, screened=True)
     computed = encoder._computed(torch.arange(100 * 400))
-    assert (computed != (x @ W_enc).flatten()).float().mean() > 0.5, "the order decides"
+    assert (computed != (x @ W_enc).flatten()).float().mean() > 0.1, "the order decides"
     bound = computed.topk(10_000).values[-1]
     index, pre, _ = encoder.entries_above(bound, None)
     assert torch.equal(pre, computed[index])
