@@ -104,7 +104,7 @@ class GatheredEntries:
         if len(offsets) < len(self._offsets):
             first, last = int(offsets[0]), int(offsets[-1])
             columns, acts, offsets = columns[first:last], acts[first:last], offsets - first
-        parts = bag_sums(columns, W_dec.to(self._dtype), offsets, acts)
+        parts = bag_sums(columns, W_dec.to(self._dtype), offsets, acts, scattered=True)
         return parts.view(stop - start, self._n_levels, -1)
 
     def act_grads(self, output_grads: torch.Tensor, W_dec: torch.Tensor) -> torch.Tensor:

@@ -408,7 +408,7 @@ def _aux_forward(
             rows, places = chosen.nonzero(as_tuple=True)
             acts = acts[rows, places]
             offsets = torch.searchsorted(rows, torch.arange(len(chosen) + 1, device=rows.device))
-            prediction = bag_sums(columns[places], W_dec, offsets, acts)
+            prediction = bag_sums(columns[places], W_dec, offsets, acts, scattered=True)
         else:
             acts = acts if chosen is None else acts * chosen
             prediction = acts @ W_dec[columns]

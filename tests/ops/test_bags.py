@@ -19,10 +19,15 @@ def _bags(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("given_memory", [False, True])
-def test_bag_sums_are_those_of_a_loop(dtype: torch.dtype, given_memory: bool) -> None:
+@pytest.mark.parametrize("capability", ["scattered, AVX512", "scattered, AVX2", None])
+def test_bag_sums_are_those_of_a_loop(
+    dtype: torch.dtype, given_memory: bool, capability: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if capability is not None:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability.split()[1])
     index, table, offsets, factors = _bags(dtype)
     out = torch.full((7, 3), torch.nan, dtype=dtype) if given_memory else None
-    sums = bag_sums(index, table, offsets, factors, out=out)
+    sums = bag_sums(index, table, offsets, factors, out=out, scattered=capability is not None)
     for bag in range(7):
         entries = slice(int(offsets[bag]), int(offsets[bag + 1]))
         expected = (factors[entries, None].double() * table[index[entries]].double()).sum(dim=0)
