@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sized
@@ -173,10 +174,12 @@ def _require_width(field: str, configured: int | None, hook: str, actual: int) -
 
 
 def require_sizes(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
-    """Refuse a run of no tokens, which would end with the weights it starts from, and empty batches."""
+    """Refuse a run of no tokens, which would end with the weights it starts from, of endless ones, and empty
+    batches."""
     for name in ("training_tokens", "train_batch_size_tokens", "store_batch_size_prompts"):
-        if not (size := getattr(cfg, name)) > 0:
-            raise ValueError(f"{name}={size} must be larger than 0.")
+        size = getattr(cfg, name)
+        if not isinstance(size, int | float) or not 0 < size < math.inf:
+            raise ValueError(f"{name}={size!r} must be a number larger than 0.")
 
 
 def require_own_output_path(cfg: LanguageModelSAERunnerConfig[Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import re
 import warnings
 import weakref
@@ -354,12 +355,14 @@ def test_frame_of_a_folded_norm_is_recorded_and_a_mismatch_refused(
         sm.evaluate(trained, tiny_model, token_dataset, n_tokens=100)
 
 
+@pytest.mark.parametrize("size", [-5, math.inf, math.nan, "1M"])
 @pytest.mark.parametrize("field", ["training_tokens", "train_batch_size_tokens", "store_batch_size_prompts"])
-def test_a_run_of_no_tokens_is_refused(
-    field: str, tiny_model: HookedTransformer, token_dataset: datasets.Dataset
+def test_a_run_of_no_tokens_or_without_end_is_refused(
+    field: str, size: Any, tiny_model: HookedTransformer, token_dataset: datasets.Dataset
 ) -> None:
-    cfg = runner_config(transcoder_config(), **{field: -5})
-    with pytest.raises(ValueError, match=f"{field}=-5 must be larger than 0"):
+    cfg = runner_config(transcoder_config())
+    setattr(cfg, field, size)
+    with pytest.raises(ValueError, match=f"{field}={size!r} must be a number larger than 0"):
         _run(cfg, tiny_model, token_dataset)
 
 

@@ -176,6 +176,10 @@ def probe_hooks(
     order = list(seen)
     source, target = seen[hook_name], seen[hook_name_out]
     if head_index is not None:
+        n_heads = source.shape[2] if source.dim() == 4 else 0
+        if not 0 <= head_index < n_heads:
+            what = f"{n_heads} heads, from 0" if n_heads else "no heads: leave it out"
+            raise ValueError(f"hook_head_index={head_index}, but hook {hook_name!r} has {what}.")
         source = source[:, :, head_index]
     source, target = source.flatten(2), target.flatten(2)
     return HookProbe(

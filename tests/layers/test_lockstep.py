@@ -257,6 +257,20 @@ def test_one_head_of_a_hook_is_read(tiny_model: HookedTransformer, token_dataset
         _assert_same(together[name], _alone(cfg, tiny_model, token_dataset))
 
 
+@pytest.mark.parametrize(
+    ("hook", "head", "has"),
+    [("attn.hook_z", 4, "4 heads"), ("attn.hook_z", -1, "4 heads"), ("hook_mlp_out", 0, "no heads")],
+)
+def test_a_head_that_a_hook_does_not_have_is_refused(
+    hook: str, head: int, has: str, tiny_model: HookedTransformer, token_dataset: datasets.Dataset
+) -> None:
+    sae = sm.MatryoshkaTrainingSAEConfig(d_in=32, d_sae=64, k=4, matryoshka_widths=[64])
+    cfg = runner_config(sae, hook_name=f"blocks.1.{hook}", hook_head_index=head)
+    for run in (_alone, lambda cfg, *with_: _together({"one": cfg}, *with_)):
+        with pytest.raises(ValueError, match=f"hook_head_index={head}, but hook '{cfg.hook_name}' has {has}"):
+            run(cfg, tiny_model, token_dataset)
+
+
 # ---- folders
 
 
