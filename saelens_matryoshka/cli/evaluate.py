@@ -219,7 +219,7 @@ def _going_on(unfinished: Unfinished, console: Console) -> Iterator[Callable[[st
     """Around an evaluation: what was kept of it is told, and so is how to go on if it is interrupted."""
     if said := unfinished.found():
         console.print(said, markup=False, highlight=False, soft_wrap=True)
-    with told_to_call_again(console), token_progress(console) as on_progress:
+    with told_to_call_again(), token_progress(console) as on_progress:
         yield on_progress
 
 

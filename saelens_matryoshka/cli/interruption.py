@@ -35,8 +35,7 @@ def interruptible(said: str | Callable[[], str]) -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         number = signal.SIGTERM if isinstance(interrupt, _Terminated) else signal.SIGINT
         told = said if isinstance(said, str) else said()
-        if rank in (None, "0"):
-            Console(stderr=True).print(f"\nInterrupted. {told}", markup=False, soft_wrap=True)
+        say_why_it_ends(f"Interrupted. {told}")
         raise typer.Exit(128 + number) from None
     finally:
         if listens:
@@ -44,7 +43,7 @@ def interruptible(said: str | Callable[[], str]) -> Iterator[None]:
 
 
 @contextmanager
-def told_to_call_again(console: Console) -> Iterator[None]:
+def told_to_call_again() -> Iterator[None]:
     """Within, what stops with its state kept says that the same command goes on."""
     from saelens_matryoshka.stopping import RunStopped
 
@@ -52,9 +51,14 @@ def told_to_call_again(console: Console) -> Iterator[None]:
         yield
     except RunStopped as stopped:
         again = shlex.join(["saelens-matryoshka", *sys.argv[1:]])
-        said = f"{stopped}\nTo go on, the same again: {again}"
-        console.print(said, markup=False, highlight=False, soft_wrap=True)
+        say_why_it_ends(f"{stopped}\nTo go on, the same again: {again}")
         raise typer.Exit(stopped.exit_code) from None
+
+
+def say_why_it_ends(said: str) -> None:
+    """Below what is on the terminal, by one process of a job."""
+    if os.environ.get("RANK", "0") == "0":
+        Console(stderr=True).print(f"\n{said}", markup=False, soft_wrap=True)
 
 
 def _terminate(number: int, frame: Any) -> None:  # noqa: ARG001

@@ -66,7 +66,7 @@ def train_layers(
 
     for one in settings.values():
         require_devices(one.cfg)
-    with told_how_to_go_on(parent, console):
+    with told_how_to_go_on(parent):
         results = train_many(
             settings, parent, log_every=log_every, upkeep=Upkeep(**upkeep), command=sys.argv[1:]
         )
@@ -111,7 +111,7 @@ def resume_layers(parent: Path, upkeep: dict[str, Any], console: Console, json: 
 
     names = runs_in(parent)
     say = going_on(f"{len(names)} runs in {parent}", console)
-    with told_how_to_go_on(parent, console):
+    with told_how_to_go_on(parent):
         results = resume_many(parent, on_start=say, **upkeep)
     _show(results, names, parent, console, json)
 

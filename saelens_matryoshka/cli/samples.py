@@ -203,7 +203,7 @@ def obtain_samples(
     if said := unfinished.found():
         console.print(said, markup=False, soft_wrap=True)
     started = time.monotonic()
-    with told_to_call_again(console), token_progress(console) as progress:
+    with told_to_call_again(), token_progress(console) as progress:
         found = collect_samples(
             sae,
             language_model,

@@ -13,7 +13,7 @@ import typer
 from rich import box
 from rich.markup import escape
 
-from saelens_matryoshka.cli.interruption import interruptible
+from saelens_matryoshka.cli.interruption import interruptible, say_why_it_ends
 from saelens_matryoshka.cli.output import Console, Json, on_stdout, quieten, require_writable, write_numbers
 from saelens_matryoshka.cli.settings import read_mesh, read_sources, require_no_layer, require_one_process
 from saelens_matryoshka.files.valid_json import dumps
@@ -254,7 +254,7 @@ def train(
     from saelens_matryoshka.runs.training import train_run
 
     console.print(f"[bold]Training[/] {escape(_summary(settings))}\n  in {escape(str(folder.path))}")
-    with told_how_to_go_on(folder.path, console):
+    with told_how_to_go_on(folder.path):
         result = train_run(
             settings,
             folder,
@@ -289,7 +289,7 @@ def _resume(
         return
     folder = RunFolder(path)
 
-    with told_how_to_go_on(path, console):
+    with told_how_to_go_on(path):
         result = resume_run(folder, sharding, shards, on_start=going_on(str(path), console), **upkeep)
     _show_result(result, folder, console, json)
 
@@ -305,7 +305,7 @@ def going_on(what: str, console: Console) -> Callable[[int], None]:
 
 
 @contextmanager
-def told_how_to_go_on(folder: Path, console: Console) -> Iterator[None]:
+def told_how_to_go_on(folder: Path) -> Iterator[None]:
     """Within, a run that stops says with which command it goes on, and one that has not begun says so."""
     from saelens_matryoshka.runs.folder import RunFolder
     from saelens_matryoshka.runs.layers import runs_in
@@ -321,7 +321,7 @@ def told_how_to_go_on(folder: Path, console: Console) -> Iterator[None]:
             yield
     except RunStopped as stopped:
         kept = what_is_kept(f"{folder} is not there any more: from where it was moved to, --resume goes on.")
-        console.print(f"\n{stopped}\n{kept}", soft_wrap=True, markup=False)
+        say_why_it_ends(f"{stopped}\n{kept}")
         raise typer.Exit(stopped.exit_code) from None
 
 

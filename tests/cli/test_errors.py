@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import datasets
@@ -80,20 +79,23 @@ def test_a_dataset_that_cannot_be_looked_for_is_named_with_what_to_do() -> None:
 
 @pytest.mark.parametrize("said", QUOTED)
 def test_why_a_run_stopped_is_told_word_for_word(
-    said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("results/x").mkdir(parents=True)
     Path("results/x/config.yaml").write_text("started_at: then\n")
-    told = io.StringIO()
-    with pytest.raises(typer.Exit), told_how_to_go_on(Path("results/x"), Console(file=told)):
+    with pytest.raises(typer.Exit), told_how_to_go_on(Path("results/x")):
         raise RunStopped(said)
-    assert f"\n{said}\nTo go on: saelens-matryoshka train --resume results/x\n" in told.getvalue()
+    told = capsys.readouterr()
+    assert f"\n{said}\nTo go on: saelens-matryoshka train --resume results/x\n" in told.err
+    assert not told.out
 
 
-def test_a_run_whose_folder_is_gone_is_not_said_to_go_on_there(tmp_path: Path) -> None:
-    told = io.StringIO()
-    with pytest.raises(typer.Exit), told_how_to_go_on(tmp_path / "x", Console(file=told)):
+def test_a_run_whose_folder_is_gone_is_not_said_to_go_on_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit), told_how_to_go_on(tmp_path / "x"):
         raise RunStopped("no such file")
-    assert "x is not there any more" in told.getvalue()
-    assert "To go on" not in told.getvalue()
+    told = capsys.readouterr().err
+    assert "x is not there any more" in told
+    assert "To go on" not in told
