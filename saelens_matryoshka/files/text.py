@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+_OF_ONE, _OF_SPLITS = "dataset_info.json", "dataset_dict.json"
 _FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -16,6 +17,11 @@ class TextError(ValueError):
 def is_text_file(name: str) -> bool:
     """Whether a name is that of a file which `open_text` reads, there or not."""
     return Path(name).suffix in _FORMATS
+
+
+def is_saved_dataset(name: str) -> bool:
+    """Whether a name is that of a folder which `save_to_disk` of `datasets` has written."""
+    return any((Path(name).expanduser() / file).is_file() for file in (_OF_ONE, _OF_SPLITS))
 
 
 def open_text(name: str, split: str = "train", *, streaming: bool = True) -> Any:
@@ -34,9 +40,9 @@ def open_text(name: str, split: str = "train", *, streaming: bool = True) -> Any
         return _readable(name, lambda: load_dataset(kind, data_files=files, split=split, streaming=streaming))
     if path.is_file():
         raise TextError(f"{name!r}: a file must be of text and end in {', '.join(_FORMATS)}.")
-    if (path / "dataset_info.json").is_file():
+    if (path / _OF_ONE).is_file():
         return _readable(name, lambda: load_from_disk(str(path)))
-    if (path / "dataset_dict.json").is_file():
+    if (path / _OF_SPLITS).is_file():
         saved = _readable(name, lambda: load_from_disk(str(path)))
         if split not in saved:
             raise TextError(f"{name!r} has no split {split!r}, but {', '.join(saved)}.")

@@ -25,7 +25,7 @@ from saelens_matryoshka.cache import CachedModel, open_cache
 from saelens_matryoshka.cache.store import is_cache
 from saelens_matryoshka.evaluation.result import EvalResult
 from saelens_matryoshka.files.atomic import write_atomically
-from saelens_matryoshka.files.text import TextError, is_text_file, open_text
+from saelens_matryoshka.files.text import TextError, is_saved_dataset, is_text_file, open_text
 from saelens_matryoshka.runner import Observer, held_out_evaluator, observe
 from saelens_matryoshka.runs.folder import RunFolder, now, versions
 from saelens_matryoshka.runs.lock import locked
@@ -259,7 +259,7 @@ def evaluate_run(runner: LanguageModelSAETrainingRunner, folder: RunFolder) -> E
 
 
 def overrides(settings: Settings) -> dict[str, Any]:
-    """The embedded model and its text, and text files, which SAELens cannot load by name.
+    """The embedded model and its text, and text files and saved datasets, which SAELens cannot load by name.
 
     Of a run on a cache, the stand-in for the language model.
     """
@@ -267,7 +267,7 @@ def overrides(settings: Settings) -> dict[str, Any]:
     if cfg.use_cached_activations and is_cache(cfg.cached_activations_path):
         assert cfg.cached_activations_path is not None
         return {"override_model": CachedModel(open_cache(cfg.cached_activations_path))}
-    if is_text_file(cfg.dataset_path):
+    if is_text_file(cfg.dataset_path) or is_saved_dataset(cfg.dataset_path):
         try:
             found["override_dataset"] = open_text(cfg.dataset_path, streaming=cfg.streaming)
         except TextError as error:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -164,6 +165,19 @@ def test_a_text_file_is_trained_on(tmp_path: Path) -> None:
     settings = resolve([parse_yaml(SMALL, "test"), read_flags(["--dataset_path", str(text)])])
     assert train_run(settings, folder) is not None
     assert folder.read()["dataset_path"] == str(text)
+
+
+@pytest.mark.parametrize("tokenized", [False, True])
+def test_a_saved_dataset_is_trained_on(tokenized: bool, tmp_path: Path) -> None:
+    saved = tmp_path / "my tokens"
+    rows: dict[str, Any] = {"text": ["def main():\n    return 'some text of mine'\n" * 30] * 40}
+    if tokenized:
+        rows = {"input_ids": torch.randint(1, 500, (40, 64)).tolist()}
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows)}).save_to_disk(str(saved))
+    flags = ["--dataset_path", str(saved), "--is_dataset_tokenized", str(tokenized)]
+    folder = RunFolder(tmp_path / "run")
+    assert train_run(resolve([parse_yaml(SMALL, "test"), read_flags(flags)]), folder) is not None
+    assert folder.read()["dataset_path"] == str(saved)
 
 
 def test_a_text_of_one_long_document_is_trained_on_and_not_evaluated(tmp_path: Path) -> None:
