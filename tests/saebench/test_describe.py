@@ -6,7 +6,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from saelens_matryoshka.cli import main
 from saelens_matryoshka.saebench import Endpoint, EndpointError, Prices
 from tests.saebench.chat_server import ChatServer, chat_server
 from tests.saebench.dictionaries import CLASS_WORDS, FILLERS, dictionary
+
+Describe = Callable[..., saebench.Descriptions]
 
 pytestmark = pytest.mark.usefixtures("sae_bench")
 
@@ -60,18 +62,27 @@ def detectors(tiny_model: HookedTransformer, text: Dataset) -> SAE[Any]:
     return dictionary(W_enc, W_dec, threshold, hook_name=hook_name, widths=[2, 12])
 
 
-def _describe(
-    sae: SAE[Any], model: HookedTransformer, text: Dataset, out: Path, server: ChatServer, **given: Any
-) -> saebench.Descriptions:
-    endpoint = Endpoint("by-rule", server.url, max_retries=given.pop("max_retries", 2))
-    settings: dict[str, Any] = {"n_tokens": 8_000, "context_size": 64, "min_firings": 20}
-    return saebench.describe(sae, model, text, out, endpoint=endpoint, **{**settings, **given})
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "d"
 
 
-def test_latents_of_known_meaning_are_described_and_detected(
-    detectors: SAE[Any], tiny_model: HookedTransformer, text: Dataset, server: ChatServer, tmp_path: Path
-) -> None:
-    said = _describe(detectors, tiny_model, text, tmp_path / "d", server)
+@pytest.fixture
+def describe(
+    detectors: SAE[Any], tiny_model: HookedTransformer, text: Dataset, server: ChatServer, out: Path
+) -> Describe:
+    """`saebench.describe` of the detectors, in `out`, with the endpoint and small numbers."""
+
+    def call(folder: Path = out, **given: Any) -> saebench.Descriptions:
+        settings = {"endpoint": Endpoint("by-rule", server.url, max_retries=2)}
+        settings |= {"n_tokens": 8_000, "context_size": 64, "min_firings": 20, **given}
+        return saebench.describe(detectors, tiny_model, text, folder, **settings)
+
+    return call
+
+
+def test_latents_of_known_meaning_are_described_and_detected(describe: Describe, out: Path) -> None:
+    said = describe()
     assert sorted(said.by_latent) == [0, 1, 2]
     for latent, word in enumerate(CLASS_WORDS):
         assert word.strip() in said.by_latent[latent].text
@@ -79,27 +90,22 @@ def test_latents_of_known_meaning_are_described_and_detected(
         assert any(said.by_latent[latent].fires)
         assert not all(said.by_latent[latent].fires)
     assert len(said.table().rows) == 2
-    read = saebench.Descriptions.open(tmp_path / "d", said.settings, [2, 12])
+    read = saebench.Descriptions.open(out, said.settings, [2, 12])
     assert read.by_latent == said.by_latent
 
 
 def test_a_wrong_description_scores_no_better_than_guessing(
-    detectors: SAE[Any],
-    tiny_model: HookedTransformer,
-    text: Dataset,
-    server: ChatServer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    describe: Describe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tests.saebench.chat_server._describe", lambda _: 'activates on the word "xyzzy"')
-    said = _describe(detectors, tiny_model, text, tmp_path / "d", server)
+    said = describe()
     assert all(one.balanced_accuracy == 0.5 for one in said.by_latent.values())
     silent = [1 - sum(one.fires) / len(one.fires) for one in said.by_latent.values()]
     assert [one.accuracy for one in said.by_latent.values()] == pytest.approx(silent)
 
 
 def test_nothing_is_sent_before_the_estimate_is_approved(
-    detectors: SAE[Any], tiny_model: HookedTransformer, text: Dataset, server: ChatServer, tmp_path: Path
+    describe: Describe, out: Path, tiny_model: HookedTransformer, server: ChatServer
 ) -> None:
     estimates: list[saebench.Estimate] = []
 
@@ -107,10 +113,10 @@ def test_nothing_is_sent_before_the_estimate_is_approved(
         estimates.append(estimate)
         return False
 
-    _describe(detectors, tiny_model, text, tmp_path / "d", server, approve=refuse)
+    describe(approve=refuse)
     assert not server.answered
-    assert not (tmp_path / "d").exists()
-    _describe(detectors, tiny_model, text, tmp_path / "d", server)
+    assert not out.exists()
+    describe()
     (estimate,) = estimates
     assert estimate.n_requests == len(server.answered) == 6
     sent = sum(
@@ -124,42 +130,35 @@ def test_nothing_is_sent_before_the_estimate_is_approved(
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(
-    detectors: SAE[Any], tiny_model: HookedTransformer, text: Dataset, server: ChatServer, tmp_path: Path
+    describe: Describe, out: Path, server: ChatServer, tmp_path: Path
 ) -> None:
-    whole = _describe(detectors, tiny_model, text, tmp_path / "whole", server)
+    whole = describe(tmp_path / "whole")
     server.answered.clear()
     server.fails_after = 2
     with pytest.raises(RuntimeError, match=r"2 of 3 latents got no answer .*500"):
-        _describe(detectors, tiny_model, text, tmp_path / "d", server, concurrency=1, max_retries=0)
-    with (tmp_path / "d" / "latents.jsonl").open("a") as file:
+        describe(concurrency=1, endpoint=Endpoint("by-rule", server.url, max_retries=0))
+    with (out / "latents.jsonl").open("a") as file:
         file.write('{"latent": 1, "te')  # killed while it wrote
     server.fails_after = None
-    resumed = _describe(detectors, tiny_model, text, tmp_path / "d", server)
+    resumed = describe()
     assert len(server.answered) == 6
     assert resumed.by_latent == whole.by_latent
-    again = _describe(detectors, tiny_model, text, tmp_path / "d", server)
+    again = describe()
     assert len(server.answered) == 6
     assert again.by_latent == whole.by_latent
 
 
-def test_a_busy_endpoint_is_asked_again(
-    detectors: SAE[Any], tiny_model: HookedTransformer, text: Dataset, server: ChatServer, tmp_path: Path
-) -> None:
+def test_a_busy_endpoint_is_asked_again(describe: Describe, server: ChatServer) -> None:
     server.busy_requests = 2
-    said = _describe(detectors, tiny_model, text, tmp_path / "d", server, latents=[1], concurrency=1)
+    said = describe(latents=[1], concurrency=1)
     assert list(said.by_latent) == [1]
 
 
 def test_an_answer_that_is_no_list_is_kept_unscored(
-    detectors: SAE[Any],
-    tiny_model: HookedTransformer,
-    text: Dataset,
-    server: ChatServer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    describe: Describe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tests.saebench.chat_server._detect", lambda _: "I would say the first")
-    said = _describe(detectors, tiny_model, text, tmp_path / "d", server)
+    said = describe()
     assert all(one.accuracy is None for one in said.by_latent.values())
     assert "3 answers could not be read" in str(said.table().caption)
 
@@ -178,41 +177,31 @@ NO_ANSWERS = {
 
 @pytest.mark.parametrize("case", NO_ANSWERS)
 def test_what_is_no_answer_is_told_and_asked_for_again(
-    case: str,
-    detectors: SAE[Any],
-    tiny_model: HookedTransformer,
-    text: Dataset,
-    server: ChatServer,
-    tmp_path: Path,
+    case: str, describe: Describe, server: ChatServer
 ) -> None:
     server.body, message = NO_ANSWERS[case]
     with pytest.raises(RuntimeError, match=rf"3 of 3 latents got no answer \(latent .: the answer {message}"):
-        _describe(detectors, tiny_model, text, tmp_path / "d", server)
+        describe()
     server.body = None
-    assert sorted(_describe(detectors, tiny_model, text, tmp_path / "d", server).by_latent) == [0, 1, 2]
+    assert sorted(describe().by_latent) == [0, 1, 2]
 
 
 def test_what_is_under_way_at_an_interruption_is_kept(
-    detectors: SAE[Any], tiny_model: HookedTransformer, text: Dataset, server: ChatServer, tmp_path: Path
+    describe: Describe, out: Path, server: ChatServer
 ) -> None:
     def interrupt(n_done: int, n_all: int) -> None:  # noqa: ARG001
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        _describe(detectors, tiny_model, text, tmp_path / "d", server, on_progress=interrupt)
-    kept = (tmp_path / "d" / "latents.jsonl").read_text().splitlines()
+        describe(on_progress=interrupt)
+    kept = (out / "latents.jsonl").read_text().splitlines()
     assert len(kept) == len(server.answered) / 2 == 3
 
 
 def test_a_full_disk_leaves_the_settings_that_were_there(
-    detectors: SAE[Any],
-    tiny_model: HookedTransformer,
-    text: Dataset,
-    server: ChatServer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    describe: Describe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _describe(detectors, tiny_model, text, tmp_path / "d", server, latents=[0])
+    describe(latents=[0])
 
     def full(*_: object) -> None:
         raise OSError("No space left on device")
@@ -220,38 +209,28 @@ def test_a_full_disk_leaves_the_settings_that_were_there(
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
-            _describe(detectors, tiny_model, text, tmp_path / "d", server)
-    assert sorted(_describe(detectors, tiny_model, text, tmp_path / "d", server).by_latent) == [0, 1, 2]
+            describe()
+    assert sorted(describe().by_latent) == [0, 1, 2]
 
 
 def test_what_the_endpoint_refuses_is_told_at_once(
-    detectors: SAE[Any],
-    tiny_model: HookedTransformer,
-    text: Dataset,
-    server: ChatServer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    describe: Describe, out: Path, server: ChatServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.key = "another"
     with pytest.raises(EndpointError, match="refuses the key in OPENAI_API_KEY"):
-        _describe(detectors, tiny_model, text, tmp_path / "d", server)
+        describe()
     server.key = "secret"
     with pytest.raises(EndpointError, match="does not have model 'gpt-x': no model gpt-x"):
-        saebench.describe(
-            detectors, tiny_model, text, tmp_path / "d", endpoint=Endpoint("gpt-x", server.url),
-            n_tokens=8_000, context_size=64, min_firings=20,
-        )  # fmt: skip
+        describe(endpoint=Endpoint("gpt-x", server.url))
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(EndpointError, match="OPENAI_API_KEY is not set"):
-        _describe(detectors, tiny_model, text, tmp_path / "d", server)
-    assert not (tmp_path / "d").exists()
+        describe()
+    assert not out.exists()
 
 
-def test_the_random_state_is_as_before(
-    detectors: SAE[Any], tiny_model: HookedTransformer, text: Dataset, server: ChatServer, tmp_path: Path
-) -> None:
+def test_the_random_state_is_as_before(describe: Describe) -> None:
     before = torch.get_rng_state(), random.getstate()
-    _describe(detectors, tiny_model, text, tmp_path / "d", server)
+    describe()
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
 
@@ -268,28 +247,21 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_told_before_anything_is_sent(
-    case: str,
-    detectors: SAE[Any],
-    tiny_model: HookedTransformer,
-    text: Dataset,
-    server: ChatServer,
-    tmp_path: Path,
+    case: str, describe: Describe, out: Path, server: ChatServer
 ) -> None:
     given, message = BAD[case]
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        _describe(detectors, tiny_model, text, tmp_path / "d", server, **given)
+        describe(**given)
     assert not server.answered
-    assert not (tmp_path / "d").exists()
+    assert not out.exists()
 
 
-def test_descriptions_made_otherwise_are_not_mixed(
-    detectors: SAE[Any], tiny_model: HookedTransformer, text: Dataset, server: ChatServer, tmp_path: Path
-) -> None:
-    _describe(detectors, tiny_model, text, tmp_path / "d", server, latents=[0])
-    before = (tmp_path / "d" / "latents.jsonl").read_bytes()
+def test_descriptions_made_otherwise_are_not_mixed(describe: Describe, out: Path) -> None:
+    describe(latents=[0])
+    before = (out / "latents.jsonl").read_bytes()
     with pytest.raises(ValueError, match="another seed"):
-        _describe(detectors, tiny_model, text, tmp_path / "d", server, seed=1)
-    assert (tmp_path / "d" / "latents.jsonl").read_bytes() == before
+        describe(seed=1)
+    assert (out / "latents.jsonl").read_bytes() == before
 
 
 def test_the_command_estimates_describes_and_says_where(
