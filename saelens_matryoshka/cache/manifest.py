@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from saelens_matryoshka.cache.encoding import DTYPES
 from saelens_matryoshka.files.atomic import write_atomically
-from saelens_matryoshka.files.fingerprint import hash_of
+from saelens_matryoshka.files.fingerprint import hash_of, hash_of_file
 
 GAINS = "gains.safetensors"
 MANIFEST = "manifest.json"
@@ -284,16 +284,7 @@ class Manifest:
 
 def describe_file(path: Path, rows: int) -> Shard:
     """Size and checksums of a file."""
-    return Shard(rows, path.stat().st_size, full_hash(path), sampled_hash(path))
-
-
-def full_hash(path: Path) -> str:
-    """sha256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
+    return Shard(rows, path.stat().st_size, hash_of_file(path), sampled_hash(path))
 
 
 def sampled_hash(path: Path) -> str:
@@ -316,5 +307,5 @@ def damage(folder: Path, name: str, shard: Shard, *, fully: bool = False) -> str
     size = path.stat().st_size
     if size != shard.bytes:
         return f"{path} has {size:,} bytes and not {shard.bytes:,}: it was cut short or changed"
-    wrong = full_hash(path) != shard.sha256 if fully else sampled_hash(path) != shard.sample
+    wrong = hash_of_file(path) != shard.sha256 if fully else sampled_hash(path) != shard.sample
     return f"{path} has another checksum than when it was written: it was changed" if wrong else None

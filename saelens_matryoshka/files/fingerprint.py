@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,15 @@ _SHOWN = {
 def hash_of(value: Any) -> str:
     """Of anything JSON can write; of the rest, its `str`."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def hash_of_file(path: Path) -> str:
+    """SHA-256 of its content, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def hash_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:

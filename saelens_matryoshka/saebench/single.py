@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -26,7 +25,7 @@ from sae_lens import SAE
 from transformer_lens import HookedTransformer
 
 from saelens_matryoshka.files.atomic import write_atomically
-from saelens_matryoshka.files.fingerprint import hash_of, hash_of_tensors
+from saelens_matryoshka.files.fingerprint import hash_of, hash_of_file, hash_of_tensors
 from saelens_matryoshka.files.valid_json import dumps
 from saelens_matryoshka.prefixes import inference_model, truncate
 from saelens_matryoshka.saebench import evals as _evals
@@ -345,5 +344,5 @@ def _with_contents(options: Mapping[str, Any]) -> dict[str, Any]:
     settings = dict(options)
     path = Path(str(settings.get("dataset", "")), "train.jsonl")
     if path.exists():
-        settings["dataset"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        settings["dataset"] = hash_of_file(path)
     return settings

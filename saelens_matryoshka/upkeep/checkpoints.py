@@ -11,7 +11,6 @@ file and the versions of the packages; it is checked before a checkpoint is used
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -29,6 +28,8 @@ from sae_lens import SAETrainer
 from sae_lens.constants import SPARSITY_FILENAME, TRAINER_STATE_FILENAME
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from safetensors.torch import save_file
+
+from saelens_matryoshka.files.fingerprint import hash_of_file
 
 MANIFEST = "manifest.json"
 _PACKAGES = (
@@ -148,7 +149,7 @@ def why_unusable(path: Path) -> str | None:
     try:
         files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
         for name, sha256 in files.items():
-            if _sha256(path / name) != sha256:
+            if hash_of_file(path / name) != sha256:
                 return f"{name} is damaged (its SHA-256 is not the one in {MANIFEST})"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -210,7 +211,7 @@ def _seal(folder: Path, trainer: SAETrainer[Any, Any]) -> None:
         "n_steps": trainer.n_training_steps,
         "n_tokens": trainer.n_training_samples,
         "versions": package_versions(),
-        "files": {path.relative_to(folder).as_posix(): _sha256(path) for path in files},
+        "files": {path.relative_to(folder).as_posix(): hash_of_file(path) for path in files},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in [*found, folder / MANIFEST, folder]:
@@ -233,11 +234,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
