@@ -240,7 +240,6 @@ class _Additions:
     """
 
     observers: list[Observer] = field(default_factory=list)
-    changes: list[Callable[[], None]] = field(default_factory=list)
     prepared: bool = False
 
 
@@ -257,20 +256,12 @@ def observe(trainer: SAETrainer[Any, Any], observer: Observer) -> None:
     _additions(trainer).observers.append(observer)
 
 
-def before_training(trainer: SAETrainer[Any, Any], change: Callable[[], None]) -> None:
-    """Have `change()` called right before a trainer of ours trains, when all else is in its place."""
-    _additions(trainer).changes.append(change)
-
-
 def prepare_trainer(trainer: SAETrainer[Any, Any]) -> None:
-    """Give a trainer of one of our architectures what the stock one lacks, before it trains."""
+    """Give a trainer of one of our architectures what the stock one lacks, once, before it trains."""
     ours = _additions(trainer)
     if not ours.prepared:  # a run that was interrupted may call `fit` again
         _add_what_is_missing(trainer)
         ours.prepared = True
-    changes, ours.changes = ours.changes, []
-    for change in changes:
-        change()
 
 
 def _add_what_is_missing(trainer: SAETrainer[Any, Any]) -> None:

@@ -30,7 +30,7 @@ from saelens_matryoshka.parallel.data import save_all_states, share_data
 from saelens_matryoshka.parallel.dictionary import load_trainer_state, shard
 from saelens_matryoshka.parallel.processes import Processes
 from saelens_matryoshka.parallel.trainer import parallelize, writing
-from saelens_matryoshka.runner import before_training
+from saelens_matryoshka.runner import prepare_trainer
 from saelens_matryoshka.seams import replacing_load_trainer_state
 from saelens_matryoshka.upkeep.keeper import Keeper
 
@@ -119,7 +119,8 @@ class Job:
         train, save, run = runner.run_trainer_with_interruption_handling, runner.save_final_sae, runner.run
 
         def run_trainer(trainer: SAETrainer[Any, Any]) -> Any:
-            before_training(trainer, lambda: parallelize(trainer, group))
+            prepare_trainer(trainer)
+            parallelize(trainer, group)
             fit, checkpoints = trainer.fit, keeper.checkpoints
 
             def fit_together() -> Any:
