@@ -32,7 +32,7 @@ from saelens_matryoshka.architectures import (
     MatryoshkaTrainingTranscoderConfig,
 )
 from saelens_matryoshka.architectures.config import require_float64
-from saelens_matryoshka.cache.store import CachedActivationsStore, cached_store, is_cache
+from saelens_matryoshka.cache.store import CachedActivationsStore, cached_store, evaluate_cached, is_cache
 from saelens_matryoshka.evaluation.tokens import as_dataset
 from saelens_matryoshka.evaluation.training_evaluator import (
     CachedEvaluator,
@@ -316,7 +316,8 @@ def held_out_evaluator(stock: LLMSaeEvaluator[Any]) -> HeldOutEvaluator | Cached
     """What evaluates on text held out of the training data; None if there is none."""
     store: Any = stock.activations_store
     if isinstance(store, CachedActivationsStore):
-        return CachedEvaluator(store.evaluate)
+        has_rows = bool(store.cache.manifest.held_out)
+        return CachedEvaluator(functools.partial(evaluate_cached, cache=store.cache)) if has_rows else None
     return HeldOutEvaluator.in_place_of(stock)
 
 

@@ -124,14 +124,6 @@ class CachedActivationsStore(ResumableStore):
             self._ahead.clear()
             self.batches.position = int(saved["position"])
 
-    def evaluate(
-        self, sae: SAE[Any], *, with_redundancy: bool = True, group: Group = ALONE
-    ) -> EvalResult | None:
-        """FVU, L0 and dead latents of every prefix on the held-out rows; None if there are none."""
-        if not self.cache.manifest.held_out:
-            return None
-        return evaluate_cached(sae, self.cache, with_redundancy=with_redundancy, group=group)
-
 
 def is_cache(path: str | Path | None) -> bool:
     """Whether a folder is one of our caches (and not one of SAELens's, which has no manifest)."""

@@ -118,8 +118,8 @@ class HeldOutEvaluator:
 class CachedEvaluator:
     """The same on a cache's held-out rows: what needs no language model."""
 
-    result: Callable[..., EvalResult | None]
-    """as `CachedActivationsStore.evaluate`"""
+    result: Callable[..., EvalResult]
+    """as `saelens_matryoshka.cache.store.evaluate_cached`, of the cache"""
 
     def __call__(
         self,
@@ -128,8 +128,7 @@ class CachedEvaluator:
         activation_scaler: ActivationScaler,
     ) -> dict[str, Any]:
         model = _as_saved(sae, activation_scaler)
-        result = self.result(model, with_redundancy=False, group=sae.group)
-        return {} if result is None else logged_metrics(result)
+        return logged_metrics(self.result(model, with_redundancy=False, group=sae.group))
 
 
 def logged_metrics(result: EvalResult) -> dict[str, Any]:

@@ -252,8 +252,6 @@ def evaluate_run(runner: LanguageModelSAETrainingRunner, folder: RunFolder) -> E
     if evaluator is None:
         return None
     result = evaluator.result(SAE.load_from_disk(folder.path, device=runner.cfg.device))
-    if result is None:
-        return None
     write_atomically(folder.metrics, result.to_json() + "\n")
     return result
 

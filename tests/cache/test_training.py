@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,8 @@ def test_the_trainer_evaluates_on_held_out_rows_and_changes_nothing(
     store = cached_store(_config(cache_folder), CachedModel(open_cache(cache_folder)))
     before, position = sae.topk_threshold.clone(), store.batches.position
     monkeypatch.delattr("saelens_matryoshka.evaluation.evaluator.decoder_redundancy")  # it is not logged
-    logged = CachedEvaluator(store.evaluate)(sae, store, ActivationScaler())
+    evaluator = CachedEvaluator(functools.partial(evaluate_cached, cache=store.cache))
+    logged = evaluator(sae, store, ActivationScaler())
     assert 0 < logged["held_out/fvu_w256"] < 2
     assert "held_out/kl_w256" not in logged
     assert torch.equal(sae.topk_threshold, before)

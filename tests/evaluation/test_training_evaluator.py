@@ -7,13 +7,15 @@ import datasets
 import pytest
 import torch
 import wandb
-from sae_lens import ActivationsStore, LanguageModelSAETrainingRunner, LoggingConfig
+from sae_lens import SAE, ActivationsStore, LanguageModelSAETrainingRunner, LoggingConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.training.activation_scaler import ActivationScaler
 from transformer_lens import HookedTransformer
 
 import saelens_matryoshka as sm
+from saelens_matryoshka.evaluation.result import EvalResult
 from saelens_matryoshka.evaluation.training_evaluator import CachedEvaluator, HeldOutEvaluator
+from tests.evaluation.test_result import RESULT
 from tests.helpers import runner_config, transcoder_config
 
 EVALUATED = LoggingConfig(log_to_wandb=True, wandb_log_frequency=2, eval_every_n_wandb_logs=2)
@@ -200,7 +202,12 @@ def test_what_is_evaluated_is_what_the_end_of_training_would_save(architecture: 
     if hasattr(sae, "W_skip"):
         sae.W_skip.data.normal_()
     seen = []
-    evaluator = CachedEvaluator(lambda model, **_: seen.append(model))
+
+    def evaluated(model: SAE[Any], **_: Any) -> EvalResult:
+        seen.append(model)
+        return RESULT
+
+    evaluator = CachedEvaluator(evaluated)
     before = {name: value.clone() for name, value in sae.state_dict().items()}
     evaluator(sae, None, ActivationScaler(scaling_factor=0.25))
     for name, value in sae.state_dict().items():
