@@ -17,6 +17,7 @@ from typing_extensions import Self
 from saelens_matryoshka.cache.encoding import DTYPES
 from saelens_matryoshka.files.atomic import write_atomically
 from saelens_matryoshka.files.fingerprint import hash_of, hash_of_file
+from saelens_matryoshka.store.reading import hooks_of
 
 GAINS = "gains.safetensors"
 MANIFEST = "manifest.json"
@@ -116,13 +117,10 @@ class CacheSettings:
                         f"{name}: a cache is of one model and text, and these runs have "
                         f"{getattr(first, name)!r} and {getattr(cfg, name)!r}."
                     )
-        hooks = [
-            hook for cfg in cfgs for hook in (cfg.hook_name, getattr(cfg.sae, "hook_name_out", None)) if hook
-        ]
         fields = {name: getattr(first, name) for name in RUNNER_FIELDS}
         own = ("training_tokens", "streaming", "store_batch_size_prompts", "seed")
         return cls(
-            hook_names=tuple(hooks),
+            hook_names=tuple(hooks_of(cfgs)),
             **{**fields, **{name: getattr(first, name) for name in own}, **overrides},
         )
 

@@ -35,6 +35,7 @@ def train_layers(
     """Train several runs in OUT/MODEL/MAPPINGS/NAME, or say what would be trained."""
     from saelens_matryoshka.runs.folder import run_folder
     from saelens_matryoshka.runs.layers import label_of, resolve_many, train_many
+    from saelens_matryoshka.store.reading import hooks_of
 
     with console.status("resolving the settings"):
         settings = resolve_many(sources, each, recommended=recommended)
@@ -42,14 +43,7 @@ def train_layers(
         sae = first.cfg.sae
         name = name or f"{sae.d_sae}-k{sae.k:g}-{datetime.now():%Y%m%d-%H%M%S}"
         parent = run_folder(out or Path("results"), first.cfg.model_name, label_of(list(settings)), name).path
-    hooks = list(
-        dict.fromkeys(
-            hook
-            for one in settings.values()
-            for hook in (one.cfg.hook_name, getattr(one.cfg.sae, "hook_name_out", None))
-            if hook
-        )
-    )
+    hooks = hooks_of(one.cfg for one in settings.values())
     console.print(
         f"[bold]{'Would train' if dry_run else 'Training'}[/] {len(settings)} dictionaries on "
         f"{escape(first.cfg.model_name)} in lockstep\n"

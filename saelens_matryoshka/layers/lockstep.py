@@ -52,7 +52,7 @@ from saelens_matryoshka.runner import (
 )
 from saelens_matryoshka.seams import defer_checkpoints, replace_progress_bar, set_sae_metadata
 from saelens_matryoshka.store.pairs import probe_hooks, require_enough_text
-from saelens_matryoshka.store.reading import Reading
+from saelens_matryoshka.store.reading import Reading, hooks_of
 from saelens_matryoshka.upkeep.keeper import Keeper
 from saelens_matryoshka.upkeep.wandb_guard import wandb_cannot_stop_it
 
@@ -392,13 +392,12 @@ def load_model_for(cfgs: Sequence[LanguageModelSAERunnerConfig[Any]]) -> Any:
     """The language model of several configs, with all their hooks."""
     cfg = cfgs[0]
     assert cfg.llm_device is not None  # set in the config's __post_init__
-    hooks = [hook for c in cfgs for hook in (c.hook_name, getattr(c.sae, "hook_name_out", "")) if hook]
     model: Any = load_model(
         cfg.model_class_name,
         cfg.model_name,
         device=cfg.llm_device,
         model_from_pretrained_kwargs=cfg.model_from_pretrained_kwargs,
-        hook_names=list(dict.fromkeys(hooks)),
+        hook_names=hooks_of(cfgs),
     )
     if cfg.compile_llm:
         model.run_with_cache = torch.compile(model.run_with_cache, mode=cfg.llm_compilation_mode)

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 from sae_lens import LanguageModelSAERunnerConfig
-from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from torch._subclasses import FakeTensorMode
 
 from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig
 from saelens_matryoshka.architectures.calibration import CHUNK_VALUES, MAX_ROWS, ROWS_PER_BATCH
+from saelens_matryoshka.evaluation.activations import hook_activations
 from saelens_matryoshka.ops import screen
 from saelens_matryoshka.ops.encoder import BLOCK_VALUES
 from saelens_matryoshka.ops.entries import are_dense
@@ -30,6 +30,7 @@ from saelens_matryoshka.runs.buffer import BufferRows, buffer_rows
 from saelens_matryoshka.runs.language_models import ModelShape
 from saelens_matryoshka.runs.tracing import PeakMemory
 from saelens_matryoshka.sites import check_hook
+from saelens_matryoshka.store.reading import hooks_of
 
 LOADING = "loading the model"
 FILLING = "reading activations"
@@ -82,11 +83,6 @@ class ForwardTrace(NamedTuple):
     """of the hooks, heads flattened"""
 
 
-def hooks_of(cfgs: Configs) -> list[str]:
-    """The hooks that runs read, each once, the source of the first one first."""
-    return list(widths_of(cfgs))
-
-
 def widths_of(cfgs: Configs) -> dict[str, int]:
     """What runs read of every hook, as their settings say."""
     return {hook: getattr(cfg.sae, field) for cfg in cfgs for hook, _, field in _sites(cfg)}
@@ -123,7 +119,7 @@ def trace_forward(cfgs: Configs, shape: ModelShape) -> ForwardTrace:
             torch.no_grad(),
             torch.autocast("cpu", dtype=torch.bfloat16, enabled=cfg.autocast_lm),
         ):
-            cache = run_hooks(model, tokens, hooks)
+            cache = hook_activations(model, tokens, hooks)
         shapes = {hook: cache[hook].shape for hook in hooks}
     for one in cfgs:
         _require_widths(one, shapes)
@@ -133,14 +129,6 @@ def trace_forward(cfgs: Configs, shape: ModelShape) -> ForwardTrace:
         peak=memory.peak,
         widths={hook: math.prod(shape[2:]) for hook, shape in shapes.items()},
     )
-
-
-def run_hooks(model: Any, tokens: torch.Tensor, hooks: Sequence[str]) -> Any:
-    """What the hooks give, as SAELens's store reads them."""
-    stops = [extract_stop_at_layer_from_tlens_hook_name(hook) for hook in hooks]
-    known = [stop for stop in stops if stop is not None]
-    stop = max(known) if len(known) == len(stops) else None
-    return model.run_with_cache(tokens, names_filter=list(hooks), stop_at_layer=stop)[1]
 
 
 def _require_widths(cfg: LanguageModelSAERunnerConfig[Any], shapes: dict[str, torch.Size]) -> None:

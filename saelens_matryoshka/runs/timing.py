@@ -19,10 +19,12 @@ import torch
 from sae_lens import LanguageModelSAERunnerConfig, SAETrainer, TrainingSAE
 
 from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig
+from saelens_matryoshka.evaluation.activations import hook_activations
 from saelens_matryoshka.runner import prepare_trainer
 from saelens_matryoshka.runs.buffer import BufferRows
 from saelens_matryoshka.runs.language_models import ModelShape
-from saelens_matryoshka.runs.memory import Configs, hooks_of, llm_batch_rows, run_hooks, widths_of
+from saelens_matryoshka.runs.memory import Configs, llm_batch_rows, widths_of
+from saelens_matryoshka.store.reading import hooks_of
 
 # The largest products and prompts that are measured as they are: some tenths of a second on a slow processor.
 _CPU_STEP_VALUES, _GPU_STEP_VALUES = 4e9, 1e13
@@ -230,7 +232,7 @@ def _forward_seconds(cfgs: Configs, shape: ModelShape) -> tuple[float, bool]:
 
         def forward(model: Any = model, names: list[str] = names) -> None:
             with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=cfg.autocast_lm):
-                run_hooks(model, tokens, list(dict.fromkeys(names)))
+                hook_activations(model, tokens, list(dict.fromkeys(names)))
 
         times.append(_median_seconds(forward, device))
     one, two = times

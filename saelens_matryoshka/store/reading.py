@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from sae_lens import LanguageModelSAERunnerConfig
 
 from saelens_matryoshka.sites import Site
 
@@ -37,3 +39,9 @@ class Reading:
         if self.target_hook is None:
             return source
         return torch.cat([source, rows[self.target_hook].to(source.device)], dim=-1)
+
+
+def hooks_of(cfgs: Iterable[LanguageModelSAERunnerConfig[Any]]) -> list[str]:
+    """The hooks that the dictionaries of runner configs read and predict, each once, in their order."""
+    pairs = [(cfg.hook_name, getattr(cfg.sae, "hook_name_out", None)) for cfg in cfgs]
+    return list(dict.fromkeys(hook for pair in pairs for hook in pair if hook))

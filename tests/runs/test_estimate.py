@@ -18,6 +18,7 @@ from transformer_lens import HookedTransformer
 
 import saelens_matryoshka as sm
 from benchmarks.estimate import compare
+from saelens_matryoshka.evaluation.activations import hook_activations
 from saelens_matryoshka.parallel import Mesh
 from saelens_matryoshka.random_state import random_state
 from saelens_matryoshka.runner import prepare_trainer
@@ -40,6 +41,7 @@ from saelens_matryoshka.runs.memory import (
 )
 from saelens_matryoshka.runs.tracing import PeakMemory
 from saelens_matryoshka.store.mixing import MixingBuffer
+from saelens_matryoshka.store.reading import hooks_of
 from saelens_matryoshka.store.state import StoreState
 from saelens_matryoshka.store.token_stream import Position
 from tests.helpers import runner_config, trainer_for, transcoder_config
@@ -134,7 +136,7 @@ def test_tensors_without_data_count_what_the_real_model_takes(
     traced = trace_forward([cfg], model_shape(cfg))
     tokens = torch.zeros(4, 64, dtype=torch.long)
     with PeakMemory() as real, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        memory_module.run_hooks(tiny_model, tokens, memory_module.hooks_of([cfg]))
+        hook_activations(tiny_model, tokens, hooks_of([cfg]))
     assert traced.peak == pytest.approx(real.peak, rel=0.01)
     weights = {t.untyped_storage().data_ptr(): t for t in tiny_model.state_dict().values()}
     assert traced.weights == pytest.approx(
