@@ -14,7 +14,7 @@ from sae_lens.config import HfDataset
 
 from saelens_matryoshka.evaluation.evaluator import Evaluation
 from saelens_matryoshka.evaluation.passes import Passes, Progress
-from saelens_matryoshka.evaluation.result import EvalResult, metrics_row, metrics_table
+from saelens_matryoshka.evaluation.result import EvalResult, metrics_table
 from saelens_matryoshka.evaluation.tokens import token_batches
 from saelens_matryoshka.files.unfinished import Unfinished
 from saelens_matryoshka.files.valid_json import dumps
@@ -41,10 +41,8 @@ class Comparison:
         first = next(iter(self.results.values()))
         parts: list[Any] = [f"Predictions of [bold]{first.hook_name_out}[/]\n"]
         for name, result in self.results.items():
-            table = metrics_table("", with_ce=result.ce_clean is not None)
-            for prefix in result.prefixes:
-                table.add_row(*metrics_row(prefix, with_ce=result.ce_clean is not None))
-            parts += [f"[bold]{escape(str(name))}[/] reads {result.hook_name} ({result.input_frame})", table]
+            reads = f"[bold]{escape(str(name))}[/] reads {result.hook_name} ({result.input_frame})"
+            parts += [reads, metrics_table(result)]
             if result.prefixes[-1].fvu > 1:
                 parts.append("[yellow]worse than predicting the mean: probably made for another frame[/]\n")
         parts.append(f"{first.n_tokens:,} tokens for all; CE and KL on {first.n_ce_tokens:,} of them")

@@ -19,6 +19,20 @@ from saelens_matryoshka.files.valid_json import dumps
 T = TypeVar("T")
 _OF_CE = frozenset({"ce", "kl", "ce_clean", "ce_zero", "ce_mean"})
 """None where no cross-entropy was measured, and only there"""
+_COLUMNS = (
+    # heading, attribute, how it is shown
+    ("width", "width", "{:,}"),
+    ("FVU", "fvu", "{:.3f}"),
+    ("cosine", "cosine", "{:.3f}"),
+    ("L0", "l0", "{:.1f}"),
+    ("dead", "dead_fraction", "{:.1%}"),
+)
+_CE_COLUMNS = (
+    ("CE", "ce", "{:.3f}"),
+    ("CE rec.\nzero", "ce_recovered", "{:.1%}"),
+    ("CE rec.\nmean", "ce_recovered_mean", "{:.1%}"),
+    ("KL", "kl", "{:.3f}"),
+)
 _UNLIMITED = 1000
 """columns of a terminal that every table fits in"""
 
@@ -107,13 +121,10 @@ class EvalResult:
 
     def table(self) -> Table:
         """One row per prefix, for rich; fits 80 columns."""
-        with_ce = self.ce_clean is not None
         hooks = dict.fromkeys((self.hook_name, self.hook_name_out))  # an SAE's are one
-        table = metrics_table(" → ".join(hooks), with_ce=with_ce)
-        for prefix in self.prefixes:
-            table.add_row(*metrics_row(prefix, with_ce=with_ce))
+        table = metrics_table(self, " → ".join(hooks))
         caption = f"{self.n_tokens:,} tokens"
-        if with_ce:
+        if self.ce_clean is not None:
             caption += (
                 f"; CE clean {self.ce_clean:.3f}, zero-ablated {self.ce_zero:.3f}, "
                 f"mean-ablated {self.ce_mean:.3f} nats on {self.n_ce_tokens:,} of them"
@@ -156,39 +167,13 @@ class _Numbers(Table):
             self.padding = padding
 
 
-def metrics_table(title: str, *, with_ce: bool) -> Table:
-    """An empty table with the columns of `metrics_row`."""
+def metrics_table(result: EvalResult, title: str = "") -> Table:
+    """A row per prefix, for rich."""
+    columns = _COLUMNS + (() if result.ce_clean is None else _CE_COLUMNS)
     table = _Numbers(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, caption_justify="left")
-    headings = ["width", "FVU", "cosine", "L0", "dead"]
-    if with_ce:
-        headings += ["CE", "CE rec.\nzero", "CE rec.\nmean", "KL"]
-    for heading in headings:
+    for heading, _, _ in columns:
         table.add_column(heading, justify="right", no_wrap=True)
+    for prefix in result.prefixes:
+        cells = [(getattr(prefix, name), form) for _, name, form in columns]
+        table.add_row(*("-" if value is None else form.format(value) for value, form in cells))
     return table
-
-
-def metrics_row(prefix: PrefixMetrics, *, with_ce: bool) -> list[str]:
-    """The cells of one prefix."""
-    row = [
-        f"{prefix.width:,}",
-        f"{prefix.fvu:.3f}",
-        f"{prefix.cosine:.3f}",
-        f"{prefix.l0:.1f}",
-        f"{prefix.dead_fraction:.1%}",
-    ]
-    if with_ce:
-        row += [
-            _number(prefix.ce),
-            _percent(prefix.ce_recovered),
-            _percent(prefix.ce_recovered_mean),
-            _number(prefix.kl),
-        ]
-    return row
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
