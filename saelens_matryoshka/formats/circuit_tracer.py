@@ -30,6 +30,7 @@ from saelens_matryoshka.formats.files import (
     field,
     read_safetensors,
     read_yaml,
+    require_k,
     safetensors_shapes,
 )
 from saelens_matryoshka.formats.layout import (
@@ -151,11 +152,7 @@ def from_state(config: dict[str, Any], tensors: StateDict, label: str = CONFIG) 
     activation, threshold = config.get("activation"), tensors.get(_THRESHOLD)
     k = None
     if activation == "topk":
-        k = config.get("k")
-        if isinstance(k, bool) or not isinstance(k, int) or not 0 < k <= len(tensors["b_enc"]):
-            raise FormatError(
-                f"{label}: activation: topk needs k in 1 .. {len(tensors['b_enc'])}, not {k!r}."
-            )
+        k = require_k(config.get("k"), len(tensors["b_enc"]), f"{label}: k")
     elif activation not in (None, "relu", "jumprelu", "jump_relu"):
         raise FormatError(f"{label}: activation={activation!r} is not one that circuit-tracer has.")
     if threshold is not None and activation in ("topk", "relu"):

@@ -30,6 +30,7 @@ from saelens_matryoshka.formats.files import (
     field,
     read_json,
     read_pickle,
+    require_k,
 )
 from saelens_matryoshka.formats.layout import NOTE, block_hook, folders_with, join, require_plain
 from saelens_matryoshka.formats.sources import Source
@@ -115,9 +116,7 @@ def from_state(trainer: dict[str, Any], tensors: StateDict, label: str = CONFIG)
     )
     if dict_class == "AutoEncoderTopK":
         k = int(tensors["k"]) if "k" in tensors else trainer.get("k")
-        if not isinstance(k, int) or not 0 < k <= coder.d_sae:
-            raise FormatError(f"{label}: k={k!r} must be in 1 .. dict_size={coder.d_sae}.")
-        return coder.with_tensors(k=k)
+        return coder.with_tensors(k=require_k(k, coder.d_sae, f"{label}: k"))
     threshold = tensors["threshold"]
     if dict_class != "JumpReluAutoEncoder" and threshold.item() < 0:
         warnings.warn(

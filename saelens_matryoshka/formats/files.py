@@ -104,6 +104,17 @@ def field(config: Mapping[str, Any], name: str, kind: type | tuple[type, ...], p
     return value
 
 
+def require_k(k: Any, d_sae: int, named: str) -> int:
+    """The k of a TopK coder, as a config has it.
+
+    Raises:
+        FormatError: it is no whole number from 1 to d_sae; the message begins with `named`.
+    """
+    if isinstance(k, bool) or not isinstance(k, int) or not 0 < k <= d_sae:
+        raise FormatError(f"{named}={k!r} must be in 1 .. {d_sae}.")
+    return k
+
+
 # ---- tensors
 
 

@@ -25,6 +25,7 @@ from saelens_matryoshka.formats.files import (
     field,
     read_json,
     read_safetensors,
+    require_k,
 )
 from saelens_matryoshka.formats.layout import folders_with, join
 from saelens_matryoshka.formats.sources import Source
@@ -93,9 +94,7 @@ def from_state(config: dict[str, Any], tensors: StateDict, label: str = CONFIG) 
     if activation == "jumprelu":
         threshold = tensors[_LOG_THRESHOLD].exp()
     elif activation == "topk":
-        k = config.get("top_k")
-        if isinstance(k, bool) or not isinstance(k, int) or not 0 < k <= len(tensors["b_E"]):
-            raise FormatError(f"{label}: top_k={k!r} must be in 1 .. {len(tensors['b_E'])}.")
+        k = require_k(config.get("top_k"), len(tensors["b_E"]), f"{label}: top_k")
     elif activation != "relu":
         raise FormatError(
             f"{label}: act_fn={activation!r} compares the latents of many tokens, so it is no function of "

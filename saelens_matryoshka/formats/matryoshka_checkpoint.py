@@ -20,7 +20,7 @@ from typing import Any
 
 from saelens_matryoshka.files.names import natural
 from saelens_matryoshka.formats.coder import SparseCoder, StateDict
-from saelens_matryoshka.formats.files import FormatError, read_json, read_pickle
+from saelens_matryoshka.formats.files import FormatError, read_json, read_pickle, require_k
 from saelens_matryoshka.formats.layout import join
 from saelens_matryoshka.formats.sources import Source
 from saelens_matryoshka.widths import cumulative_widths
@@ -117,10 +117,7 @@ def _with_activation(
 ) -> SparseCoder:
     kind = str(config.get("sae_type", ""))
     if kind == "topk":
-        k = config.get("top_k")
-        if isinstance(k, bool) or not isinstance(k, int) or not 0 < k <= coder.d_sae:
-            raise FormatError(f"{label}: top_k={k!r} must be in 1 .. {coder.d_sae}.")
-        return coder.with_tensors(k=k)
+        return coder.with_tensors(k=require_k(config.get("top_k"), coder.d_sae, f"{label}: top_k"))
     if kind == "jumprelu":
         raise FormatError(f"{label}: sae_type='jumprelu' keeps logarithms of thresholds; it cannot be read.")
     if "threshold" in tensors:
