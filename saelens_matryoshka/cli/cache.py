@@ -11,6 +11,7 @@ from rich import box
 
 from saelens_matryoshka.cli.interruption import interruptible
 from saelens_matryoshka.cli.output import Console, Json, on_stdout, quieten, require_writable, write_numbers
+from saelens_matryoshka.cli.settings import on_command_line
 from saelens_matryoshka.files.valid_json import dumps
 
 if TYPE_CHECKING:
@@ -59,12 +60,7 @@ def cache(
     require_writable(json)
     console = Console(stderr=on_stdout(json))
     quieten()
-    given = {
-        one
-        for one in context.params
-        if getattr(context.get_parameter_source(one), "name", "") == "COMMANDLINE"
-    }
-    if verify or not (context.args or given - {"folder", "json"}):
+    if verify or not (context.args or set(on_command_line(context)) - {"folder", "json"}):
         _show(folder, console, json, verify=verify)
         return
     with console.status("loading"):

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 if TYPE_CHECKING:
+    import typer
+
     from saelens_matryoshka.parallel import Mesh, Sharding
     from saelens_matryoshka.runs.fields import Given
     from saelens_matryoshka.runs.settings import SettingsSource
@@ -58,6 +60,12 @@ def read_sources(
     lowest = {} if preset is None else load_preset(preset).settings
     cached = {} if cache is None else _cache_settings(cache)
     return Sources([lowest, cached, file, flags], texts["name"], None if runs is None else runs.value)
+
+
+def on_command_line(context: typer.Context) -> list[str]:
+    """The parameters of a command that were given, and have not their defaults."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return [name for name, source in sources.items() if getattr(source, "name", "") == "COMMANDLINE"]
 
 
 def require_no_layer(layer: int | None) -> None:

@@ -15,7 +15,13 @@ from rich.markup import escape
 
 from saelens_matryoshka.cli.interruption import interruptible, say_why_it_ends
 from saelens_matryoshka.cli.output import Console, Json, on_stdout, quieten, require_writable, write_numbers
-from saelens_matryoshka.cli.settings import read_mesh, read_sources, require_no_layer, require_one_process
+from saelens_matryoshka.cli.settings import (
+    on_command_line,
+    read_mesh,
+    read_sources,
+    require_no_layer,
+    require_one_process,
+)
 from saelens_matryoshka.files.valid_json import dumps
 
 if TYPE_CHECKING:
@@ -199,9 +205,8 @@ def train(
     if resume is not None:
         others = [
             f"--{parameter.replace('_', '-')}"
-            for parameter in context.params
+            for parameter in on_command_line(context)
             if parameter not in {*given, "resume", "shard", "shards", "json"}
-            and getattr(context.get_parameter_source(parameter), "name", "") == "COMMANDLINE"
         ]
         if others := others + context.args:
             raise ValueError(f"--resume goes on with the run's own settings: leave out {' '.join(others)}.")
