@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from sae_lens import SAE
 
 TINY = "tiny"
-_TINY_NAMES = (TINY, "saelens_matryoshka.tiny")
 
 
 def pick_device(device: str | None) -> str:
@@ -34,7 +33,9 @@ def pick_device(device: str | None) -> str:
 
 def is_tiny(model_name: str | None) -> bool:
     """Whether the name is that of the embedded model."""
-    return model_name in _TINY_NAMES
+    from saelens_matryoshka import tiny
+
+    return model_name in tiny.NAMES
 
 
 def load_language_model(

@@ -109,7 +109,7 @@ def model_shape(cfg: LanguageModelSAERunnerConfig[Any]) -> ModelShape:
     kwargs = dict(cfg.model_from_pretrained_kwargs or {})
     dtype = _dtype(kwargs.get("dtype", kwargs.get("torch_dtype")))
     as_hf = cfg.model_class_name == _HF_CLASS
-    if cfg.model_name in ("tiny", "saelens_matryoshka.tiny"):
+    if cfg.model_name in tiny.NAMES:
         hf = AutoConfig.from_pretrained(tiny.PATH, local_files_only=True)
         return _with_dtype(ModelShape("tiny", hf if as_hf else tiny.hooked_config(hf)), dtype)  # type: ignore[arg-type]
     if cfg.model_class_name not in (_HF_CLASS, "HookedTransformer"):

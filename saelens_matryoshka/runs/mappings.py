@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from saelens_matryoshka import tiny
 from saelens_matryoshka.runs.fields import did_you_mean
 from saelens_matryoshka.sites import find_site
-
-TINY = ("tiny", "saelens_matryoshka.tiny")
 
 _SITES = {
     "mlp": ("mlp_in", "mlp_out"),
@@ -120,10 +119,8 @@ def skeleton(model_name: str) -> Any:
     """
     from saelens_matryoshka.runs.language_models import ModelShape, hooked_config
 
-    if model_name in TINY:
-        from saelens_matryoshka.tiny import load_hooked_transformer
-
-        return load_hooked_transformer()
+    if model_name in tiny.NAMES:
+        return tiny.load_hooked_transformer()
     try:
         config = hooked_config(model_name)
     except OSError as error:
@@ -137,7 +134,7 @@ def skeleton(model_name: str) -> Any:
         # TransformerLens says so with the names of all the models it knows
         from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
-        close = did_you_mean(model_name, [*OFFICIAL_MODEL_NAMES, TINY[0]])
+        close = did_you_mean(model_name, [*OFFICIAL_MODEL_NAMES, tiny.NAMES[0]])
         raise ValueError(f"model_name {model_name!r} is not one that TransformerLens knows{close}") from None
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)

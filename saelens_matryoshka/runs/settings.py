@@ -19,6 +19,7 @@ from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.constants import DTYPE_MAP
 from sae_lens.training.optim import get_lr_scheduler
 
+from saelens_matryoshka import tiny
 from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig, recommended_runner_fields
 from saelens_matryoshka.files.plain_yaml import MAX_YAML_BYTES, PlainLoader
 from saelens_matryoshka.files.text import is_text_file
@@ -34,7 +35,6 @@ from saelens_matryoshka.runs.fields import (
 )
 from saelens_matryoshka.runs.mappings import (
     DERIVED,
-    TINY,
     NoModelConfigError,
     find_mapping,
     skeleton,
@@ -314,7 +314,7 @@ def _apply_defaults(given: dict[str, Given]) -> None:
         "verbose": False,
         "dataset_trust_remote_code": False,
     }
-    if given["model_name"].value in TINY:
+    if given["model_name"].value in tiny.NAMES:
         defaults |= {"dataset_path": TINY_TEXT, "is_dataset_tokenized": False}
     for name, value in defaults.items():
         given.setdefault(name, Given(value, "default"))

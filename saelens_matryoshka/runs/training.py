@@ -20,7 +20,7 @@ from sae_lens.constants import (
 )
 from typing_extensions import override
 
-from saelens_matryoshka import parallel
+from saelens_matryoshka import parallel, tiny
 from saelens_matryoshka.cache import CachedModel, open_cache
 from saelens_matryoshka.cache.store import is_cache
 from saelens_matryoshka.evaluation.result import EvalResult
@@ -29,7 +29,6 @@ from saelens_matryoshka.files.text import TextError, is_saved_dataset, is_text_f
 from saelens_matryoshka.runner import Observer, held_out_evaluator, observe
 from saelens_matryoshka.runs.folder import RunFolder, now, versions
 from saelens_matryoshka.runs.lock import locked
-from saelens_matryoshka.runs.mappings import TINY
 from saelens_matryoshka.runs.metrics_log import MetricsLog
 from saelens_matryoshka.runs.settings import TINY_TEXT, Settings, resolve
 from saelens_matryoshka.upkeep.checkpoints import Checkpoints, warn_of_other_versions
@@ -270,10 +269,8 @@ def overrides(settings: Settings) -> dict[str, Any]:
             found["override_dataset"] = open_text(cfg.dataset_path, streaming=cfg.streaming)
         except TextError as error:
             raise ValueError(f"--dataset_path {error}") from None
-    if cfg.model_name not in TINY:
+    if cfg.model_name not in tiny.NAMES:
         return found
-    from saelens_matryoshka import tiny
-
     device = cfg.llm_device or cfg.device
     found["override_model"] = tiny.load_hooked_transformer().to(device, print_details=False)
     if cfg.dataset_path == TINY_TEXT:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 __all__ = [
+    "NAMES",
     "PATH",
     "load_bridge",
     "load_hf_model",
@@ -32,6 +33,9 @@ __all__ = [
     "load_tokenizer",
     "text",
 ]
+
+NAMES = ("tiny", "saelens_matryoshka.tiny")
+"""What the model is called where a language model is named."""
 
 PATH = Path(__file__).parent / "weights"
 """Folder of the model in the Hugging Face layout: weights, config, tokenizer, model card."""
