@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sized
 from dataclasses import dataclass, field
@@ -39,6 +38,7 @@ from saelens_matryoshka.evaluation.training_evaluator import (
     HeldOutEvaluator,
     hold_out_prompts,
 )
+from saelens_matryoshka.files.atomic import obstacle
 from saelens_matryoshka.ops import SparseStep
 from saelens_matryoshka.scaling import FiniteScaler
 from saelens_matryoshka.seams import defer_checkpoints, replace_progress_bar
@@ -190,10 +190,8 @@ def require_own_output_path(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     if cfg.output_path is None:
         return
     folder = Path(cfg.output_path)
-    above = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not above.is_dir() or (not folder.exists() and not os.access(above, os.W_OK)):
-        fault = "is read-only" if above.is_dir() else "is a file"
-        raise ValueError(f"output_path={cfg.output_path!r} cannot be made: {above} {fault}.")
+    if not folder.exists() and (fault := obstacle(folder)):
+        raise ValueError(f"output_path={cfg.output_path!r} cannot be made: {fault}.")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_path={cfg.output_path!r} is a file: name a folder.")
     if not any((folder / name).exists() for name in (RUNNER_CFG_FILENAME, SAE_WEIGHTS_FILENAME)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import sys
 import warnings
@@ -22,7 +21,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
-from saelens_matryoshka.files.atomic import write_atomically
+from saelens_matryoshka.files.atomic import obstacle, write_atomically
 
 OUTPUT, TEXT = "Output", "Text and tokens"
 """panels of the help: what is printed and written, and what is measured on"""
@@ -189,11 +188,8 @@ def require_writable(file: Path | None, option: str = "--json") -> None:
         return
     if file.is_dir():
         raise ValueError(f"{option} {str(file)!r} is a folder: name a file.")
-    above = next(folder for folder in file.absolute().parents if folder.exists())
-    if not above.is_dir():
-        raise ValueError(f"{option} {str(file)!r} cannot be written: {above} is a file.")
-    if not os.access(above, os.W_OK):
-        raise ValueError(f"{option} {str(file)!r} cannot be written: {above} is read-only.")
+    if fault := obstacle(file):
+        raise ValueError(f"{option} {str(file)!r} cannot be written: {fault}.")
 
 
 def quieten() -> None:

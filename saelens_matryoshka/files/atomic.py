@@ -64,6 +64,14 @@ def whole_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
+def obstacle(path: Path) -> str | None:
+    """Why nothing can be made at a path: a file, or a read-only folder, above it; None if neither is."""
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        return f"{above} is a file"
+    return None if os.access(above, os.W_OK) else f"{above} is read-only"
+
+
 def is_left_aside(path: Path) -> bool:
     """Whether it is what a process has left here that was killed while it wrote."""
     return _ASIDE.fullmatch(path.name) is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import shlex
 import unicodedata
@@ -15,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from saelens_matryoshka.files.atomic import is_left_aside, write_atomically
+from saelens_matryoshka.files.atomic import is_left_aside, obstacle, write_atomically
 from saelens_matryoshka.files.names import is_reserved, unreserved
 from saelens_matryoshka.files.plain_yaml import PlainLoader
 from saelens_matryoshka.runs.fields import Given
@@ -70,10 +69,8 @@ class RunFolder:
         Raises:
             ValueError: it does, or is a file, or cannot be made.
         """
-        above = next(folder for folder in self.path.absolute().parents if folder.exists())
-        if not above.is_dir() or (not self.path.exists() and not os.access(above, os.W_OK)):
-            fault = "is read-only" if above.is_dir() else "is a file"
-            raise ValueError(f"{self.path} cannot be made: {above} {fault}. Choose another --out.")
+        if not self.path.exists() and (fault := obstacle(self.path)):
+            raise ValueError(f"{self.path} cannot be made: {fault}. Choose another --out.")
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file, and was to be the run's folder: choose another --name.")
         if not self.path.exists() or all(
