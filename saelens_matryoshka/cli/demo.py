@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from saelens_matryoshka.cli.inputs import TINY, load_language_model, open_dataset, pick_device
+from saelens_matryoshka.cli.options import Device
 from saelens_matryoshka.cli.output import Console, Json, on_stdout, quieten, require_writable, write_numbers
 from saelens_matryoshka.files.atomic import write_atomically
 from saelens_matryoshka.files.valid_json import dumps
@@ -46,7 +47,7 @@ def demo(
             "by file."
         ),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one.")] = None,
+    device: Device = None,
     seed: Annotated[int, typer.Option(help="Of the initialisation and the shuffling.")] = 0,
     json: Json = None,
 ) -> None:

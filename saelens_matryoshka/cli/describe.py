@@ -15,6 +15,7 @@ from saelens_matryoshka.cli.inputs import (
     results_folder,
 )
 from saelens_matryoshka.cli.interruption import interruptible
+from saelens_matryoshka.cli.options import Device, Model, Skip, Split, Where
 from saelens_matryoshka.cli.output import (
     OUTPUT,
     TEXT,
@@ -37,7 +38,7 @@ def register(app: typer.Typer) -> None:
 
 @interruptible("The latents that are done are kept; the same command asks for the others.")
 def describe(
-    path: Annotated[str, typer.Argument(help="A folder saved by SAELens, or RELEASE:SAE_ID.")],
+    path: Where,
     chat_model: Annotated[
         str, typer.Option(help="Name of the chat model at the endpoint.", rich_help_panel=_ENDPOINT)
     ],
@@ -56,16 +57,12 @@ def describe(
         int, typer.Option(min=1, help="How many latents, evenly from the levels, at random.")
     ] = 100,
     latents: Annotated[str | None, typer.Option(help="Which latents instead, e.g. 0,5,17.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Language model. Default: the one it was trained on.")
-    ] = None,
+    model: Model = None,
     dataset: Annotated[
         str | None, typer.Option(help="Text to take examples from, as for eval.", rich_help_panel=TEXT)
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of the dataset.", rich_help_panel=TEXT)] = "train",
-    skip: Annotated[
-        int, typer.Option(min=0, help="Documents to leave out at its start.", rich_help_panel=TEXT)
-    ] = 0,
+    split: Split = "train",
+    skip: Skip = 0,
     tokens: Annotated[
         int, typer.Option(min=1, help="Tokens to take examples from.", rich_help_panel=TEXT)
     ] = 1_000_000,
@@ -88,7 +85,7 @@ def describe(
         Path | None,
         typer.Option(help="Folder of the results. Default: PATH/descriptions.", rich_help_panel=OUTPUT),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one.")] = None,
+    device: Device = None,
     estimate: Annotated[
         bool,
         typer.Option(

@@ -18,6 +18,7 @@ from saelens_matryoshka.cli.inputs import (
     pick_device,
 )
 from saelens_matryoshka.cli.interruption import interruptible, told_to_call_again
+from saelens_matryoshka.cli.options import BatchSize, ContextSize, Device, Skip, Split, Where
 from saelens_matryoshka.cli.output import (
     OUTPUT,
     TEXT,
@@ -45,23 +46,15 @@ Dataset = Annotated[
         rich_help_panel=TEXT,
     ),
 ]
-Split = Annotated[str, typer.Option(help="Split of the dataset.", rich_help_panel=TEXT)]
-Skip = Annotated[int, typer.Option(min=0, help="Documents to leave out at its start.", rich_help_panel=TEXT)]
 Tokens = Annotated[
     int, typer.Option(min=1, help="Tokens for all metrics but cross-entropy and KL.", rich_help_panel=TEXT)
 ]
 CeTokens = Annotated[
     int, typer.Option(min=0, help="Tokens for cross-entropy and KL; 0 leaves them out.", rich_help_panel=TEXT)
 ]
-ContextSize = Annotated[
-    int | None,
-    typer.Option(min=2, help="Tokens per prompt. Default: that of the training.", rich_help_panel=TEXT),
-]
-BatchSize = Annotated[int, typer.Option(min=1, help="Prompts per forward pass.", rich_help_panel=TEXT)]
 SpecialTokens = Annotated[
     bool, typer.Option("--special-tokens", help="Count BOS, EOS and padding too.", rich_help_panel=TEXT)
 ]
-Device = Annotated[str | None, typer.Option(help="Default: cuda if there is one.")]
 Plot = Annotated[
     Path | None,
     typer.Option(
@@ -83,7 +76,7 @@ def register(app: typer.Typer) -> None:
 
 @interruptible("Call it again: it goes on from what was kept last, if anything was.")
 def evaluate(
-    path: Annotated[str, typer.Argument(help="A folder saved by SAELens, or RELEASE:SAE_ID.")],
+    path: Where,
     model: Model = None,
     dataset: Dataset = None,
     split: Split = "train",

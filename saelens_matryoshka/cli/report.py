@@ -15,6 +15,7 @@ from saelens_matryoshka.cli.inputs import (
     results_folder,
 )
 from saelens_matryoshka.cli.interruption import interruptible
+from saelens_matryoshka.cli.options import BatchSize, ContextSize, Device, Model, Skip, Split
 from saelens_matryoshka.cli.output import (
     OUTPUT,
     TEXT,
@@ -52,22 +53,13 @@ def report(
     no_samples: Annotated[
         bool, typer.Option("--no-samples", help="Leave the latents out; needs no language model.")
     ] = False,
-    model: Annotated[
-        str | None, typer.Option(help="Language model. Default: the one it was trained on.")
-    ] = None,
+    model: Model = None,
     dataset: Annotated[str | None, typer.Option(help="Text, as for eval.", rich_help_panel=TEXT)] = None,
-    split: Annotated[str, typer.Option(help="Split of the dataset.", rich_help_panel=TEXT)] = "train",
-    skip: Annotated[
-        int, typer.Option(min=0, help="Documents to leave out at its start.", rich_help_panel=TEXT)
-    ] = 0,
-    context_size: Annotated[
-        int | None,
-        typer.Option(min=2, help="Tokens per prompt. Default: that of the training.", rich_help_panel=TEXT),
-    ] = None,
-    batch_size_prompts: Annotated[
-        int, typer.Option(min=1, help="Prompts per forward pass.", rich_help_panel=TEXT)
-    ] = 8,
-    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one.")] = None,
+    split: Split = "train",
+    skip: Skip = 0,
+    context_size: ContextSize = None,
+    batch_size_prompts: BatchSize = 8,
+    device: Device = None,
     json: Json = None,
 ) -> None:
     """Write an HTML page about a run: quality, curves, levels, latents.

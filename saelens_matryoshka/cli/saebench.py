@@ -16,6 +16,7 @@ from saelens_matryoshka.cli.inputs import (
     results_folder,
 )
 from saelens_matryoshka.cli.interruption import interruptible
+from saelens_matryoshka.cli.options import Device, Where
 from saelens_matryoshka.cli.output import (
     OUTPUT,
     TEXT,
@@ -37,7 +38,7 @@ def register(app: typer.Typer) -> None:
 
 @interruptible("The evals that are finished are kept; the same command does the others.")
 def saebench(
-    path: Annotated[str, typer.Argument(help="A folder saved by SAELens, or RELEASE:SAE_ID.")],
+    path: Where,
     evals: Annotated[str, typer.Option(help="Which of the evals, comma-separated.")] = _ALL,
     prefixes: Annotated[
         str, typer.Option(help="Widths, e.g. 64,256; auto: those it was trained with.")
@@ -75,7 +76,7 @@ def saebench(
             rich_help_panel=OUTPUT,
         ),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one.")] = None,
+    device: Device = None,
     dtype: Annotated[str, typer.Option(help="Of the language model and the SAE.")] = "float32",
     llm_batch_size: Annotated[int, typer.Option(help="Prompts per forward pass.", rich_help_panel=TEXT)] = 32,
     seed: Annotated[int, typer.Option(help="Of SAEBench's probes and samples.")] = 42,

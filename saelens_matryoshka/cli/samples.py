@@ -20,6 +20,7 @@ from saelens_matryoshka.cli.inputs import (
     results_folder,
 )
 from saelens_matryoshka.cli.interruption import interruptible, told_to_call_again
+from saelens_matryoshka.cli.options import Device, Model, Where
 from saelens_matryoshka.cli.output import (
     Console,
     Json,
@@ -51,7 +52,7 @@ def register(app: typer.Typer) -> None:
 
 @interruptible("What is written is whole; the same command again takes it.")
 def samples(
-    path: Annotated[str, typer.Argument(help="A folder saved by SAELens, or RELEASE:SAE_ID.")],
+    path: Where,
     format: Annotated[
         list[Format] | None,
         typer.Option(help="A format to write them in, too; may be repeated."),
@@ -63,9 +64,7 @@ def samples(
     ] = 8,
     per_interval: Annotated[int, typer.Option(min=1, help="Examples drawn from each.")] = 3,
     context: Annotated[int, typer.Option(min=0, help="Tokens of an example on either side.")] = 20,
-    model: Annotated[
-        str | None, typer.Option(help="Language model. Default: the one it was trained on.")
-    ] = None,
+    model: Model = None,
     dataset: Annotated[str | None, typer.Option(help="Text, as for eval.")] = None,
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
     skip: Annotated[int, typer.Option(min=0, help="Documents to leave out at its start.")] = 0,
@@ -85,7 +84,7 @@ def samples(
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
-    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one.")] = None,
+    device: Device = None,
     json: Json = None,
 ) -> None:
     """Collect where every latent fires: its strongest examples, and random ones of every strength.
