@@ -126,8 +126,8 @@ class CacheSettings:
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a cache to be continued, as JSON has it."""
-        left_out = ("streaming",)
-        values = {key: value for key, value in dataclasses.asdict(self).items() if key not in left_out}
+        values = dataclasses.asdict(self)
+        del values["streaming"]
         return json.loads(json.dumps(values))
 
 
@@ -190,7 +190,7 @@ class Manifest:
 
     @property
     def bytes(self) -> int:
-        """Of all files."""
+        """Of all files of rows."""
         return sum(shard.bytes for split in (self.train, self.held_out) for shard in split.values())
 
     def save(self, folder: Path) -> None:

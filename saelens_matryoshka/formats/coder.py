@@ -143,7 +143,7 @@ class SparseCoder:
         return self.with_metadata(**{k: v for k, v in note.items() if k not in self.metadata})
 
     def with_tensors(self, **tensors: Any) -> SparseCoder:
-        """The same, with some tensors replaced."""
+        """The same, with other tensors, or another k."""
         return dataclasses.replace(self, **tensors)
 
     def without_weights(self) -> SparseCoder:

@@ -168,8 +168,8 @@ def export_models(
         path: Folder of a stock model, or of several, one per layer.
         format: The other tool's; "saelens" writes stock folders again, e.g. of a prefix.
         out: A new folder.
-        widths: Prefixes to write, each as a set of its own (in `out/width_W` if there are several). None: the
-            whole models.
+        widths: Prefixes to write, each as a set of its own (in `out/width_W` if there are several). Empty:
+            the whole models.
         change: What to do with each whole model first.
         topk: Keep that many latents of every token, in place of the thresholds.
         repo_id: Where it will be uploaded to, for the model card.

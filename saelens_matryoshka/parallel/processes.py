@@ -210,9 +210,8 @@ class Processes(Group):
         """How many of this shard's ties `[rows, m]` are among the first `room` of the whole dictionary's."""
         width = len(range(*self.latents(0).indices(self.d_sae)))  # of the widest shard
         padded = torch.nn.functional.pad(tied.to(torch.uint8), (0, width - tied.shape[1]))
-        whole = torch.stack(
-            self.gather(padded, "latents"), dim=-1
-        )  # [rows, m, shards]: in the order of latents
+        # [rows, m, shards]: in the order of latents
+        whole = torch.stack(self.gather(padded, "latents"), dim=-1)
         first = whole.flatten(1).cumsum(dim=-1).view_as(whole) <= room[:, None, None]
         return (first & whole.bool())[..., self.shard].sum(dim=-1)
 

@@ -6,7 +6,6 @@ of all together. The same call again goes on where it stopped, and leaves out wh
 
 from __future__ import annotations
 
-import os
 import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from saelens_matryoshka.layers import train_layers
 from saelens_matryoshka.layers.lockstep import require_common
 from saelens_matryoshka.runs.fields import Given
 from saelens_matryoshka.runs.folder import RunFolder, now, require_name, versions
-from saelens_matryoshka.runs.lock import locked
+from saelens_matryoshka.runs.lock import LOCK, locked
 from saelens_matryoshka.runs.metrics_log import MetricsLog
 from saelens_matryoshka.runs.settings import Settings, SettingsSource, resolve
 from saelens_matryoshka.runs.training import (
@@ -156,7 +155,7 @@ def train_many(
     """
     if parent.exists() and not parent.is_dir():
         raise ValueError(f"{parent} is a file, and was to be the folder of the runs: choose another --name.")
-    if parent.is_dir() and (parent / "config.yaml").is_file():
+    if RunFolder(parent).config.is_file():
         raise ValueError(f"{parent} is the folder of a single run: choose another --name.")
     folders = {name: RunFolder(parent / name) for name in settings}
     for name, folder in folders.items():
@@ -187,7 +186,7 @@ def _train(
     on_start: Callable[[int], None],
 ) -> dict[str, EvalResult | None]:
     logs = [folder.metrics_log for folder in folders.values()]
-    checkpoints = Checkpoints(parent / "checkpoints", upkeep.keep, logs)
+    checkpoints = Checkpoints(RunFolder(parent).checkpoints, upkeep.keep, logs)
     checkpoints.clean()
     newest = checkpoints.newest()
     if newest is not None:
@@ -320,7 +319,6 @@ def _is_finished(folder: RunFolder) -> bool:
 
 
 def _remove_if_unused(parent: Path) -> None:
-    left = [path for path in parent.iterdir() if path.name != ".lock"]
-    if not left:
-        (parent / ".lock").unlink(missing_ok=True)
-        os.rmdir(parent)
+    if all(path.name == LOCK for path in parent.iterdir()):
+        (parent / LOCK).unlink(missing_ok=True)
+        parent.rmdir()

@@ -36,9 +36,8 @@ class MetricsLog:
             raise ValueError(f"--log-every {every} must be 1 or larger.")
         self.path, self.every = path, every
         self._before = read_lines(path)  # here, so that a damaged log is refused before the run goes on
-        self._clock: tuple[float, int] | None = (
-            None  # when, and at how many tokens, the last line was written
-        )
+        self._clock: tuple[float, int] | None = None
+        """when, and at how many tokens, the last line was written"""
         self._seconds = 0.0
 
     def __call__(self, trainer: SAETrainer[Any, Any], output: TrainStepOutput) -> None:

@@ -1,8 +1,8 @@
 """Describe latents in words with a chat model, and score the descriptions by detection.
 
-SAEBench's autointerp words the prompts and reads the answers. The chat model sees where
-a latent fires and describes it; then, given its description only, it says in which of some unmarked passages
-the latent fires. How often it is right is the score.
+SAEBench's autointerp words the prompts and reads the answers. The chat model sees where a latent fires and
+describes it; then, given its description only, it says in which of some unmarked passages the latent fires.
+How often it is right is the score.
 
 1. Latents that fire often enough are chosen, the same number from each level.
 2. Examples of all of them are collected in one pass of the language model over the text.
@@ -36,7 +36,7 @@ from saelens_matryoshka.saebench.endpoint import ChatModel, Endpoint, Estimate
 from saelens_matryoshka.saebench.examples import Examples, activations, examples_of
 from saelens_matryoshka.saebench.requirements import require_sae_bench
 
-# A description has at most 20 words, by the prompt.
+# Its tokens are counted in place of those of a description, before there is one.
 _WORDS = (
     "some words that stand for a description of the latent, which has at most twenty of them by the prompt"
 )
