@@ -49,6 +49,9 @@ def matryoshka_widths(sae: SAE[Any]) -> list[int]:
     They are read from the config of a training SAE, and else from the metadata, where this package and
     SAELens's `matryoshka_batchtopk` record them. `[d_sae]` if none are known: then the model has one
     prefix, itself.
+
+    Raises:
+        ValueError: `sae` is no SAE or transcoder.
     """
     _require_sae(sae)
     metadata = sae.cfg.metadata
@@ -91,7 +94,7 @@ def truncate(sae: SAE[Any], width: int) -> SAE[Any]:
 
     Args:
         sae: A nested SAE or transcoder, trained here or loaded.
-        width: How many latents to keep; normally one of `matryoshka_widths(sae)`.
+        width: How many latents to keep: one of `matryoshka_widths(sae)`; of any other you are warned.
 
     Returns:
         A stock model with d_sae == width, on the same device, that shares no memory with `sae`.
@@ -129,6 +132,8 @@ def truncate(sae: SAE[Any], width: int) -> SAE[Any]:
 
 def decode_prefixes(sae: SAE[Any], feature_acts: torch.Tensor, *, group: Group = ALONE) -> torch.Tensor:
     """The decoder's output for every prefix at once, each latent decoded once.
+
+        outputs = sm.decode_prefixes(sae, sae.encode(x))
 
     Args:
         sae: A nested SAE or transcoder.

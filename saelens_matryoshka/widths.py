@@ -23,6 +23,8 @@ import torch
 def cumulative_widths(sizes: Sequence[int], d_sae: int) -> list[int]:
     """Cumulative widths of the nested levels, from cumulative widths or from group sizes.
 
+        sm.cumulative_widths([64, 192, 768], d_sae=1024)  # [64, 256, 1024]
+
     Args:
         sizes: Strictly increasing cumulative widths whose last entry is d_sae, or group sizes whose sum
             is d_sae.

@@ -127,6 +127,9 @@ class MatryoshkaTrainingConfig(MatryoshkaBatchTopKTrainingSAEConfig, ABC):
             k: Latents kept per row, on average.
             **overrides: Any other field. Without `matryoshka_widths`, the levels are 1/16, 1/4, 1/2 and
                 all of the latents.
+
+        Raises:
+            ValueError: a setting is not possible; the message names it.
         """
         require_positive_int("d_sae", d_sae)
         _require_k(k, d_sae)

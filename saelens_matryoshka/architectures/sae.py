@@ -19,7 +19,7 @@ class MatryoshkaTrainingSAEConfig(MatryoshkaTrainingConfig):
 
     With its defaults it is the same function as SAELens's `matryoshka_batchtopk`: the same seed and data
     give the same losses. `recommended` gives better settings. All fields are those of
-    `MatryoshkaTrainingConfig`.
+    `saelens_matryoshka.architectures.config.MatryoshkaTrainingConfig`, whose help explains them.
     """
 
     @override
@@ -38,7 +38,10 @@ class MatryoshkaTrainingSAEConfig(MatryoshkaTrainingConfig):
 
 
 class MatryoshkaTrainingSAE(MatryoshkaTraining):
-    """A sparse autoencoder whose every prefix reconstructs its input on its own."""
+    """A sparse autoencoder whose every prefix reconstructs its input on its own.
+
+    SAELens's runner makes one of its config, trains it, and saves the stock SAE that `inference_model` gives.
+    """
 
     cfg: MatryoshkaTrainingSAEConfig  # type: ignore[assignment]
     config_class = MatryoshkaTrainingSAEConfig

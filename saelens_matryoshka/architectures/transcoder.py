@@ -50,7 +50,8 @@ class MatryoshkaTrainingTranscoderConfig(MatryoshkaTrainingConfig):
         decoder_init_norm (float | None): As in MatryoshkaTrainingConfig, 0.3 by default here.
         apply_b_dec_to_input (bool): Always False: b_dec lives in the target's space.
 
-    All other fields are those of `MatryoshkaTrainingConfig`.
+    All other fields are those of `saelens_matryoshka.architectures.config.MatryoshkaTrainingConfig`, whose
+    help explains them.
     """
 
     apply_b_dec_to_input: bool = False

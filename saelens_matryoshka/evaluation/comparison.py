@@ -66,6 +66,9 @@ def compare(
 ) -> Comparison:
     """Evaluate several SAEs or transcoders, each in its own frame, on the same tokens.
 
+        found = sm.compare({"nested": nested, "plain": plain}, model, dataset)
+        found.results["nested"].prefixes[-1].fvu
+
     Args:
         saes: By name. All predict the same hook; what they read may differ.
         model: The language model of all of them.
@@ -78,6 +81,9 @@ def compare(
         model_kwargs: Passed on when the language model is called.
         on_progress: As for `evaluate`, of one model after the other.
         unfinished: As for `evaluate`: where the sums of all models are kept until the end.
+
+    Returns:
+        An evaluation of each, by its name.
 
     Raises:
         RunStopped: SIGINT or SIGTERM has come, and the state is kept in `unfinished`.

@@ -56,7 +56,11 @@ def evaluate(
     on_progress: Progress | None = None,
     unfinished: Unfinished | None = None,
 ) -> EvalResult:
-    """Metrics of every prefix.
+    """FVU, L0, dead latents, CE recovered and KL of every prefix, on held-out text.
+
+        result = sm.evaluate(sae, model, dataset)
+        result.prefixes[0].fvu  # of the narrowest prefix; the last is the whole dictionary
+        print(result.to_json())
 
     Args:
         sae: SAE or transcoder, ours or stock; `metadata.hook_name` (and `hook_name_out`) say what it reads
@@ -84,8 +88,8 @@ def evaluate(
 
     Raises:
         RunStopped: SIGINT or SIGTERM has come, and the state is kept in `unfinished`.
-        ValueError: the model has no such hook, its norms are folded otherwise than those of the model the
-            SAE was trained on, or the dataset has no tokens, or none that counts.
+        ValueError: a number is out of range, the model has no such hook, its norms are folded otherwise than
+            those of the model the SAE was trained on, or the dataset has no tokens, or none that counts.
     """
     if unfinished is not None and group is not ALONE:
         raise ValueError("unfinished: what each of several processes has is not kept. Leave it out.")

@@ -75,7 +75,11 @@ class PrefixMetrics:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Metrics of every prefix of one SAE or transcoder."""
+    """Metrics of every prefix of one SAE or transcoder.
+
+    `prefixes` has a `PrefixMetrics` for each, the narrowest first: width, fvu, l0, dead_fraction,
+    ce_recovered, kl and more. `table()` is for `rich.print`, `to_json()` for a file.
+    """
 
     prefixes: list[PrefixMetrics]
     """narrowest first"""

@@ -1,4 +1,7 @@
-"""SAEBench on every prefix of a nested SAE or transcoder. SAEBench itself is imported only by `run`."""
+"""SAEBench on every prefix of a nested SAE or transcoder, and descriptions of its latents.
+
+SAEBench itself is imported when `run` or `describe` is called.
+"""
 
 from saelens_matryoshka.saebench.data import LabelledText
 from saelens_matryoshka.saebench.describe import describe

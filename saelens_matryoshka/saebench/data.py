@@ -32,8 +32,11 @@ class LabelledText:
     """Texts with a label each, and an attribute that has nothing to do with it."""
 
     train: Dataset
+    """rows of `text`, `label` and, for scr, `attribute`"""
     test: Dataset
+    """the same, of other texts"""
     name: str = "local"
+    """what SAEBench calls it"""
 
     def __post_init__(self) -> None:
         for split in ("train", "test"):

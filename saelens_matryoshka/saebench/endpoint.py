@@ -32,7 +32,9 @@ class Prices:
     """USD for a million tokens."""
 
     prompt: float
+    """what is sent"""
     completion: float
+    """what is answered"""
 
 
 @dataclass(frozen=True)

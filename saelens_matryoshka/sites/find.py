@@ -35,6 +35,10 @@ if Version(_TRANSFORMER_LENS := version("transformer-lens")) < Version("3.7.2"):
 def find_site(model: Any, layer: int, name: str) -> Site:
     """The hook, with the gain and offset if any, which give a named tensor of one layer.
 
+        site = sm.find_site(model, 8, "mlp_in")
+        _, cache = model.run_with_cache(tokens, names_filter=[site.hook_name])
+        mlp_in = site(cache[site.hook_name])  # [prompts, context_size, d_model]
+
     A HookedProxyLM is run on four tokens, to see which module puts out which tensor.
 
     Args:
