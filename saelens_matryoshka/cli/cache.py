@@ -11,7 +11,7 @@ from rich import box
 
 from saelens_matryoshka.cli.interruption import interruptible
 from saelens_matryoshka.cli.output import Console, Json, on_stdout, quieten, require_writable, write_numbers
-from saelens_matryoshka.cli.settings import on_command_line
+from saelens_matryoshka.cli.settings import given_beside
 from saelens_matryoshka.files.valid_json import dumps
 
 if TYPE_CHECKING:
@@ -60,7 +60,10 @@ def cache(
     require_writable(json)
     console = Console(stderr=on_stdout(json))
     quieten()
-    if verify or not (context.args or set(on_command_line(context)) - {"folder", "json"}):
+    others = given_beside(context, "folder", "verify", "json")
+    if verify and others:
+        raise ValueError(f"--verify reads what is in the cache: leave out {' '.join(others)}.")
+    if verify or not others:
         _show(folder, console, json, verify=verify)
         return
     with console.status("loading"):

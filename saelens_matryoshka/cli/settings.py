@@ -62,10 +62,11 @@ def read_sources(
     return Sources([lowest, cached, file, flags], texts["name"], None if runs is None else runs.value)
 
 
-def on_command_line(context: typer.Context) -> list[str]:
-    """The parameters of a command that were given, and have not their defaults."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return [name for name, source in sources.items() if getattr(source, "name", "") == "COMMANDLINE"]
+def given_beside(context: typer.Context, *parameters: str) -> list[str]:
+    """The flags that were given, but for those of these parameters, and all words that are SAELens's."""
+    sources = {name: context.get_parameter_source(name) for name in context.params if name not in parameters}
+    given = [name for name, source in sources.items() if getattr(source, "name", "") == "COMMANDLINE"]
+    return [f"--{name.replace('_', '-')}" for name in given] + context.args
 
 
 def require_no_layer(layer: int | None) -> None:

@@ -16,7 +16,7 @@ from rich.markup import escape
 from saelens_matryoshka.cli.interruption import interruptible, say_why_it_ends
 from saelens_matryoshka.cli.output import Console, Json, on_stdout, quieten, require_writable, write_numbers
 from saelens_matryoshka.cli.settings import (
-    on_command_line,
+    given_beside,
     read_mesh,
     read_sources,
     require_no_layer,
@@ -203,12 +203,7 @@ def train(
     mesh = read_mesh(shard, shards)
     sharding = cast("Sharding | None", shard)
     if resume is not None:
-        others = [
-            f"--{parameter.replace('_', '-')}"
-            for parameter in on_command_line(context)
-            if parameter not in {*given, "resume", "shard", "shards", "json"}
-        ]
-        if others := others + context.args:
+        if others := given_beside(context, *given, "resume", "shard", "shards", "json"):
             raise ValueError(f"--resume goes on with the run's own settings: leave out {' '.join(others)}.")
         _resume(resume, upkeep, console, json, mesh=mesh, sharding=sharding, shards=shards)
         return

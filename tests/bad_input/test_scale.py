@@ -19,6 +19,10 @@ CASES = [
     Case("cache", "full", r"full"),
     Case("cache", "nowhere", r"nowhere"),
     Case("cache", "file --preset tiny --tokens 10k", r"file"),
+    Case(
+        "cache", "acts --verify --preset gpt2", r"--verify reads what is in the cache: leave out --preset\."
+    ),
+    Case("cache", "acts --verify --lr 1 --shard-mb 9", r"leave out --shard-mb --lr 1\."),
     Case("cache", f"acts {TINY} --layers 1 --tokens many", r"--tokens 'many' must be a number of tokens"),
     Case("cache", f"acts {TINY} --layers 9 --tokens 10k", r"the model has 4 layers"),
     Case("cache", f"acts {TINY} --layers 2-1 --tokens 10k", r"--layers '2-1' must be a range"),
