@@ -274,7 +274,12 @@ TABLE: list[tuple[str, str, Callable[[Path], None], str]] = [
         lambda f: _circuit_tracer(f, {"activation": "relu"}, **_THRESHOLDS),
         "has thresholds",
     ),
-    (TRACER, "topk without k", lambda f: _circuit_tracer(f, {"activation": "topk"}), "needs k"),
+    (
+        TRACER,
+        "topk without k",
+        lambda f: _circuit_tracer(f, {"activation": "topk"}),
+        r"k=None must be in 1 \.\. 48",
+    ),
     (
         TRACER,
         "a cross-layer transcoder",
@@ -394,6 +399,16 @@ TABLE: list[tuple[str, str, Callable[[Path], None], str]] = [
         "another class's tensors",
         _pickled(_batch_topk(), dict_class="MatryoshkaBatchTopKSAE"),
         "no tensor",
+    ),
+    (
+        DICTIONARY,
+        "k is no number",
+        _pickled(
+            {name: tensor for name, tensor in _batch_topk().items() if name != "k"},
+            dict_class="AutoEncoderTopK",
+            k=True,
+        ),
+        "k=True must be in 1",
     ),
     (DICTIONARY, "another width", _pickled(_batch_topk(), activation_dim=17), "activation_dim=17"),
     # Gemma Scope: npz
