@@ -30,9 +30,9 @@ from saelens_matryoshka.architectures import (
     MatryoshkaTrainingTranscoder,
     MatryoshkaTrainingTranscoderConfig,
 )
-from saelens_matryoshka.architectures.config import require_float64
+from saelens_matryoshka.architectures.config import require_float64, require_positive_int
 from saelens_matryoshka.cache.store import CachedActivationsStore, cached_store, evaluate_cached, is_cache
-from saelens_matryoshka.evaluation.tokens import as_dataset
+from saelens_matryoshka.evaluation.tokens import as_dataset, require_context_size
 from saelens_matryoshka.evaluation.training_evaluator import (
     CachedEvaluator,
     HeldOutEvaluator,
@@ -127,11 +127,13 @@ def _expecting_prefetching(store: T, cfg: LanguageModelSAERunnerConfig[Any]) -> 
 
 
 def check_source(model: Any, cfg: LanguageModelSAERunnerConfig[Any]) -> Site:
-    """Check a config's hooks and widths on its model; return the source, with its gain if it has one.
+    """Check a config's prompts, hooks and widths on its model; return the source, with any gain.
 
     Raises:
-        ValueError: a hook does not exist or is not as wide as the config says, or the target comes first.
+        ValueError: the prompts are too long for the model, a hook does not exist or is not as wide as the
+            config says, or the target comes first.
     """
+    require_context_size(cfg.context_size, model)
     check_hook(model, cfg.hook_name, "hook_name")
     make_readable(model, cfg.hook_name)
     is_transcoder = isinstance(cfg.sae, MatryoshkaTrainingTranscoderConfig)
@@ -174,12 +176,13 @@ def _require_width(field: str, configured: int | None, hook: str, actual: int) -
 
 
 def require_sizes(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
-    """Refuse a run of no tokens, which would end with the weights it starts from, of endless ones, and empty
-    batches."""
-    for name in ("training_tokens", "train_batch_size_tokens", "store_batch_size_prompts"):
-        size = getattr(cfg, name)
-        if not isinstance(size, int | float) or not 0 < size < math.inf:
-            raise ValueError(f"{name}={size!r} must be a number larger than 0.")
+    """Refuse a run of no tokens, which would end with the weights it starts from, or of endless ones, and
+    batches that are not of a whole number of rows."""
+    tokens: Any = cfg.training_tokens  # 1e6 will do
+    if not isinstance(tokens, int | float) or not 0 < tokens < math.inf:
+        raise ValueError(f"training_tokens={tokens!r} must be a number larger than 0.")
+    for name in ("train_batch_size_tokens", "store_batch_size_prompts"):
+        require_positive_int(name, getattr(cfg, name))
 
 
 def require_own_output_path(cfg: LanguageModelSAERunnerConfig[Any]) -> None:

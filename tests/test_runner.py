@@ -356,13 +356,35 @@ def test_frame_of_a_folded_norm_is_recorded_and_a_mismatch_refused(
 
 
 @pytest.mark.parametrize("size", [-5, math.inf, math.nan, "1M"])
-@pytest.mark.parametrize("field", ["training_tokens", "train_batch_size_tokens", "store_batch_size_prompts"])
 def test_a_run_of_no_tokens_or_without_end_is_refused(
+    size: Any, tiny_model: HookedTransformer, token_dataset: datasets.Dataset
+) -> None:
+    cfg = runner_config(transcoder_config())
+    cfg.training_tokens = size
+    with pytest.raises(ValueError, match=f"training_tokens={size!r} must be a number larger than 0"):
+        _run(cfg, tiny_model, token_dataset)
+
+
+@pytest.mark.parametrize("size", [-5, 0, math.inf, 128.0, "128"])
+@pytest.mark.parametrize("field", ["train_batch_size_tokens", "store_batch_size_prompts"])
+def test_batches_of_no_whole_number_are_refused(
     field: str, size: Any, tiny_model: HookedTransformer, token_dataset: datasets.Dataset
 ) -> None:
     cfg = runner_config(transcoder_config())
     setattr(cfg, field, size)
-    with pytest.raises(ValueError, match=f"{field}={size!r} must be a number larger than 0"):
+    with pytest.raises(ValueError, match=f"{field}={size!r} must be a positive integer"):
+        _run(cfg, tiny_model, token_dataset)
+
+
+@pytest.mark.parametrize("architecture", ["sae", "transcoder"])
+def test_prompts_longer_than_the_language_model_takes_are_refused(
+    architecture: str, tiny_model: HookedTransformer, token_dataset: datasets.Dataset
+) -> None:
+    sae: Any = transcoder_config()
+    if architecture == "sae":
+        sae = sm.MatryoshkaTrainingSAEConfig(d_in=128, d_sae=64, k=4, matryoshka_widths=[64])
+    cfg = runner_config(sae, context_size=512)
+    with pytest.raises(ValueError, match="context_size=512 must be from 2 to 256, the longest"):
         _run(cfg, tiny_model, token_dataset)
 
 

@@ -38,7 +38,7 @@ from saelens_matryoshka.cache.manifest import (
     describe_file,
 )
 from saelens_matryoshka.evaluation.activations import in_eval_mode
-from saelens_matryoshka.evaluation.tokens import special_token_ids
+from saelens_matryoshka.evaluation.tokens import as_dataset, require_context_size, special_token_ids
 from saelens_matryoshka.files.atomic import is_left_aside, whole_file, write_atomically
 from saelens_matryoshka.files.fingerprint import hash_of_model
 from saelens_matryoshka.files.locks import alone
@@ -53,7 +53,7 @@ def write_cache(
     folder: Path | str,
     model: Any,
     settings: CacheSettings,
-    dataset: HfDataset | None = None,
+    dataset: HfDataset | list[Any] | None = None,
     *,
     progress: bool = True,
 ) -> Manifest:
@@ -63,7 +63,7 @@ def write_cache(
         folder: Where. It must not exist, be empty, or hold the same cache, complete or not.
         model: The language model.
         settings: What to write.
-        dataset: The text, in place of `settings.dataset_path`.
+        dataset: The text, in place of `settings.dataset_path`; a list of texts or rows will do.
         progress: Show a bar.
 
     Returns:
@@ -71,10 +71,13 @@ def write_cache(
 
     Raises:
         CacheError: the folder holds something else, or another process is writing it.
-        ValueError: a hook does not exist, or the text is empty.
+        ValueError: a hook does not exist, the prompts are too long for the model, or the text is empty or
+            no dataset.
     """
     folder = Path(folder)
     require_own_folder(folder)
+    require_context_size(settings.context_size, model)
+    dataset = None if dataset is None else as_dataset(dataset, "dataset")
     for hook in settings.hook_names:
         check_hook(model, hook, "hook_names")
         make_readable(model, hook)

@@ -76,7 +76,7 @@ def token_batches(
     device = token_device(model)
     if isinstance(dataset, torch.Tensor):
         _require_token_ids(dataset, model)
-        _require_context_size(dataset.shape[1], model)
+        require_context_size(dataset.shape[1], model)
         n_prompts = -(-n_tokens // dataset.shape[1])
         prompts = iter(dataset[:n_prompts].long())  # as labels, and as an index, no narrower integers will do
     else:
@@ -135,7 +135,12 @@ def _require_token_ids(tokens: torch.Tensor, model: Any) -> None:
         )
 
 
-def _require_context_size(context_size: int, model: Any) -> None:
+def require_context_size(context_size: int, model: Any) -> None:
+    """Check that prompts of so many tokens can be given to a language model.
+
+    Raises:
+        ValueError: it is no integer, less than 2, or more than the model takes.
+    """
     longest = getattr(getattr(model, "cfg", None), "n_ctx", None) or context_size
     if not isinstance(context_size, Integral):
         raise ValueError(f"context_size={context_size!r} must be an integer.")
@@ -156,7 +161,7 @@ def _token_store(
             "context_size: this model's metadata do not say with how many tokens per prompt it was trained. "
             "Give context_size."
         )
-    _require_context_size(context_size, model)
+    require_context_size(context_size, model)
     if metadata.prepend_bos is None:
         metadata.prepend_bos = True  # SAELens's default
     cfg = copy.copy(sae.cfg)

@@ -226,6 +226,35 @@ def test_a_hook_that_does_not_exist_is_refused_before_anything_is_written(
     assert not (tmp_path / "c").exists()
 
 
+def test_prompts_longer_than_the_language_model_takes_are_refused(
+    tiny_model: HookedTransformer, token_dataset: datasets.Dataset, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="context_size=512 must be from 2 to 256, the longest"):
+        write_cache(tmp_path / "c", tiny_model, settings(context_size=512), token_dataset)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_list_of_rows_is_written_as_the_dataset_of_them(
+    tiny_model: HookedTransformer, token_dataset: datasets.Dataset, tmp_path: Path
+) -> None:
+    shards = [
+        write_cache(tmp_path / name, tiny_model, settings(), dataset, progress=False).train
+        for name, dataset in (("dataset", token_dataset), ("list", token_dataset.to_list()))
+    ]
+    assert shards[0] == shards[1]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_what_is_no_dataset_is_refused_before_anything_is_written(
+    several: bool, tiny_model: HookedTransformer, token_dataset: datasets.Dataset, tmp_path: Path
+) -> None:
+    text: Any = datasets.DatasetDict(train=token_dataset) if several else (row for row in token_dataset)
+    says = "dataset has the splits train" if several else "dataset is a generator, and must be a dataset"
+    with pytest.raises(ValueError, match=says):
+        write_cache(tmp_path / "c", tiny_model, settings(), text)
+    assert not (tmp_path / "c").exists()
+
+
 def test_a_text_that_ends_early_gives_what_it_has(
     tiny_model: HookedTransformer, token_dataset: datasets.Dataset, tmp_path: Path
 ) -> None:
