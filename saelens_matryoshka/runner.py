@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, SAETrainer
 from sae_lens.config import HfDataset
-from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.llm_sae_training_runner import LLMSaeEvaluator
 from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
@@ -99,6 +99,7 @@ def build_store(
     """
     require_float64("device", cfg.device)
     require_sizes(cfg)
+    require_own_architecture(cfg)
     require_own_output_path(cfg)
     if cfg.use_cached_activations and is_cache(cfg.cached_activations_path):
         return _expecting_prefetching(cached_store(cfg, model), cfg)
@@ -183,6 +184,28 @@ def require_sizes(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         raise ValueError(f"training_tokens={tokens!r} must be a number larger than 0.")
     for name in ("train_batch_size_tokens", "store_batch_size_prompts"):
         require_positive_int(name, getattr(cfg, name))
+
+
+def require_own_architecture(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Refuse a from_pretrained_path of another architecture: SAELens would train it in place of the config's.
+
+    What a run has saved is of another: a stock model, which has no nested levels to train.
+    """
+    if cfg.from_pretrained_path is None:
+        return
+    folder, wanted = Path(cfg.from_pretrained_path), cfg.sae.architecture()
+    try:
+        found = json.loads((folder / SAE_CFG_FILENAME).read_text())["architecture"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"from_pretrained_path={cfg.from_pretrained_path!r} holds no dictionary: a checkpoint has a "
+            f"{SAE_CFG_FILENAME} in it, which says its architecture."
+        ) from None
+    if found != wanted:
+        raise ValueError(
+            f"from_pretrained_path={cfg.from_pretrained_path!r} holds a {found!r}, and the run is of a "
+            f"{wanted!r}: give a checkpoint of such a run, not the model that it saved at its end."
+        )
 
 
 def require_own_output_path(cfg: LanguageModelSAERunnerConfig[Any]) -> None:

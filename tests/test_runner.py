@@ -268,7 +268,40 @@ def test_a_loaded_sae_is_refused_where_a_transcoder_is_to_be_trained(
     sae = sm.MatryoshkaTrainingSAEConfig(d_in=128, d_sae=64, k=4, matryoshka_widths=[64])
     pretrained = _pretrained(tiny_model, token_dataset, tmp_path, sae)
     cfg = runner_config(transcoder_config(), from_pretrained_path=pretrained)
-    with pytest.raises(ValueError, match="from_pretrained_path.*'matryoshka_sae'.*a transcoder"):
+    with pytest.raises(
+        ValueError, match="from_pretrained_path.*holds a 'matryoshka_sae'.*'matryoshka_transcoder'"
+    ):
+        _run(cfg, tiny_model, token_dataset)
+    given = TrainingSAE.load_from_disk(pretrained)
+    runner = LanguageModelSAETrainingRunner(
+        runner_config(transcoder_config()),
+        override_model=tiny_model,
+        override_dataset=token_dataset,
+        override_sae=given,
+    )
+    with pytest.raises(ValueError, match="override_sae: the dictionary is a 'matryoshka_sae'.*a transcoder"):
+        runner.run()
+
+
+@pytest.mark.parametrize("architecture", ["sae", "transcoder"])
+def test_a_saved_model_is_refused_where_a_checkpoint_is_to_be_trained_on(
+    architecture: str, tiny_model: HookedTransformer, token_dataset: datasets.Dataset, tmp_path: Path
+) -> None:
+    """SAELens would train a saved SAE as a JumpReLU SAE without levels, and knows no saved transcoder."""
+    sae: Any = transcoder_config()
+    if architecture == "sae":
+        sae = sm.MatryoshkaTrainingSAEConfig(d_in=128, d_sae=64, k=4, matryoshka_widths=[64])
+    saved = str(tmp_path / "saved")
+    _run(runner_config(sae, output_path=saved), tiny_model, token_dataset)
+    with pytest.raises(ValueError, match=f"from_pretrained_path={saved!r} holds a 'jumprelu.*a checkpoint"):
+        _run(runner_config(sae, from_pretrained_path=saved), tiny_model, token_dataset)
+
+
+def test_a_pretrained_path_without_a_dictionary_is_refused(
+    tiny_model: HookedTransformer, token_dataset: datasets.Dataset, tmp_path: Path
+) -> None:
+    cfg = runner_config(transcoder_config(), from_pretrained_path=str(tmp_path))
+    with pytest.raises(ValueError, match=r"from_pretrained_path=.* holds no dictionary: .* cfg\.json"):
         _run(cfg, tiny_model, token_dataset)
 
 

@@ -47,6 +47,7 @@ from saelens_matryoshka.runner import (
     complete_step,
     observe,
     prepare_trainer,
+    require_own_architecture,
     require_own_output_path,
     require_sizes,
 )
@@ -120,6 +121,7 @@ def train_layers(
     for name, cfg in cfgs.items():
         with _naming(name):
             require_sizes(cfg)
+            require_own_architecture(cfg)
             require_own_output_path(cfg)
     cfgs = _unfinished(cfgs, finished)
     if not cfgs:
