@@ -180,6 +180,13 @@ def test_a_saved_dataset_is_trained_on(tokenized: bool, tmp_path: Path) -> None:
     assert folder.read()["dataset_path"] == str(saved)
 
 
+def test_a_saved_dataset_without_the_split_to_train_on_is_refused(tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    datasets.DatasetDict({"test": datasets.Dataset.from_dict({"text": ["some"]})}).save_to_disk(str(saved))
+    with pytest.raises(ValueError, match=r"--dataset_path .*saved' has no split 'train', but test\."):
+        train_run(_settings(f"--dataset_path {saved}"), RunFolder(tmp_path / "run"))
+
+
 def test_a_text_of_one_long_document_is_trained_on_and_not_evaluated(tmp_path: Path) -> None:
     text = tmp_path / "book.txt"
     text.write_text("for name in names: print(name, end=' ')  " * 3000)
