@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +100,7 @@ def build_store(
     """
     require_float64("device", cfg.device)
     require_sizes(cfg)
-    require_own_architecture(cfg)
+    check_pretrained(cfg)
     require_own_output_path(cfg)
     if cfg.use_cached_activations and is_cache(cfg.cached_activations_path):
         return _expecting_prefetching(cached_store(cfg, model), cfg)
@@ -186,16 +187,21 @@ def require_sizes(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         require_positive_int(name, getattr(cfg, name))
 
 
-def require_own_architecture(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
-    """Refuse a from_pretrained_path of another architecture: SAELens would train it in place of the config's.
+def check_pretrained(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Refuse a from_pretrained_path of another architecture, and warn of other settings than the config's.
 
-    What a run has saved is of another: a stock model, which has no nested levels to train.
+    SAELens would train whatever it loads, with the settings it was saved with. What a run saves at its end is
+    of another architecture: a stock model, which has no nested levels to train.
+
+    Raises:
+        ValueError: it is, or there is no dictionary.
     """
     if cfg.from_pretrained_path is None:
         return
     folder, wanted = Path(cfg.from_pretrained_path), cfg.sae.architecture()
     try:
-        found = json.loads((folder / SAE_CFG_FILENAME).read_text())["architecture"]
+        saved = json.loads((folder / SAE_CFG_FILENAME).read_text())
+        found = saved["architecture"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(
             f"from_pretrained_path={cfg.from_pretrained_path!r} holds no dictionary: a checkpoint has a "
@@ -205,6 +211,14 @@ def require_own_architecture(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         raise ValueError(
             f"from_pretrained_path={cfg.from_pretrained_path!r} holds a {found!r}, and the run is of a "
             f"{wanted!r}: give a checkpoint of such a run, not the model that it saved at its end."
+        )
+    ours = json.loads(json.dumps(cfg.sae.to_dict()))
+    ours["hook_name_out"] = saved.get("hook_name_out")  # which is recorded as it is in this run
+    if differences := _differences(saved, ours):
+        warnings.warn(
+            f"from_pretrained_path={cfg.from_pretrained_path!r}: SAELens trains with the settings of the "
+            f"dictionary it loads, not with those of this config ({'; '.join(differences)}).",
+            stacklevel=2,
         )
 
 

@@ -249,6 +249,19 @@ def test_a_loaded_transcoder_records_the_target_it_is_trained_on(
     assert SAE.load_from_disk(tmp_path / "out").cfg.metadata.hook_name_out == target
 
 
+def test_a_loaded_dictionary_of_other_settings_is_warned_of(
+    tiny_model: HookedTransformer, token_dataset: datasets.Dataset, tmp_path: Path
+) -> None:
+    pretrained = _pretrained(tiny_model, token_dataset, tmp_path, transcoder_config(k=4))
+    cfg = runner_config(transcoder_config(k=8), from_pretrained_path=pretrained)
+    with pytest.warns(UserWarning, match=r"not with those of this config \(k: 4 there, 8 here\)"):
+        assert _run(cfg, tiny_model, token_dataset).cfg.k == 4
+    cfg.sae.k = 4
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not with those of this config")
+        _run(cfg, tiny_model, token_dataset)
+
+
 @pytest.mark.parametrize(("loaded", "here"), [("norm_weight", "none"), ("none", "norm_weight")])
 def test_a_loaded_transcoder_of_another_gain_is_refused(
     loaded: str, here: str, tiny_model: HookedTransformer, token_dataset: datasets.Dataset, tmp_path: Path

@@ -43,11 +43,11 @@ from saelens_matryoshka.ops import SparseStep
 from saelens_matryoshka.runner import (
     Observer,
     ProgressBar,
+    check_pretrained,
     check_source,
     complete_step,
     observe,
     prepare_trainer,
-    require_own_architecture,
     require_own_output_path,
     require_sizes,
 )
@@ -121,7 +121,7 @@ def train_layers(
     for name, cfg in cfgs.items():
         with _naming(name):
             require_sizes(cfg)
-            require_own_architecture(cfg)
+            check_pretrained(cfg)
             require_own_output_path(cfg)
     cfgs = _unfinished(cfgs, finished)
     if not cfgs:
