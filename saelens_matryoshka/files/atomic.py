@@ -57,7 +57,7 @@ def whole_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 if old.exists() and not folder.exists():
                     os.replace(old, folder)
                 raise
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # the new one is in its place
         else:
             os.replace(new, folder)
     finally:

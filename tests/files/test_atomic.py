@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -132,6 +133,23 @@ def test_an_overwritten_folder_comes_back_if_the_new_one_cannot_take_its_place(
         (folder / "new").write_text("x")
     assert [path.name for path in out.iterdir()] == ["old"]
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_an_old_folder_that_cannot_be_removed_is_no_failure_of_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, rmdir = tmp_path / "out", os.rmdir
+    (out / "held").mkdir(parents=True)
+
+    def held(path: str, **options: Any) -> None:
+        if "held" in str(path):
+            raise PermissionError(path)
+        rmdir(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", held)
+    with whole_folder(out, overwrite=True) as folder:
+        (folder / "new").write_text("x")
+    assert [path.name for path in out.iterdir()] == ["new"]
 
 
 def test_a_file_is_no_place_for_a_folder(tmp_path: Path) -> None:
