@@ -8,6 +8,7 @@ last bit.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import time
 import warnings
@@ -136,7 +137,7 @@ class Unfinished:
     def remove(self) -> None:
         """Of no more use, with what a process has left that was killed while it wrote."""
         for path in (self.path, *self._others):
-            for written in (path, *path.parent.glob(f".{path.name}.*")):
+            for written in (path, *path.parent.glob(f".{glob.escape(path.name)}.*")):
                 with contextlib.suppress(OSError):  # another user's, in a cache that is shared
                     written.unlink(missing_ok=True)
 

@@ -109,3 +109,13 @@ def test_a_file_of_something_else_is_named_and_replaced(content: bytes, tmp_path
     assert kept.load() is None
     _stopped(kept, 3)
     assert _tokens(Unfinished(tmp_path / "numbers", {})) == 3
+
+
+def test_what_a_killed_process_left_goes_too_and_nothing_of_another_name(tmp_path: Path) -> None:
+    kept = Unfinished(tmp_path / "a[1]*", {})
+    ours, other = (kept.path.with_name(f".{name}.unfinished.{'0' * 32}") for name in ("a[1]*", "a[1]b"))
+    for path in (ours, other):
+        path.touch()
+    kept.remove()
+    assert not ours.exists()
+    assert other.exists()
