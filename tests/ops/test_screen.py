@@ -105,14 +105,14 @@ def test_nothing_is_dismissed_where_the_order_of_a_sum_decides(
 ) -> None:
     """Of large numbers, all the same in bfloat16, the second half takes away what the first has added."""
     monkeypatch.setattr(screen, "_MAX_SHARE", 0 if gives_up else 2)
-    x, W_enc = ((torch.randn(n, 100) * 1e4).bfloat16().float() for n in (50, 400))
+    x, W_enc = ((torch.randn(n, 400) * 1e4).bfloat16().float() for n in (50, 400))
     x, W_enc = (
         torch.cat([torch.cat([x, x], dim=1), -torch.cat([x, x], dim=1)]),
         torch.cat([W_enc, -W_enc], dim=1).T,
     )
     encoder = Encoder(x, W_enc, torch.zeros(400), None, _no_scratch, screened=True)
     computed = encoder._computed(torch.arange(100 * 400))
-    assert (computed != (x @ W_enc).flatten()).float().mean() > 0.1, "the order decides"
+    assert (computed != (x @ W_enc).flatten()).float().mean() > 0.5, "the order decides"
     bound = computed.topk(10_000).values[-1]
     index, pre, _ = encoder.entries_above(bound, None)
     assert torch.equal(pre, computed[index])
