@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from sae_lens import SAE, JumpReLUSkipTranscoder, JumpReLUTranscoder, TrainingSAE
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import saelens_matryoshka as sm
 from tests.helpers import run_steps, sparse_batches, trainer_for
@@ -196,34 +196,30 @@ class Blocked(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Blocked())
 from sae_lens import SAE
 from safetensors.torch import load_file, save_file
-folder = sys.argv[1]
-sae = SAE.load_from_disk(folder)
-x = load_file(folder + "/input.safetensors")["x"]
-save_file({"y": sae(x), "acts": sae.encode(x)}, folder + "/output.safetensors")
+for folder in sys.argv[1:]:
+    sae = SAE.load_from_disk(folder)
+    x = load_file(folder + "/input.safetensors")["x"]
+    save_file({"y": sae(x), "acts": sae.encode(x)}, folder + "/output.safetensors")
 assert "saelens_matryoshka" not in sys.modules
 """
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "sae"])
-def test_stock_saelens_loads_it_where_this_package_is_not_importable(kind: str, tmp_path: Path) -> None:
-    if kind == "sae":
-        batches = sparse_batches(20, 128, D_IN)
-        torch.manual_seed(1)
-        model: Any = sm.MatryoshkaTrainingSAE(
-            sm.MatryoshkaTrainingSAEConfig(d_in=D_IN, d_sae=64, k=4, matryoshka_widths=[16, 64])
-        )
-    else:
-        batches = _pairs(20)
-        model = _transcoder(kind)
-    run_steps(trainer_for(model, batches), batches)
-    model.save_inference_model(tmp_path)
-    x = batches[-1][:, :D_IN].contiguous()
-    save_file({"x": x}, tmp_path / "input.safetensors")
-    subprocess.run([sys.executable, "-c", STOCK_ONLY, str(tmp_path)], check=True)
-    from safetensors.torch import load_file
-
-    output = load_file(tmp_path / "output.safetensors")
-    torch.testing.assert_close(output["y"], model.eval()(x), rtol=1e-5, atol=1e-5)
-    assert (output["acts"] > 0).any()
-    metadata = json.loads((tmp_path / "cfg.json").read_text())["metadata"]
-    assert metadata["matryoshka_widths"] == model.cfg.matryoshka_widths
+def test_stock_saelens_loads_it_where_this_package_is_not_importable(tmp_path: Path) -> None:
+    sae_config = sm.MatryoshkaTrainingSAEConfig(d_in=D_IN, d_sae=64, k=4, matryoshka_widths=[16, 64])
+    models: dict[str, Any] = {kind: _transcoder(kind) for kind in KINDS}
+    models["sae"] = sm.MatryoshkaTrainingSAE(sae_config)
+    inputs = {}
+    for kind, model in models.items():
+        batches = sparse_batches(20, 128, D_IN) if kind == "sae" else _pairs(20)
+        run_steps(trainer_for(model, batches), batches)
+        model.save_inference_model(tmp_path / kind)
+        inputs[kind] = batches[-1][:, :D_IN].contiguous()
+        save_file({"x": inputs[kind]}, tmp_path / kind / "input.safetensors")
+    folders = [str(tmp_path / kind) for kind in models]
+    subprocess.run([sys.executable, "-c", STOCK_ONLY, *folders], check=True)
+    for kind, model in models.items():
+        output = load_file(tmp_path / kind / "output.safetensors")
+        torch.testing.assert_close(output["y"], model.eval()(inputs[kind]), rtol=1e-5, atol=1e-5)
+        assert (output["acts"] > 0).any(), kind
+        metadata = json.loads((tmp_path / kind / "cfg.json").read_text())["metadata"]
+        assert metadata["matryoshka_widths"] == model.cfg.matryoshka_widths

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,24 +8,12 @@ from sae_lens import SAE, JumpReLUTranscoder
 from typer.testing import CliRunner
 
 from saelens_matryoshka.cli import app
-
-COMMAND = [sys.executable, "-m", "saelens_matryoshka"]
-
-
-def _call(*args: str, cwd: Path, columns: int = 80) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *args],
-        cwd=cwd,
-        env={**os.environ, "COLUMNS": str(columns)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+from tests.forked import run_command
 
 
 @pytest.mark.slow
 def test_demo_trains_evaluates_saves_and_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = _call("demo", "--tokens", "60000", cwd=tmp_path)
+    done = run_command("demo", "--tokens", "60000", cwd=tmp_path, env={"COLUMNS": "80"})
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "output" / "demo-tiny-layer-2"
     assert "output/demo-tiny-layer-2" in done.stdout
@@ -60,7 +45,7 @@ def test_demo_trains_evaluates_saves_and_says_where(tmp_path: Path, monkeypatch:
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_1(args: list[str], says: str, tmp_path: Path) -> None:
-    done = _call(*args, cwd=tmp_path)
+    done = run_command(*args, cwd=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     assert says in done.stderr
     assert "Traceback" not in done.stderr
@@ -68,7 +53,7 @@ def test_bad_input_is_one_message_and_exit_code_1(args: list[str], says: str, tm
 
 
 def test_help_lists_the_commands(tmp_path: Path) -> None:
-    done = _call("--help", cwd=tmp_path)
+    done = run_command("--help", cwd=tmp_path)
     assert done.returncode == 0
     assert "demo" in done.stdout
     assert "train" in done.stdout

@@ -23,8 +23,9 @@ import saelens_matryoshka
 from saelens_matryoshka.cli import app
 from saelens_matryoshka.cli.output import Console as Terminal
 from saelens_matryoshka.cli.output import token_progress, with_json_targets
+from tests.forked import command, run_command, start
+from tests.formats.hub_cache import hub_cache  # noqa: F401
 
-COMMAND = [sys.executable, "-m", "saelens_matryoshka"]
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
@@ -53,8 +54,8 @@ def test_help_tells_a_newcomer_what_to_type_first_and_lists_every_command() -> N
     "words", [["--help"], ["--version"], ["train", "--help"], ["eval", "--no-such-flag"]]
 )
 def test_what_needs_no_torch_does_not_wait_for_it(words: list[str]) -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "saelens_matryoshka", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    program = [sys.executable, "-X", "importtime", "-m", "saelens_matryoshka", *words]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "import time:" in line}
     assert "typer" in imported
     assert not imported & {"torch", "transformers", "sae_lens"}
@@ -126,25 +127,20 @@ def test_presets_as_json_alone_and_in_a_file_beside_the_table(tmp_path: Path) ->
 def test_a_reader_that_closes_the_pipe_ends_the_command_in_silence(tmp_path: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run(
-        [*COMMAND, "presets", "--json"], cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE, check=False
-    )
-    os.close(writing)
-    assert done.returncode == 1
-    assert done.stderr == b""
+    with (tmp_path / "errors").open("w+") as errors:
+        process = start(command, "presets", "--json", cwd=tmp_path, out=writing, err=errors.fileno())
+        process.join()
+        os.close(writing)
+        assert process.exitcode == 1
+        assert errors.read() == ""
 
 
 @pytest.mark.slow
-def test_a_model_that_is_not_in_the_cache_of_a_machine_without_a_network(tmp_path: Path) -> None:
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
-    done = subprocess.run(
-        [*COMMAND, "train", "--preset", "quick"],
-        cwd=tmp_path,
-        env=offline,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_a_model_that_is_not_in_the_cache_of_a_machine_without_a_network(
+    tmp_path: Path,
+    hub_cache: Path,  # noqa: F811, ARG001
+) -> None:
+    done = run_command("train", "--preset", "quick", cwd=tmp_path)
     said = " ".join(done.stderr.split())
     assert done.returncode == 1
     assert "error: the Hugging Face hub cannot be reached" in said

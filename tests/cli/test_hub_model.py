@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,42 +11,31 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
 from saelens_matryoshka.tiny import text
+from tests.forked import run_command
+from tests.formats.hub_cache import hub_cache, lay_out  # noqa: F401
 
 
-def _lay_out_hub_cache(cache: Path) -> None:
-    """A tiny random GPT-2 where the hub's client expects `gpt2`."""
-    repository = cache / "models--gpt2"
-    snapshot = repository / "snapshots" / ("a" * 40)
-    snapshot.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("a" * 40)
+def _save_tiny_gpt2(folder: Path) -> None:
+    """With random weights and a small vocabulary."""
+    folder.mkdir()
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(text.dataset("held_out")["text"][:5], vocab_size=400, show_progress=False)
     bpe.add_special_tokens(["<|endoftext|>"])
-    bpe.save_model(str(snapshot))
+    bpe.save_model(str(folder))
     tokenizer = GPT2TokenizerFast(tokenizer_object=bpe._tokenizer, model_max_length=64)
-    tokenizer.save_pretrained(snapshot)
+    tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     sizes = {"n_positions": 64, "n_ctx": 64, "n_embd": 32, "n_layer": 3, "n_head": 2}
     config = GPT2Config(vocab_size=len(tokenizer), **sizes)
-    GPT2LMHeadModel(config).save_pretrained(snapshot)
+    GPT2LMHeadModel(config).save_pretrained(folder)
 
 
 @pytest.mark.slow
-def test_demo_runs_on_a_hub_model(tmp_path: Path) -> None:
-    cache = tmp_path / "hub"
-    _lay_out_hub_cache(cache)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "COLUMNS": "80"}
-    command = "from saelens_matryoshka.cli import main; main()"
-    options = ["demo", "--model", "gpt2", "--layer", "1", "--tokens", "20000", "--k", "4"]
-    done = subprocess.run(
-        [sys.executable, "-c", command, *options],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_demo_runs_on_a_hub_model(tmp_path: Path, hub_cache: Path) -> None:  # noqa: F811
+    _save_tiny_gpt2(tmp_path / "files")
+    lay_out(hub_cache, "gpt2", tmp_path / "files")
+    options = ["--model", "gpt2", "--layer", "1", "--tokens", "20000", "--k", "4"]
+    done = run_command("demo", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     transcoder = SAE.load_from_disk(tmp_path / "output" / "demo-gpt2-layer-1")
     assert type(transcoder) is JumpReLUTranscoder

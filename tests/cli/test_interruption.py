@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,10 +18,12 @@ from huggingface_hub import constants
 import saelens_matryoshka as sm
 import saelens_matryoshka.report.collect as collect
 from saelens_matryoshka.cli import main
+from saelens_matryoshka.evaluation import evaluator
 from saelens_matryoshka.evaluation.evaluator import Evaluation
 from saelens_matryoshka.formats import export, frame_report
 from saelens_matryoshka.report import Samples
 from saelens_matryoshka.runs import settings, training
+from tests.forked import start
 from tests.report.conftest import random_sae
 
 SAMPLES = ("--tokens", 1500, "--context", 5, "--top", 3)
@@ -261,53 +264,46 @@ def test_an_export_leaves_a_whole_folder_or_none(
     assert _files(tmp_path) == before
 
 
-AT_WORK = """
-import time
-from importlib import import_module
-from saelens_matryoshka.cli import main
+def _slowly(module: ModuleType, *arguments: str) -> None:
+    """The command, which says when it is at work and then takes its time."""
+    function = module.hook_activations
 
-module = import_module({module!r})
-function = module.hook_activations
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        print("at work", flush=True)
+        time.sleep(5)
+        return function(*args, **kwargs)
 
-
-def slow(*args, **kwargs):
-    print("at work", flush=True)
-    time.sleep(5)
-    return function(*args, **kwargs)
-
-
-module.hook_activations = slow
-main()
-"""
+    module.hook_activations = slow  # type: ignore[attr-defined]
+    sys.argv = ["saelens-matryoshka", *arguments]
+    main()
 
 
 @pytest.mark.parametrize(
     ("command", "module", "leaves"),
     [
-        ("samples", "saelens_matryoshka.report.collect", "model/samples.unfinished"),
-        ("eval", "saelens_matryoshka.evaluation.evaluator", "assets/saelens_matryoshka/eval-*.unfinished"),
+        ("samples", collect, "model/samples.unfinished"),
+        ("eval", evaluator, "assets/saelens_matryoshka/eval-*.unfinished"),
     ],
 )
 def test_a_signal_from_outside_ends_the_process_with_its_code(
-    command: str, module: str, leaves: str, model: Path, tmp_path: Path
+    command: str, module: ModuleType, leaves: str, model: Path, tmp_path: Path, tmp_path_factory: Any
 ) -> None:
-    before = _files(tmp_path)
-    process = subprocess.Popen(
-        [sys.executable, "-c", AT_WORK.format(module=module), command, str(model), "--tokens", "1500"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "HF_ASSETS_CACHE": str(tmp_path / "assets")},
-    )
+    before, log = _files(tmp_path), tmp_path_factory.mktemp("said") / "log"
+    with log.open("w") as file:
+        process = start(
+            _slowly, module, command, str(model), "--tokens", "1500",
+            cwd=tmp_path, out=file.fileno(), err=file.fileno(),
+        )  # fmt: skip
     try:
-        assert process.stdout is not None
-        while (line := process.stdout.readline()) != "at work\n":
-            assert line, f"it ended before it was at work: {process.communicate()[1]}"
-        process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=60)[1]
+        while "at work" not in log.read_text():
+            assert process.is_alive(), f"it ended before it was at work: {log.read_text()}"
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGINT)
+        process.join(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130, said
+    said = log.read_text()
+    assert process.exitcode == 130, said
     assert "Stopped after" in said
     assert "Traceback" not in said
     new = (path for path in _files(tmp_path) - before if (tmp_path / path).is_file())

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_demo import _call
+from tests.forked import run_command
 
 HAS_SAE_BENCH = importlib.util.find_spec("sae_bench") is not None
 
 
 @pytest.mark.skipif(HAS_SAE_BENCH, reason="SAEBench is installed")
 def test_without_sae_bench_it_says_what_to_install(tmp_path: Path) -> None:
-    done = _call("saebench", str(tmp_path), cwd=tmp_path)
+    done = run_command("saebench", str(tmp_path), cwd=tmp_path)
     assert done.returncode == 1
     assert "pip install --no-deps sae-bench==0.6.0" in done.stderr
     assert '--editable ".[saebench]"' in done.stderr
@@ -20,7 +20,7 @@ def test_without_sae_bench_it_says_what_to_install(tmp_path: Path) -> None:
 
 
 def test_help_names_the_evals(tmp_path: Path) -> None:
-    done = _call("saebench", "--help", cwd=tmp_path)
+    done = run_command("saebench", "--help", cwd=tmp_path, env={"COLUMNS": "80"})
     assert done.returncode == 0
     assert "sparse_probing" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80

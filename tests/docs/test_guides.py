@@ -1,4 +1,4 @@
-"""The Python that the guides show runs as it is."""
+"""The Python that the README and the guides show runs as it is. (The examples: tests/examples.)"""
 
 from __future__ import annotations
 
@@ -8,21 +8,30 @@ from pathlib import Path
 import pytest
 
 from tests.docs.pages import ROOT, code_blocks
+from tests.forked import run_function
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["quickstart.md", "concepts.md", "training.md"])
-def test_the_python_of_a_guide_runs(
-    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    code = "\n".join(code_blocks(ROOT / "docs" / page, "python"))
-    code = code.replace("training_tokens=100_000", "training_tokens=20_480").replace(
-        "n_tokens=20_000", "n_tokens=4_000"
-    )
-    exec(compile(code, page, "exec"), {"__name__": page})
-    printed = capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("pages", "prints"),
+    [
+        (["README.md", "docs/quickstart.md"], ["torch.Size([4, 1, ", '"ce_recovered"']),
+        (["docs/concepts.md"], []),
+        (["docs/training.md"], []),
+    ],
+    ids=["README.md and quickstart.md", "concepts.md", "training.md"],
+)
+def test_the_python_of_a_guide_runs(pages: list[str], prints: list[str], tmp_path: Path) -> None:
+    blocks = [block for page in pages for block in code_blocks(ROOT / page, "python")]
+    code = "\n".join(dict.fromkeys(blocks))  # what both pages show is run once
+    done = run_function(exec, code, {"__name__": "__main__"}, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     # What a block says in a comment after a print is what it prints.
     said = re.findall(r"^print\(.*\)  # (\[\d.*|blocks\..*)$", code, flags=re.MULTILINE)
     assert said
-    assert all(line in printed for line in said)
+    assert all(line in done.stdout for line in [*said, *prints])
+
+
+def test_the_quick_start_trains_as_the_readme_does() -> None:
+    first, _ = code_blocks(ROOT / "README.md", "python")
+    assert code_blocks(ROOT / "docs" / "quickstart.md", "python")[0] == first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -85,8 +86,6 @@ def test_a_set_without_config_needs_its_hooks(tmp_path: Path, hub_cache: Path) -
 
 def test_the_widths_of_a_release_of_saelens_can_be_given(tmp_path: Path, hub_cache: Path) -> None:  # noqa: F811
     """Its configs are of before SAELens 6 and say nothing of widths."""
-    import json
-
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
     from safetensors.torch import save_file
 
@@ -129,7 +128,22 @@ def test_a_repository_that_is_not_in_the_cache_is_said_so(hub_cache: Path, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def _run(*arguments: str, hub_url: str, folder: Path) -> subprocess.CompletedProcess[str]:
+COMMANDS = """
+import json, sys
+from pathlib import Path
+from tests.forked import run_command
+
+for arguments in map(json.loads, sys.stdin):
+    done = run_command(*arguments, cwd=Path.cwd())
+    print(json.dumps([done.returncode, done.stdout, done.stderr]))
+"""
+
+
+def _run(*commands: list[str], hub_url: str, folder: Path) -> list[tuple[int, str, str]]:
+    """The commands one after the other: their exit codes, and what they print.
+
+    In an environment that the hub's client reads as it is imported.
+    """
     environment = {
         **os.environ,
         "HF_ENDPOINT": hub_url,
@@ -139,28 +153,33 @@ def _run(*arguments: str, hub_url: str, folder: Path) -> subprocess.CompletedPro
         "HF_HUB_DISABLE_XET": "1",
         "no_proxy": "127.0.0.1",
         "COLUMNS": "80",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
     }
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "saelens_matryoshka", *arguments],
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMMANDS],
         cwd=folder,
         env=environment,
+        input="\n".join(map(json.dumps, commands)),
         capture_output=True,
         text=True,
         check=False,
     )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.slow
 def test_what_is_uploaded_is_downloaded_again(tmp_path: Path) -> None:
     for layer in range(2):
         build(random_coder(layer=layer)).save_model(tmp_path / "stock" / f"layer_{layer}")
+    to = ["--to", "circuit-tracer", "--out", "out", "--width", "8", "--width", "48"]
+    exported = ["export", "stock", *to, "--upload", "me/graphs", "--private"]
+    back = ["import", "me/graphs/width_48", "--from", "circuit-tracer", "--out", "back"]
+    missing = ["import", "me/other", "--from", "circuit-tracer", "--out", "x"]
     with serve() as hub:
-        to = ["--to", "circuit-tracer", "--out", "out", "--width", "8", "--width", "48"]
-        done = _run(
-            "export", "stock", *to, "--upload", "me/graphs", "--private", hub_url=hub.url, folder=tmp_path
-        )
-        assert done.returncode == 0, done.stderr
-        assert f"{hub.url}/me/graphs/commit/" in done.stdout.replace("\n", "")
+        done = _run(exported, back, missing, hub_url=hub.url, folder=tmp_path)
+        assert [code for code, *_ in done] == [0, 0, 1], done
+        assert f"{hub.url}/me/graphs/commit/" in done[0][1].replace("\n", "")
         assert (hub.repo_id, hub.private) == ("me/graphs", True)
         assert len(hub.commits) == 1, "a reader may see half of it"
         assert "Bearer hf_of_the_test" in hub.tokens
@@ -168,13 +187,7 @@ def test_what_is_uploaded_is_downloaded_again(tmp_path: Path) -> None:
         assert written == set(hub.files)
         card = hub.files["README.md"].decode()
         assert 'from_pretrained("tiny", "me/graphs/width_48")' in card
-
-        back = ["me/graphs/width_48", "--from", "circuit-tracer", "--out", "back"]
-        done = _run("import", *back, hub_url=hub.url, folder=tmp_path)
-        assert done.returncode == 0, done.stderr
-        missing = _run("import", "me/other", *back[1:3], "--out", "x", hub_url=hub.url, folder=tmp_path)
-        assert missing.returncode == 1
-        assert "Traceback" not in missing.stderr
+        assert "Traceback" not in done[2][2]
     x = inputs()
     for layer in range(2):
         sae = SAE.load_from_disk(tmp_path / "back" / f"layer_{layer}")

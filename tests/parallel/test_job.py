@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 from sae_lens import SAE
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from typer.testing import CliRunner
 
 from saelens_matryoshka.cli import app
 from saelens_matryoshka.parallel import Sharding, mesh_shape
+from tests import forked
 
 REPOSITORY = Path(__file__).parents[2]
 COMMAND = (
@@ -24,37 +29,92 @@ COMMAND = (
     "--n_batches_in_buffer 16 --n_eval_batches 1 --eval_batch_size_prompts 4 --name run --log-every 1"
 )
 TRAIN = COMMAND.split()
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONWARNINGS": "ignore",
+    "COLUMNS": "120",
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+}
 
 
-def start(n: int, folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """A job of n processes, in a folder; one is not started by torchrun."""
-    launch = [] if n == 1 else ["torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "-m"]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(REPOSITORY),
-        "PYTHONWARNINGS": "ignore",
-        "COLUMNS": "120",
-        "WANDB_MODE": "offline",
-        "WANDB_SILENT": "true",
-    }
-    return subprocess.Popen(
-        [sys.executable, "-m", *launch, "saelens_matryoshka", *arguments],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+@dataclass
+class Job:
+    """Processes that torchrun has started in a folder."""
+
+    process: subprocess.Popen[bytes] | multiprocessing.process.BaseProcess
+    log: Path
+
+    def is_running(self) -> bool:
+        if isinstance(self.process, subprocess.Popen):
+            return self.process.poll() is None
+        return self.process.is_alive()
+
+    def end(self) -> tuple[int | None, str]:
+        """Wait for its exit code and what all of it has printed."""
+        if isinstance(self.process, subprocess.Popen):
+            code = self.process.wait(timeout=200)
+        else:
+            self.process.join(timeout=200)
+            code = self.process.exitcode
+        return code, self.log.read_text()
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+
+
+def torchrun(n: int, folder: Path, *arguments: str) -> Job:
+    """A job of n processes, started as a user does."""
+    program = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "-m"]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *program, "saelens_matryoshka", *arguments],
+            cwd=folder,
+            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)},
+            stdout=log,
+            stderr=log,
+        )
+    return Job(process, folder / "log")
+
+
+def forked_torchrun(n: int, folder: Path, *arguments: str) -> Job:
+    """The same, by torchrun's own launcher, but forked: without importing SAELens in each of them."""
+    with (folder / "log").open("wb") as log:
+        process = forked.start(
+            _launch, n, arguments, cwd=folder, out=log.fileno(), err=log.fileno(), env=ENVIRONMENT
+        )
+    return Job(process, folder / "log")
+
+
+def _launch(n: int, arguments: tuple[str, ...]) -> None:
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=n,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id="job",
+        max_restarts=0,
+        start_method="fork",
     )
+    elastic_launch(config, _worker)(*arguments)
+
+
+def _worker(*arguments: str) -> None:
+    sys.argv = ["saelens_matryoshka", *arguments]
+    runpy.run_module("saelens_matryoshka", run_name="__main__")
 
 
 @pytest.mark.slow
 def test_a_job_trains_and_the_first_process_writes(tmp_path: Path) -> None:
     shards = ["--shard", "dictionary", "--shards", "2"]
     evaluated = ["--wandb", "--wandb_log_frequency", "2", "--eval_every_n_wandb_logs", "5"]
-    job = start(4, tmp_path, *TRAIN, "--training_tokens", "5120", *shards, *evaluated)
-    said, _ = job.communicate(timeout=500)
-    assert job.returncode == 0, said
+    with forked_torchrun(4, tmp_path, *TRAIN, "--training_tokens", "5120", *shards, *evaluated) as job:
+        code, said = job.end()
+    assert code == 0, said
     run = tmp_path / "results" / "tiny" / "mlp-2" / "run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 21))
@@ -72,12 +132,12 @@ def last_saved(run: Path) -> int:
     return max((int(path.name) // 256 for path in run.glob("checkpoints/[0-9]*")), default=0)
 
 
-def wait_for_checkpoint(run: Path, job: subprocess.Popen[str]) -> None:
+def wait_for_checkpoint(run: Path, job: Job) -> None:
     """Wait until a job has written a checkpoint."""
     before, until = last_saved(run), time.monotonic() + 200
     while last_saved(run) == before:
         assert time.monotonic() < until
-        assert job.poll() is None, job.communicate()[0]
+        assert job.is_running(), job.log.read_text()
         time.sleep(0.05)
 
 
@@ -86,33 +146,28 @@ def test_a_killed_shard_or_sigterm_ends_the_job_which_any_number_of_processes_re
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     often = ["--checkpoint-minutes", "0.0001", "--shard", "dictionary"]
-    job = start(2, tmp_path, *TRAIN, "--training_tokens", "25600", *often)
     run = tmp_path / "results" / "tiny" / "mlp-2" / "run"
-    try:
+    with torchrun(2, tmp_path, *TRAIN, "--training_tokens", "25600", *often) as job:
         wait_for_checkpoint(run, job)
         workers = [
             process
-            for process in psutil.Process(job.pid).children(recursive=True)
+            for process in psutil.Process(job.process.pid).children(recursive=True)
             if process.environ().get("RANK") == "1"
         ]
         workers[0].send_signal(signal.SIGKILL)
-        said, _ = job.communicate(timeout=100)
-    finally:
-        job.kill()
-    assert job.returncode != 0
+        code, said = job.end()
+    assert code != 0
     assert "has lost another one" in said
     assert "The last good checkpoint is" in said
     assert "--resume" in said
 
     again = ["train", "--resume", str(run.relative_to(tmp_path))]
-    job = start(2, tmp_path, *again, *often)
-    try:
+    with forked_torchrun(2, tmp_path, *again, *often) as job:
         wait_for_checkpoint(run, job)
-        job.send_signal(signal.SIGTERM)  # to torchrun, as a scheduler sends it
-        said, _ = job.communicate(timeout=100)
-    finally:
-        job.kill()
-    assert job.returncode != 0
+        assert job.process.pid is not None
+        os.kill(job.process.pid, signal.SIGTERM)  # to torchrun, as a scheduler sends it
+        code, said = job.end()
+    assert code != 0
     assert f"Stopped after step {last_saved(run)}, as asked" in said
     lines = (run / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == last_saved(run) < 100
