@@ -54,7 +54,11 @@ SHARED = {
     "checkpoint-minutes": 0.004,
 }
 RUNS: dict[str, dict[str, Any]] = {
-    "transcoder": {"mapping": "mlp", "normalize_activations": "expected_average_only_in"},
+    "transcoder": {
+        "mapping": "mlp",
+        "normalize_activations": "expected_average_only_in",
+        "n_batches_for_norm_estimate": 20,
+    },
     "sae, prefetching": {"architecture": "matryoshka_sae", "prefetch_llm_batches": True},
 }
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
