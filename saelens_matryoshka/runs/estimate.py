@@ -179,7 +179,7 @@ class Estimate:
         how = "measured smaller, extrapolated" if t.scaled else "measured"
         return (
             f"[bold]Time: {_duration(t.total)}[/], {t.tokens_per_second:,.0f} tokens/s: "
-            f"{_duration(t.filling)} until the buffer is full,\n"
+            f"{_duration(t.filling)} before the first step,\n"
             f"then {t.n_steps:,} steps of {_seconds(t.per_step)} ({parts};\n"
             f"{how} on this machine as it is now)"
         )

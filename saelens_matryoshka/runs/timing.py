@@ -47,7 +47,9 @@ class Time:
     moving: float
     """moving one row of activations"""
     rows: BufferRows
-    """what is read and moved in all"""
+    """what is read and moved in all, by the steps"""
+    scaling_rows: int
+    """what is read before them, to estimate the scale of the activations"""
     llm_batch_rows: int
     """rows of one batch of the language model"""
     n_steps: int
@@ -59,8 +61,9 @@ class Time:
 
     @property
     def filling(self) -> float:
-        """Seconds until the buffer is full for the first time, before the first step."""
-        return self._reading(self.rows.first_read) + self.rows.first_moved * self.moving
+        """Seconds before the first step: the scale is estimated, and the buffer filled for the first time."""
+        moved = self.rows.first_moved + self.scaling_rows * self.rows.moved / self.rows.read
+        return self._reading(self.rows.first_read + self.scaling_rows) + moved * self.moving
 
     @property
     def language_model_per_step(self) -> float:
@@ -110,12 +113,19 @@ def measure_time(cfgs: Configs, shape: ModelShape, rows: BufferRows, *, budget: 
         language_model=forward,
         moving=_seconds_per_row_moved(cfgs, rows),
         rows=rows,
+        scaling_rows=max(map(_scaling_rows, cfgs)),
         llm_batch_rows=llm_batch_rows(cfg),
         n_steps=-(-cfg.training_tokens // cfg.train_batch_size_tokens),
         tokens_per_step=cfg.train_batch_size_tokens,
         overlapping=bool(cfg.prefetch_llm_batches),
         scaled=step_scaled or forward_scaled,
     )
+
+
+def _scaling_rows(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
+    if cfg.sae.normalize_activations not in ("expected_average_only_in", "covariance_whitening"):
+        return 0
+    return cfg.n_batches_for_norm_estimate * cfg.train_batch_size_tokens
 
 
 def _on_cpu(device: Any) -> bool:

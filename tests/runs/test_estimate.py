@@ -290,6 +290,15 @@ def test_a_large_buffer_is_filled_before_the_first_step(tiny_model: HookedTransf
     assert time.total == pytest.approx(time.filling + steps, rel=0.1)
 
 
+def test_the_batches_for_the_scale_are_read_before_the_first_step(tiny_model: HookedTransformer) -> None:  # noqa: ARG001
+    sae = transcoder_config(normalize_activations="expected_average_only_in")
+    cfg = runner_config(sae, n_batches_for_norm_estimate=500)
+    time = estimate(cfg, available={"cpu": 1 << 40}).time
+    assert time is not None
+    n_llm_batches = 500 * cfg.train_batch_size_tokens / time.llm_batch_rows
+    assert time.filling > n_llm_batches * time.language_model > time.per_step * time.n_steps
+
+
 def test_extrapolation_finds_the_time_of_the_whole_step(monkeypatch: pytest.MonkeyPatch) -> None:
     from saelens_matryoshka.runs import timing
 
