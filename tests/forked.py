@@ -22,9 +22,9 @@ from saelens_matryoshka.cli import main
 _FORK = multiprocessing.get_context("fork")
 
 
-def run_command(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None) -> CompletedProcess[str]:
-    """`saelens-matryoshka ARGUMENTS` in a folder, with these variables besides the environment's."""
-    return run_function(command, *arguments, cwd=cwd, env=env)
+def run_command(*arguments: str, cwd: Path) -> CompletedProcess[str]:
+    """`saelens-matryoshka ARGUMENTS` in a folder, on a terminal of 80 columns."""
+    return run_function(command, *arguments, cwd=cwd, env={"COLUMNS": "80"})
 
 
 def run_function(

@@ -13,7 +13,7 @@ from tests.forked import run_command
 
 @pytest.mark.slow
 def test_demo_trains_evaluates_saves_and_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = run_command("demo", "--tokens", "60000", cwd=tmp_path, env={"COLUMNS": "80"})
+    done = run_command("demo", "--tokens", "60000", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "output" / "demo-tiny-layer-2"
     assert "output/demo-tiny-layer-2" in done.stdout

@@ -20,7 +20,7 @@ def test_without_sae_bench_it_says_what_to_install(tmp_path: Path) -> None:
 
 
 def test_help_names_the_evals(tmp_path: Path) -> None:
-    done = run_command("saebench", "--help", cwd=tmp_path, env={"COLUMNS": "80"})
+    done = run_command("saebench", "--help", cwd=tmp_path)
     assert done.returncode == 0
     assert "sparse_probing" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_demo import _call
+from tests.forked import run_command
 from tests.saebench.dictionaries import labelled_words, random_dictionary
 
 pytestmark = pytest.mark.usefixtures("sae_bench")
@@ -26,7 +26,7 @@ def test_command_evaluates_the_embedded_model_offline(tmp_path: Path) -> None:
         *("saebench", "transcoder", "--evals", "core,tpp", "--prefixes", "16,64", "--text", "text"),
         *("--labelled", "labelled", *core, "--set", "tpp.n_values=[2, 10, 100]"),
     ]
-    done = _call(*arguments, cwd=tmp_path)
+    done = run_command(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     printed, _, saved = done.stdout.partition("Saved in ")  # a path stays whole
     assert max(map(len, printed.splitlines())) <= 80
@@ -39,13 +39,13 @@ def test_command_evaluates_the_embedded_model_offline(tmp_path: Path) -> None:
     saved = json.loads((folder / "width-64" / "tpp.json").read_text())
     assert saved["settings"]["n_values"] == [2, 10]
     assert saved["space"] == "output"
-    again = _call(*arguments, cwd=tmp_path)
+    again = run_command(*arguments, cwd=tmp_path)
     assert again.stdout == done.stdout
-    numbers = json.loads(_call(*arguments, "--json", cwd=tmp_path).stdout)
+    numbers = json.loads(run_command(*arguments, "--json", cwd=tmp_path).stdout)
     assert {(row["eval"], row["width"]) for row in numbers["evals"]} == {
         (name, width) for name in ("core", "tpp") for width in (16, 64)
     }
-    other = _call(*arguments, "--seed", "1", cwd=tmp_path)
+    other = run_command(*arguments, "--seed", "1", cwd=tmp_path)
     assert other.returncode == 1
     assert "overwrite" in other.stderr
     assert "Traceback" not in other.stderr
@@ -62,7 +62,7 @@ def test_command_evaluates_the_embedded_model_offline(tmp_path: Path) -> None:
 )
 def test_bad_input_is_one_message(arguments: list[str], says: str, tmp_path: Path) -> None:
     random_dictionary().save_model(tmp_path / "sae")
-    done = _call("saebench", *arguments, cwd=tmp_path)
+    done = run_command("saebench", *arguments, cwd=tmp_path)
     assert done.returncode == 1, done.stdout
     assert says in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
