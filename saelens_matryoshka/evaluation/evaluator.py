@@ -3,7 +3,7 @@
 1. Reconstruction: the language model runs once per batch; source and target are read, every prefix's
    prediction is compared with the target.
 2. Next-token predictions: on the first tokens again, the target is replaced by each prefix's prediction,
-   by zeros and by the mean found in the first pass.
+   by zeros and by the mean found in the first pass. What comes before the target's layer is not run again.
 
 Nothing is trained or moved: a training object is converted to the inference model it would be saved as.
 """
@@ -27,6 +27,7 @@ from saelens_matryoshka.evaluation.metrics import (
     summed,
 )
 from saelens_matryoshka.evaluation.passes import Passes, Progress
+from saelens_matryoshka.evaluation.replacement import Replacement
 from saelens_matryoshka.evaluation.result import EvalResult, PrefixMetrics
 from saelens_matryoshka.evaluation.tokens import is_excluded, special_token_ids, token_batches
 from saelens_matryoshka.files.unfinished import Unfinished
@@ -148,6 +149,7 @@ class Evaluation:
         self.source_hook, self.target_hook, self.frame = hooks_and_frame(sae, model)
         # By the name asked for: a TransformerBridge's names may be aliases of the hook's own.
         self.read_hooks = list(dict.fromkeys([self.source_hook, self.target_hook]))
+        self.replacement = Replacement(model, self.target_hook, self.model_kwargs)
         self.source_head: int | None = sae.cfg.metadata.hook_head_index
         self.target_head = self.source_head if self.target_hook == self.source_hook else None
         self.widths = matryoshka_widths(sae)
@@ -196,13 +198,20 @@ class Evaluation:
         return max(1, _ACTIVATION_VALUES // self.sae.cfg.d_sae)
 
     def add_next_token(self, tokens: torch.Tensor) -> None:
-        d_vocab = self._logits(tokens[:1, :1]).shape[-1]
+        logits = self.model(tokens[:1, :1], return_type="logits", **self.model_kwargs)
+        d_vocab = logits.shape[-1]
         prompts = max(1, _LOGIT_VALUES // (tokens.shape[1] * d_vocab))
         for part in tokens.split(prompts * self.group.size):
             self._add_next_token(*self._part(part))
 
     def _add_next_token(self, tokens: torch.Tensor, keep: torch.Tensor) -> None:
-        source, target, clean = self._activations_and_logits(tokens)
+        clean, seen = self.model.run_with_cache(
+            tokens,
+            return_type="logits",
+            names_filter=[*self.read_hooks, *self.replacement.hooks],
+            **self.model_kwargs,
+        )
+        source, target = self._pair(seen)
         own = [predictions for _, predictions, is_own in self._predictions(source.flatten(0, 1)) if is_own]
         predictions = torch.cat(own, dim=1).unflatten(1, tokens.shape)
         mean = self.reconstruction.mean(self.group).expand_as(target)
@@ -218,7 +227,7 @@ class Evaluation:
             *zip(self.prefixes, predictions, strict=True),
         ):
             hook_fn = _replace(replacement, keep, self.target_head)
-            logits = self._logits(tokens, (self.target_hook, hook_fn))
+            logits = self.replacement.logits(tokens, seen, hook_fn)
             sums.add(logits[counted.to(logits.device)], clean, labels)
 
     def result(self, *, with_redundancy: bool) -> EvalResult:
@@ -286,22 +295,8 @@ class Evaluation:
         keep[:, slice(*(self.sae.cfg.metadata.seqpos_slice or (None,)))] = True
         return (keep & ~is_excluded(tokens, self.excluded)).to(self.sae.device)
 
-    def _logits(self, tokens: torch.Tensor, *hooks: tuple[str, Callable[..., Any]]) -> torch.Tensor:
-        return self.model.run_with_hooks(
-            tokens, return_type="logits", fwd_hooks=list(hooks), **self.model_kwargs
-        )
-
     def _activations(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self._pair(hook_activations(self.model, tokens, self.read_hooks, self.model_kwargs))
-
-    def _activations_and_logits(
-        self, tokens: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Source, target and clean logits, of one pass."""
-        logits, seen = self.model.run_with_cache(
-            tokens, return_type="logits", names_filter=self.read_hooks, **self.model_kwargs
-        )
-        return *self._pair(seen), logits
 
     def _pair(self, seen: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Source and target `[prompts, context_size, d]`, heads flattened, on the SAE's device.
