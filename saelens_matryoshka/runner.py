@@ -390,10 +390,10 @@ def mean_l0(step_output: TrainStepOutput) -> float:
 
 
 def _shown(trainer: SAETrainer[Any, Any], step_output: TrainStepOutput) -> str:
-    """FVU, L0, dead latents and loss: a terminal of 80 columns may cut the last."""
+    """FVU, L0 and dead latents: tqdm cuts what a terminal of 80 columns has no room for, amid a number."""
     return (
         f"FVU {step_output.metrics['fvu']().item():.3f} L0 {mean_l0(step_output):.1f} "  # type: ignore[operator]
-        f"dead {trainer.dead_neurons.float().mean().item():.0%} loss {step_output.loss.item():.3g}"
+        f"dead {trainer.dead_neurons.float().mean().item():.0%}"
     )
 
 
@@ -407,11 +407,13 @@ class ProgressBar:
     def update(self, pbar: tqdm, shown: Callable[[], str]) -> None:  # type: ignore[type-arg]
         """Show the step that is done, and now and then the text that `shown` gives."""
         trainer, now = self._trainer, time.monotonic()
-        pbar.update(trainer.n_training_samples - pbar.n)
-        finished = trainer.n_training_samples >= trainer.cfg.total_training_samples
+        total = trainer.cfg.total_training_samples
+        finished = trainer.n_training_samples >= total
+        pbar.unit, pbar.unit_scale = "tok", True
+        # The last batch may go beyond the total, behind which tqdm would show no share and no bar.
+        pbar.update(min(trainer.n_training_samples, total) - pbar.n)
         if now - self._shown_at < _BAR_REFRESH_SECONDS and not finished:
             return
         self._shown_at = now  # reading the numbers waits for the GPU, so it is not done every step
-        pbar.unit, pbar.unit_scale = "tok", True
         pbar.set_description_str("", refresh=False)
         pbar.set_postfix_str(shown(), refresh=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import io
 import json
 import math
 import re
@@ -23,6 +25,7 @@ from sae_lens import (
     StandardTrainingSAEConfig,
     TrainingSAE,
 )
+from tqdm import tqdm
 from transformer_lens import HookedTransformer
 
 import saelens_matryoshka as sm
@@ -560,6 +563,18 @@ def test_training_is_quiet(tiny_model: HookedTransformer, token_dataset: dataset
         warnings.simplefilter("always")
         _run(runner_config(transcoder_config()), tiny_model, token_dataset)
     assert not [w for w in caught if "saelens_matryoshka" in w.filename]
+
+
+def test_the_bar_fits_a_terminal_and_ends_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    sae = sm.MatryoshkaTrainingSAE(
+        sm.MatryoshkaTrainingSAEConfig(d_in=16, d_sae=32, k=2, matryoshka_widths=[8, 32])
+    )
+    written = io.StringIO()
+    # Of 80 columns, 10 are for what a long run has more of: hours, and larger numbers of tokens.
+    monkeypatch.setattr("sae_lens.training.sae_trainer.tqdm", functools.partial(tqdm, file=written, ncols=70))
+    trainer_for(sae, sparse_batches(3, 16, 16), total_training_samples=40).fit()  # the last batch ends at 48
+    last = written.getvalue().rstrip().split("\r")[-1]
+    assert re.fullmatch(r"100%\|[█#]+\| 40.0/40.0 \[.*tok/s, FVU \d\.\d{3} L0 2\.0 dead \d+%\]", last)
 
 
 def test_a_trainer_is_freed_though_its_observers_refer_to_it() -> None:

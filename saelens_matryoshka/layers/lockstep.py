@@ -275,8 +275,8 @@ class LockstepTrainer(MultiSAETrainer):
         fvus = torch.stack([output.metrics["fvu"]() for output in step_outputs.values()])  # type: ignore
         dead = torch.stack([trainer.dead_neurons.float().mean() for trainer in self.trainers.values()])
         return (
-            f"{len(fvus)} dictionaries, FVU {fvus.min().item():.3f} to {fvus.max().item():.3f}, "
-            f"dead {dead.min().item():.0%} to {dead.max().item():.0%}"
+            f"FVU {fvus.min().item():.3f}–{fvus.max().item():.3f} "
+            f"dead {dead.min().item():.0%}–{dead.max().item():.0%}"
         )
 
     def _evaluate(
