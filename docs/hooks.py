@@ -46,8 +46,8 @@ def command_line_page() -> str:
     summaries = dict(re.findall(r"^## `(\w+)`\n\n(.+(?:\n.+)*)", text, flags=re.MULTILINE))
     in_list = re.compile(r"^\* `(\w+)`: .*", flags=re.MULTILINE)
     text = in_list.sub(lambda found: f"* [`{found[1]}`](#{found[1]}): {summaries[found[1]]}", text)
-    # A docstring's examples are lines that begin with the program's name; what is indented more goes on.
-    example = rf"(?:^( *){PROGRAM} .*\n(?:\1 +\S.*\n)*)+"
+    # A docstring's examples are lines that begin with a program's name; what is indented more goes on.
+    example = rf"(?:^( *)(?:{PROGRAM}|torchrun) .*\n(?:\1 +\S.*\n)*)+"
     return re.sub(example, _as_code, text, flags=re.MULTILINE)
 
 
@@ -56,5 +56,5 @@ def _as_code(found: re.Match[str]) -> str:
 
 
 def results_page() -> str:
-    """benchmarks/RESULTS.md as it is."""
-    return (ROOT / "benchmarks" / "RESULTS.md").read_text()
+    """benchmarks/RESULTS.md as it is, its wide tables in place of the navigation beside them."""
+    return "---\nhide: [navigation]\n---\n" + (ROOT / "benchmarks" / "RESULTS.md").read_text()

@@ -186,8 +186,8 @@ def train(
       saelens-matryoshka train --config results/gpt2/mlp-8/first/config.yaml
       saelens-matryoshka train --resume results/gpt2/mlp-8/first
       torchrun --nproc-per-node 8 -m saelens_matryoshka train --preset gpt2
-      torchrun --nnodes 8 --nproc-per-node 8 ... -m saelens_matryoshka train
-        --preset gemma-2-2b --d_sae 131072 --shard dictionary --shards 8
+      torchrun --nnodes 8 --nproc-per-node 8 ... -m saelens_matryoshka train \\
+          --preset gemma-2-2b --d_sae 131072 --shard dictionary --shards 8
     """
     require_writable(json)
     console = Console(stderr=on_stdout(json))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
 import subprocess
@@ -59,3 +60,13 @@ def test_the_reference_has_every_command_and_every_public_name(site: Path) -> No
         assert f'id="saelens_matryoshka.{name}' in names, name
     signature = re.sub(r"<[^>]+>|\s", "", names)
     assert "MatryoshkaTrainingSAEConfig(d_in," in signature, "without the fields it inherits from SAELens"
+
+
+@pytest.mark.slow
+def test_the_reference_is_laid_out_as_it_was_written(site: Path) -> None:
+    pages = [(site / "reference" / f"{name}.html").read_text() for name in ("cli", "python")]
+    commands, names = (html.unescape(re.sub(r"<[^>]+>", "", page)) for page in pages)
+    # every example in a block of its own, one call a line
+    assert "\ntorchrun --nproc-per-node 8 -m saelens_matryoshka train --preset gpt2\n" in commands
+    # what is returned is one thing, though two lines say what
+    assert "sae.decode(feature_acts).\nLike decode, it is without the skip" in names
