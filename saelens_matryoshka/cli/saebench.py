@@ -39,7 +39,13 @@ def register(app: typer.Typer) -> None:
 @interruptible("The evals that are finished are kept; the same command does the others.")
 def saebench(
     path: Where,
-    evals: Annotated[str, typer.Option(help="Which of the evals, comma-separated.")] = _ALL,
+    evals: Annotated[
+        str,
+        typer.Option(
+            help=f"Which of the evals, comma-separated. Default: {_ALL.replace(',', ', ')}.",
+            show_default=False,  # Typer breaks a long word and shows its first line only
+        ),
+    ] = _ALL,
     prefixes: Annotated[
         str, typer.Option(help="Widths, e.g. 64,256; auto: those it was trained with.")
     ] = "auto",

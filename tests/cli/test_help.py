@@ -42,6 +42,7 @@ def test_help_of_a_command_has_examples_and_json_and_fits_80_columns(name: str) 
     assert f"saelens-matryoshka {name}" in said
     assert "--json" in said
     assert max(map(len, said.splitlines())) <= 80
+    assert "…" not in said, "a word that is cut"
 
 
 def test_help_tells_a_newcomer_what_to_type_first_and_lists_every_command() -> None:
