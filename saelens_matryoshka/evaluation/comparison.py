@@ -45,7 +45,8 @@ class Comparison:
             parts += [reads, metrics_table(result)]
             if result.prefixes[-1].fvu > 1:
                 parts.append("[yellow]worse than predicting the mean: probably made for another frame[/]\n")
-        parts.append(f"{first.n_tokens:,} tokens for all; CE and KL on {first.n_ce_tokens:,} of them")
+        with_ce = f"; CE and KL on {first.n_ce_tokens:,} of them" if first.n_ce_tokens else ""
+        parts.append(f"{first.n_tokens:,} tokens for all{with_ce}")
         return Group(*parts)
 
 

@@ -56,3 +56,11 @@ def test_models_may_have_numbers_for_names() -> None:
     text = shown.get()
     assert "32 reads in (raw)" in text
     assert "64 reads in (raw)" in text
+
+
+@pytest.mark.parametrize(("n_ce_tokens", "said"), [(200, "; CE and KL on 200 of them"), (0, "")])
+def test_a_comparison_without_cross_entropy_does_not_speak_of_it(n_ce_tokens: int, said: str) -> None:
+    console = Console(width=80, file=io.StringIO())
+    with console.capture() as shown:
+        console.print(Comparison({"a": _changed({"n_ce_tokens": n_ce_tokens}, {})}).tables())
+    assert shown.get().endswith(f"500 tokens for all{said}\n")
