@@ -1,12 +1,14 @@
-"""Registration in SAELens, and the two places where SAELens itself is redirected for good.
+"""Registration in SAELens, and the three places where SAELens itself is redirected for good.
 
 - `ActivationsStore.from_config`: the runner builds its store here; configs of ours get a store that can be
   continued, a transcoder's a paired one, and every one is checked against the model and the data first.
 - `SAETrainer.fit`: here trainer, SAE, store and evaluator have all been built. Ours get an evaluator that
   knows prefixes, two hooks and held-out prompts, a fused Adam and a progress bar that shows what matters; a
   transcoder learns the norm's weight it has to fold.
+- `MultiSAETrainingRunnerConfig`: it has one hook per SAE, so a transcoder is refused there, before its runner
+  loads a language model.
 
-Both dispatch on the type of the config or the SAE, so nothing changes for SAELens's own architectures.
+All dispatch on the type of the config or the SAE, so nothing changes for SAELens's own architectures.
 """
 
 from __future__ import annotations
@@ -15,7 +17,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from sae_lens import ActivationsStore, SAETrainer, register_sae_training_class
+from sae_lens import (
+    ActivationsStore,
+    MultiSAETrainingRunnerConfig,
+    SAETrainer,
+    register_sae_training_class,
+)
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from saelens_matryoshka.architectures import (
@@ -40,7 +47,7 @@ ARCHITECTURES = (
 
 
 def install() -> None:
-    """Register the architectures and redirect the two seams. Calling it again changes nothing.
+    """Register the architectures and redirect the three seams. Calling it again changes nothing.
 
     Raises:
         ImportError: SAELens has moved a seam.
@@ -50,6 +57,7 @@ def install() -> None:
             register_sae_training_class(cfg_class.architecture(), sae_class, cfg_class)
     redirect(ActivationsStore, "from_config", ["model", "cfg", "override_dataset"], _from_config)
     redirect(SAETrainer, "fit", ["self"], _fit)
+    redirect(MultiSAETrainingRunnerConfig, "__post_init__", ["self"], _post_init)
 
 
 def _from_config(stock: Callable[..., Any]) -> Any:
@@ -73,3 +81,16 @@ def _fit(stock: Callable[..., Any]) -> Any:
         return stock(self)
 
     return fit
+
+
+def _post_init(stock: Callable[..., None]) -> Any:
+    def __post_init__(self: MultiSAETrainingRunnerConfig) -> None:
+        stock(self)
+        for name, sae in self.saes.items():
+            if isinstance(sae, MatryoshkaTrainingTranscoderConfig):
+                raise ValueError(
+                    f"saes[{name!r}] is a transcoder, and SAELens's MultiSAETrainingRunner gives each SAE "
+                    "one hook. saelens_matryoshka.layers.train_layers trains several together."
+                )
+
+    return __post_init__

@@ -1,8 +1,8 @@
 """Everything of SAELens that is not its public interface, in one place.
 
-Two functions of SAELens are redirected (see `saelens_matryoshka.plugin`); the rest are private functions that
-have no public equivalent. Each has a contract test in `tests/test_seams.py` that says in plain words what has
-moved when a release moves it.
+Three functions of SAELens are redirected (see `saelens_matryoshka.plugin`); the rest are private functions
+that have no public equivalent. Each has a contract test in `tests/test_seams.py` that says in plain words
+what has moved when a release moves it.
 """
 
 from __future__ import annotations

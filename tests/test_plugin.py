@@ -1,4 +1,4 @@
-"""Importing the package registers its architectures and redirects the two seams, once."""
+"""Importing the package registers its architectures and redirects the three seams, once."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from sae_lens import ActivationsStore, SAETrainer
+from sae_lens import ActivationsStore, MultiSAETrainingRunnerConfig, SAETrainer
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 import saelens_matryoshka as sm
 from saelens_matryoshka import plugin
-from tests.helpers import sparse_batches, trainer_for
+from tests.helpers import sparse_batches, trainer_for, transcoder_config
 
 
 def test_the_architectures_are_registered() -> None:
@@ -33,9 +33,25 @@ def test_the_architectures_are_registered() -> None:
 
 
 def test_installing_twice_changes_nothing() -> None:
-    before = (ActivationsStore.from_config.__func__, SAETrainer.fit)
+    def redirected() -> list[object]:
+        return [
+            ActivationsStore.from_config.__func__,
+            SAETrainer.fit,
+            MultiSAETrainingRunnerConfig.__post_init__,
+        ]
+
+    before = redirected()
     plugin.install()
-    assert (ActivationsStore.from_config.__func__, SAETrainer.fit) == before
+    assert redirected() == before
+
+
+def test_a_runner_of_one_hook_per_sae_takes_no_transcoder() -> None:
+    """It would load the language model first, and fail at the first step."""
+    sae = sm.MatryoshkaTrainingSAEConfig(d_in=16, d_sae=64, k=4, matryoshka_widths=[64])
+    hook = "blocks.0.hook_resid_pre"
+    assert MultiSAETrainingRunnerConfig({"plain": sae}, hook).saes == {"plain": sae}
+    with pytest.raises(ValueError, match=r"saes\['mlp'\] is a transcoder.*layers\.train_layers"):
+        MultiSAETrainingRunnerConfig({"plain": sae, "mlp": transcoder_config(d_in=16)}, hook)
 
 
 def test_a_training_that_was_interrupted_goes_on_when_fit_is_called_again(tmp_path: Path) -> None:

@@ -11,7 +11,10 @@ from sae_lens import (
     SAE,
     ActivationsStore,
     LanguageModelSAETrainingRunner,
+    MultiSAETrainingRunner,
+    MultiSAETrainingRunnerConfig,
     SAETrainer,
+    StandardTrainingSAEConfig,
     TrainingSAE,
     llm_sae_training_runner,
 )
@@ -35,6 +38,13 @@ def test_seam_runner_trains_with_trainer_fit() -> None:
     source = inspect.getsource(LanguageModelSAETrainingRunner)
     assert "trainer.fit()" in source
     assert "evaluator=self.evaluator" in source
+
+
+def test_seam_runner_of_many_saes_has_them_in_its_config() -> None:
+    """If this fails, a transcoder that SAELens's MultiSAETrainingRunner cannot train is not refused there."""
+    config = MultiSAETrainingRunnerConfig({"sae": StandardTrainingSAEConfig(d_in=4, d_sae=8)}, "hook")
+    assert list(config.saes) == ["sae"]
+    assert "sae_class(sae_cfg)" in inspect.getsource(MultiSAETrainingRunner.__init__)
 
 
 def test_seam_trainer_shows_its_progress_with_update_pbar() -> None:
