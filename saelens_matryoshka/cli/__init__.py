@@ -104,6 +104,6 @@ def main() -> None:
         # the reader, such as `head`, has what it wanted; Python would complain again when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, OSError, ImportError, RuntimeError, SafetensorError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError, SafetensorError) as error:
         Console(stderr=True).tell(message(error))
         sys.exit(1)

@@ -240,6 +240,8 @@ def _unpickle(path: Path) -> dict[str, torch.Tensor]:
         raise FormatError(f"{path} is compressed, which torch.save never does; it is not read.")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except MemoryError:  # which says nothing of the file
+        raise
     except Exception as error:  # torch lets through whatever a damaged pickle fails with
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FormatError(

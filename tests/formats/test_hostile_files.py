@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from saelens_matryoshka.formats import Folder, FormatError, build, open_source
 from saelens_matryoshka.formats.export import export_models
-from saelens_matryoshka.formats.files import MAX_CONFIG_BYTES, read_safetensors
+from saelens_matryoshka.formats.files import MAX_CONFIG_BYTES, read_npz, read_pickle, read_safetensors
 from saelens_matryoshka.formats.registry import FORMATS, load
 from saelens_matryoshka.formats.sources import hub_uri, safe_relative
 from tests.formats.coders import D, random_coder
@@ -547,3 +547,20 @@ def test_a_width_given_twice_is_one_set(tmp_path: Path) -> None:
     build(random_coder()).save_model(tmp_path / "model")
     assert export_models(tmp_path / "model", "saelens", tmp_path / "out", widths=[8, 8]) == [tmp_path / "out"]
     assert (tmp_path / "out" / "cfg.json").is_file()
+
+
+@pytest.mark.parametrize("read", [read_npz, read_pickle])
+def test_a_lack_of_memory_is_no_fault_of_the_file(
+    read: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "weights"
+    with path.open("wb") as file:
+        np.savez(file, W=np.ones((2, 3)))
+
+    def out_of_memory(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(np, "load", out_of_memory)
+    monkeypatch.setattr(torch, "load", out_of_memory)
+    with pytest.raises(MemoryError):
+        read(path, {"W": ("a", "b")})
