@@ -187,17 +187,17 @@ def require_sizes(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
         require_positive_int(name, getattr(cfg, name))
 
 
-def check_pretrained(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
-    """Refuse a from_pretrained_path of another architecture, and warn of other settings than the config's.
+def require_pretrained(cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, Any] | None:
+    """Refuse a from_pretrained_path of another architecture; return the settings of the dictionary there.
 
-    SAELens would train whatever it loads, with the settings it was saved with. What a run saves at its end is
-    of another architecture: a stock model, which has no nested levels to train.
+    SAELens would train whatever it loads. What a run saves at its end is of another architecture: a stock
+    model, which has no nested levels to train.
 
     Raises:
         ValueError: it is, or there is no dictionary.
     """
     if cfg.from_pretrained_path is None:
-        return
+        return None
     folder, wanted = Path(cfg.from_pretrained_path), cfg.sae.architecture()
     try:
         saved = json.loads((folder / SAE_CFG_FILENAME).read_text())
@@ -212,6 +212,17 @@ def check_pretrained(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
             f"from_pretrained_path={cfg.from_pretrained_path!r} holds a {found!r}, and the run is of a "
             f"{wanted!r}: give a checkpoint of such a run, not the model that it saved at its end."
         )
+    return saved
+
+
+def check_pretrained(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """As `require_pretrained`, and warn of other settings than the config's.
+
+    SAELens trains with those that the dictionary was saved with.
+    """
+    saved = require_pretrained(cfg)
+    if saved is None:
+        return
     ours = json.loads(json.dumps(cfg.sae.to_dict()))
     ours["hook_name_out"] = saved.get("hook_name_out")  # which is recorded as it is in this run
     if differences := _differences(saved, ours):

@@ -30,7 +30,7 @@ from saelens_matryoshka.parallel.data import save_all_states, share_data
 from saelens_matryoshka.parallel.dictionary import load_trainer_state, shard
 from saelens_matryoshka.parallel.processes import Processes
 from saelens_matryoshka.parallel.trainer import parallelize, writing
-from saelens_matryoshka.runner import prepare_trainer
+from saelens_matryoshka.runner import prepare_trainer, require_pretrained
 from saelens_matryoshka.seams import replacing_load_trainer_state
 from saelens_matryoshka.upkeep.keeper import Keeper
 
@@ -81,6 +81,7 @@ class Job:
         return {} if group is None or group.shards == 1 else {"override_sae": self._shard(cfg, group)}
 
     def _shard(self, cfg: LanguageModelSAERunnerConfig[Any], group: Processes) -> Any:
+        require_pretrained(cfg)  # in all processes: the first alone reads it, and the others would wait
         sae: Any
         sae_cfg = type(cfg.sae).from_dict(cfg.get_training_sae_cfg_dict())
         sae_cfg.device = "cpu" if group.rank == 0 else "meta"

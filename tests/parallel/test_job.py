@@ -12,6 +12,8 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -21,7 +23,9 @@ from typer.testing import CliRunner
 
 from saelens_matryoshka.cli import app
 from saelens_matryoshka.parallel import Sharding, mesh_shape
+from saelens_matryoshka.parallel.job import Job
 from tests import forked
+from tests.helpers import runner_config, transcoder_config
 
 REPOSITORY = Path(__file__).parents[2]
 COMMAND = (
@@ -39,7 +43,7 @@ ENVIRONMENT = {
 
 
 @dataclass
-class Job:
+class Launched:
     """Processes that torchrun has started in a folder."""
 
     process: subprocess.Popen[bytes] | multiprocessing.process.BaseProcess
@@ -59,14 +63,14 @@ class Job:
             code = self.process.exitcode
         return code, self.log.read_text()
 
-    def __enter__(self) -> Job:
+    def __enter__(self) -> Launched:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.process.kill()
 
 
-def torchrun(n: int, folder: Path, *arguments: str) -> Job:
+def torchrun(n: int, folder: Path, *arguments: str) -> Launched:
     """A job of n processes, started as a user does."""
     program = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "-m"]
     with (folder / "log").open("wb") as log:
@@ -77,16 +81,16 @@ def torchrun(n: int, folder: Path, *arguments: str) -> Job:
             stdout=log,
             stderr=log,
         )
-    return Job(process, folder / "log")
+    return Launched(process, folder / "log")
 
 
-def forked_torchrun(n: int, folder: Path, *arguments: str) -> Job:
+def forked_torchrun(n: int, folder: Path, *arguments: str) -> Launched:
     """The same, by torchrun's own launcher, but forked: without importing SAELens in each of them."""
     with (folder / "log").open("wb") as log:
         process = forked.start(
             _launch, n, arguments, cwd=folder, out=log.fileno(), err=log.fileno(), env=ENVIRONMENT
         )
-    return Job(process, folder / "log")
+    return Launched(process, folder / "log")
 
 
 def _launch(n: int, arguments: tuple[str, ...]) -> None:
@@ -132,7 +136,7 @@ def last_saved(run: Path) -> int:
     return max((int(path.name) // 256 for path in run.glob("checkpoints/[0-9]*")), default=0)
 
 
-def wait_for_checkpoint(run: Path, job: Job) -> None:
+def wait_for_checkpoint(run: Path, job: Launched) -> None:
     """Wait until a job has written a checkpoint."""
     before, until = last_saved(run), time.monotonic() + 200
     while last_saved(run) == before:
@@ -217,3 +221,12 @@ def test_sharding_one_process_is_refused(tmp_path: Path) -> None:
 def test_another_way_to_shard_is_refused() -> None:
     result = CliRunner().invoke(app, [*TRAIN, "--shard", "rows"])
     assert "--shard rows is not known" in str(result.exception)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_process_refuses_a_dictionary_that_is_not_there(rank: int, tmp_path: Path) -> None:
+    """The first alone reads it: its error would leave the others waiting for it."""
+    group: Any = SimpleNamespace(rank=rank, shards=2)
+    cfg = runner_config(transcoder_config(), from_pretrained_path=str(tmp_path))
+    with pytest.raises(ValueError, match="from_pretrained_path=.* holds no dictionary"):
+        Job(group).overrides(cfg)
