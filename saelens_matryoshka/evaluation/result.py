@@ -117,11 +117,24 @@ class EvalResult:
 
     @classmethod
     def from_json(cls, text: str) -> EvalResult:
-        """What `to_json` gave, NaN where a number that was measured is null."""
-        record = json.loads(text)
-        with_ce = record["n_ce_tokens"] > 0
-        rows = [_from_dict(PrefixMetrics, row, with_ce=with_ce) for row in record["prefixes"]]
-        return _from_dict(cls, {**record, "prefixes": rows}, with_ce=with_ce)
+        """What `to_json` gave, NaN where a number that was measured is null.
+
+            result = sm.EvalResult.from_json(Path("results/tiny/mlp-2/first/metrics.json").read_text())
+
+        Args:
+            text: Of a run's metrics.json, or of what `eval --json` wrote.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        try:
+            record = json.loads(text)
+            with_ce = record["n_ce_tokens"] > 0
+            rows = [_from_dict(PrefixMetrics, row, with_ce=with_ce) for row in record["prefixes"]]
+            return _from_dict(cls, {**record, "prefixes": rows}, with_ce=with_ce)
+        except (ValueError, TypeError, KeyError) as error:
+            reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"text is not what EvalResult.to_json gives: {reason}.") from None
 
     def table(self) -> Table:
         """One row per prefix, for rich; fits 80 columns."""

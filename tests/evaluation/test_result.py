@@ -40,6 +40,14 @@ def test_json_gives_the_result_back_and_never_has_nan(result: dict[str, Any], pr
     assert json.loads(Comparison({"a": given}).to_json())["a"] == json.loads(text)
 
 
+@pytest.mark.parametrize(
+    "text", ["", "null", "[]", "{}", '{"n_ce_tokens": 0}', '{"n_ce_tokens": 0, "prefixes": [3]}']
+)
+def test_text_of_something_else_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="text is not what EvalResult.to_json gives: .+"):
+        EvalResult.from_json(text)
+
+
 @pytest.mark.parametrize("columns", [60, 80])
 def test_a_narrow_terminal_shows_every_figure_whole(columns: int) -> None:
     console = Console(width=columns, file=io.StringIO())
