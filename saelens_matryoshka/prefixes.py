@@ -145,11 +145,13 @@ def decode_prefixes(sae: SAE[Any], feature_acts: torch.Tensor, *, group: Group =
         Like `decode`, it is without the skip of a skip transcoder.
 
     Raises:
-        ValueError: `feature_acts` is not of all the latents.
+        ValueError: `feature_acts` is no tensor, or not of all the latents.
     """
     sae = uncompiled(sae)
     _require_sae(sae)
     d_sae = len(sae.W_dec)
+    if not isinstance(feature_acts, torch.Tensor):
+        raise ValueError(f"feature_acts is a {type(feature_acts).__name__}, and must be a tensor.")
     if feature_acts.shape[-1:] != (d_sae,):
         raise ValueError(
             f"feature_acts has shape {list(feature_acts.shape)}, expected [*batch, d_sae={d_sae}]."

@@ -37,7 +37,9 @@ def cumulative_widths(sizes: Sequence[int], d_sae: int) -> list[int]:
         ValueError: `sizes` is empty, has an entry that is not a positive integer, or is neither
             cumulative widths nor group sizes; the message prints both readings.
     """
-    sizes = plain_numbers(sizes)
+    sizes, d_sae = plain_numbers(sizes), plain_numbers(d_sae)
+    if isinstance(d_sae, bool) or not isinstance(d_sae, int):
+        raise ValueError(f"d_sae={d_sae!r} must be an integer.")
     if isinstance(sizes, str) or not isinstance(sizes, Iterable):
         raise ValueError(
             f"matryoshka_widths={sizes!r} must be a list of integers, the last one d_sae={d_sae}, e.g. "

@@ -179,14 +179,17 @@ class MatryoshkaTrainingTranscoder(MatryoshkaTraining):
         """
         if self.cfg.input_gain != "norm_weight":
             raise ValueError("set_input_gain needs a config with input_gain='norm_weight'.")
-        offset = torch.zeros_like(gain) if offset is None else offset
         for name, values in (("weight", gain), ("bias", offset)):
+            if values is None and name == "bias":
+                continue
+            if not isinstance(values, torch.Tensor):
+                raise ValueError(f"The norm's {name} is a {type(values).__name__}, and must be a tensor.")
             if values.shape != (self.cfg.d_in,):
                 raise ValueError(
                     f"The norm's {name} has shape {tuple(values.shape)}, but d_in={self.cfg.d_in}."
                 )
         self.gain.copy_(gain)
-        self.offset.copy_(offset)
+        self.offset.copy_(torch.zeros_like(gain) if offset is None else offset)
 
     # ---- training
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from typing_extensions import Self
 
 from saelens_matryoshka.cache.encoding import DTYPES
+from saelens_matryoshka.evaluation.tokens import require_count
 from saelens_matryoshka.files.atomic import write_atomically
 from saelens_matryoshka.files.fingerprint import hash_of, hash_of_file
 from saelens_matryoshka.store.reading import hooks_of
@@ -86,15 +87,27 @@ class CacheSettings:
     seed: int = 42
 
     def __post_init__(self) -> None:
+        if not isinstance(self.hook_names, list | tuple):
+            raise ValueError(
+                f"hook_names={self.hook_names!r} must be a list of hooks, e.g. ['blocks.3.hook_resid_post']."
+            )
         if not self.hook_names:
             raise ValueError("hook_names is empty: name the hooks to write.")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}.")
-        for name in ("training_tokens", "context_size", "store_batch_size_prompts", "shard_bytes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        if self.held_out_tokens < 0:
-            raise ValueError(f"held_out_tokens={self.held_out_tokens} must be 0 or larger.")
+        counts = {
+            "training_tokens": 1,
+            "context_size": 1,
+            "store_batch_size_prompts": 1,
+            "shard_bytes": 1,
+            "held_out_tokens": 0,
+        }
+        for name, least in counts.items():
+            value = getattr(self, name)
+            if isinstance(value, float) and value.is_integer():  # 1e6 tokens will do
+                value = int(value)
+                object.__setattr__(self, name, value)
+            require_count(name, value, least)
         if self.model_from_pretrained_kwargs is None:  # as SAELens's runner config
             stock = self.model_class_name == "HookedTransformer"
             object.__setattr__(
@@ -107,8 +120,10 @@ class CacheSettings:
         """Everything that some runner configs read: their hooks and targets, of their model and text.
 
         Raises:
-            ValueError: the configs are not of one model and text.
+            ValueError: there are none, or they are not of one model and text.
         """
+        if not cfgs:
+            raise ValueError("cfgs is empty: give the configs of the runs.")
         first = cfgs[0]
         for cfg in cfgs[1:]:
             for name in RUNNER_FIELDS:

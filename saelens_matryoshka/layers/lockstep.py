@@ -420,6 +420,11 @@ def require_common(cfgs: Mapping[str, LanguageModelSAERunnerConfig[Any]]) -> Non
     first_name, first = next(iter(cfgs.items()))
     folders: dict[str, str] = {}
     for name, cfg in cfgs.items():
+        if not isinstance(cfg, LanguageModelSAERunnerConfig):
+            raise ValueError(
+                f"{name!r} is a {type(cfg).__name__}, and must be a LanguageModelSAERunnerConfig, whose sae "
+                "says what to train."
+            )
         if "/" in name or not name:
             raise ValueError(f"{name!r} is no name for a dictionary: it names a folder of the checkpoints.")
         for field in _SHARED:

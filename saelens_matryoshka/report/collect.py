@@ -140,5 +140,6 @@ def _check(n_top: int, n_intervals: int, per_interval: int, before: int, after: 
     require_count("per_interval", per_interval, 1)
     require_count("before", before, 0)
     require_count("after", after, 0)
+    require_count("n_intervals", n_intervals, 1)
     if n_intervals not in (2, 4, 8, 16, 32, HISTOGRAM_BINS):
         raise ValueError(f"n_intervals={n_intervals} must be a power of two from 2 to {HISTOGRAM_BINS}.")

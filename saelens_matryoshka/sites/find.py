@@ -56,7 +56,7 @@ def find_site(model: Any, layer: int, name: str) -> Site:
     model = uncompiled(model)
     if name not in SITE_NAMES:
         raise ValueError(
-            f"name={name!r} is not a known site{did_you_mean(name, SITE_NAMES)}. "
+            f"name={name!r} is not a known site{did_you_mean(str(name), SITE_NAMES)}. "
             f"The known sites are {', '.join(SITE_NAMES)}"
         )
     if isinstance(model, HookedTransformer):

@@ -12,12 +12,14 @@ from sae_lens import SAE
 from transformer_lens import HookedTransformer
 
 import saelens_matryoshka as sm
+from saelens_matryoshka.cache import CacheSettings
 from saelens_matryoshka.formats import Folder, build, converter, open_source
 from saelens_matryoshka.formats.coder import SparseCoder
 from saelens_matryoshka.formats.export import export_models, import_models
 from saelens_matryoshka.formats.frames import to_frame
 from saelens_matryoshka.formats.saelens import open_folder
 from saelens_matryoshka.formats.thresholds import calibrate, fit_threshold, keep_topk
+from saelens_matryoshka.layers import train_layers
 from tests.bad_input.case import Case, check_call, rows
 from tests.bad_input.conftest import coder
 
@@ -113,6 +115,30 @@ CALLS: list[Case] = [
     ),
     Case("cumulative_widths None", lambda _: sm.cumulative_widths(None, 8), r"matryoshka_widths=None .*list"),
     Case("cumulative_widths d_sae", lambda _: sm.cumulative_widths([8], 0), r"d_sae=0 in neither reading"),
+    Case("cumulative_widths '8'", lambda _: sm.cumulative_widths([4, 8], "8"), r"d_sae='8' must be an int"),
+    Case(
+        "decode_prefixes list",
+        lambda g: sm.decode_prefixes(g.sae, [[1.0] * 64]),
+        r"feature_acts is a list, and must be a tensor",
+    ),
+    Case(
+        "set_input_gain list",
+        lambda _: _with_gain([1.0] * 8),
+        r"The norm's weight is a list, and must be a tensor",
+    ),
+    Case(
+        "set_input_gain offset",
+        lambda _: _with_gain(torch.ones(8), [1.0] * 8),
+        r"The norm's bias is a list, and must be a tensor",
+    ),
+    Case("find_site None", lambda g: sm.find_site(g.model, 0, None), r"name=None is not a known site"),
+    Case("train_layers", lambda _: train_layers({"a": CONFIGS["sae"]()}), r"'a' is a MatryoshkaTrainingSAEC"),
+    Case("cache tokens '2000'", lambda _: _cache(training_tokens="2000"), r"training_tokens='2000' must be"),
+    Case("cache tokens inf", lambda _: _cache(training_tokens=float("inf")), r"training_tokens=inf must be"),
+    Case("cache tokens 0", lambda _: _cache(training_tokens=0), r"training_tokens=0 must be at least 1"),
+    Case("cache held out", lambda _: _cache(held_out_tokens=-1), r"held_out_tokens=-1 must be at least 0"),
+    Case("cache hook", lambda _: _cache(hook_names="a.b"), r"hook_names='a\.b' must be a list of hooks"),
+    Case("cache of no runs", lambda _: CacheSettings.for_runs([]), r"cfgs is empty: give the configs"),
     Case("truncate 0", lambda g: sm.truncate(g.sae, 0), r"width=0 must be an integer from 1 to d_sae=64"),
     Case("truncate 65", lambda g: sm.truncate(g.sae, 65), r"width=65 must be an integer from 1 to d_sae=64"),
     Case("truncate 16.0", lambda g: sm.truncate(g.sae, 16.0), r"width=16\.0 must be an integer from 1 to"),
@@ -287,6 +313,16 @@ def _fields(**size: Any) -> Any:
     return sm.recommended_runner_fields(CONFIGS["sae"](), **{**RUN, **size})
 
 
+def _with_gain(*norm: Any) -> None:
+    cfg = sm.MatryoshkaTrainingTranscoderConfig(**TRANSCODER_FIELDS, input_gain="norm_weight")
+    sm.MatryoshkaTrainingTranscoder(cfg).set_input_gain(*norm)
+
+
+def _cache(**changes: Any) -> CacheSettings:
+    fields: dict[str, Any] = {"model_name": "tiny", "hook_names": ["a.b"], "dataset_path": "text"}
+    return CacheSettings(**{**fields, "training_tokens": 2000, **changes})
+
+
 def _evaluate(given: Given, **changes: Any) -> Any:
     metadata = {
         name: changes.pop(name)
@@ -304,3 +340,8 @@ def _convert(given: Given, **settings: Any) -> Any:
 @pytest.mark.parametrize("case", CALLS, ids=[case.entry for case in CALLS])
 def test_a_call_is_refused(case: Case, tiny_model: HookedTransformer, place: Path) -> None:
     check_call(case, lambda: case.given(Given(tiny_model, place)), place)
+
+
+def test_a_whole_number_of_tokens_may_be_written_as_a_float() -> None:
+    settings = _cache(training_tokens=1e6)
+    assert repr(settings.training_tokens) == "1000000"
