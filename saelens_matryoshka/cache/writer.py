@@ -13,7 +13,6 @@ import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +43,7 @@ from saelens_matryoshka.files.fingerprint import hash_of_model
 from saelens_matryoshka.files.locks import alone
 from saelens_matryoshka.seams import split_off_prompts, token_device, token_sequences
 from saelens_matryoshka.sites import check_hook, make_readable, norm_frame, norm_gain, probe
+from saelens_matryoshka.versions import package_versions
 
 _LOCK = ".writing"
 
@@ -250,9 +250,7 @@ def _describe(model: Any, settings: CacheSettings) -> tuple[Manifest, dict[str, 
         model_fingerprint=hash_of_model(model),
         excluded_token_ids=[] if excluded is None else excluded.tolist(),
         prompts_per_shard=max(1, settings.shard_bytes // prompt_bytes),
-        versions={
-            name: version(name) for name in ("saelens-matryoshka", "sae-lens", "transformer-lens", "torch")
-        },
+        versions=package_versions(),
         created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
     return manifest, gains

@@ -18,7 +18,7 @@ from saelens_matryoshka.cli.inputs import (
     pick_device,
 )
 from saelens_matryoshka.cli.interruption import interruptible, told_to_call_again
-from saelens_matryoshka.cli.options import BatchSize, ContextSize, Device, Skip, Split, Where
+from saelens_matryoshka.cli.options import BatchSize, ContextSize, Device, Skip, SpecialTokens, Split, Where
 from saelens_matryoshka.cli.output import (
     OUTPUT,
     TEXT,
@@ -51,9 +51,6 @@ Tokens = Annotated[
 ]
 CeTokens = Annotated[
     int, typer.Option(min=0, help="Tokens for cross-entropy and KL; 0 leaves them out.", rich_help_panel=TEXT)
-]
-SpecialTokens = Annotated[
-    bool, typer.Option("--special-tokens", help="Count BOS, EOS and padding too.", rich_help_panel=TEXT)
 ]
 Plot = Annotated[
     Path | None,

@@ -52,17 +52,10 @@ def load_language_model(
         return load_hooked_transformer().to(device, print_details=False)
     from sae_lens.load_model import load_model
 
-    try:
-        return load_model(model_class_name, name, device, from_pretrained_kwargs)
-    except ValueError as error:
-        if "not found" not in str(error):
-            raise
-        from saelens_matryoshka.runs.language_models import similar_models
+    from saelens_matryoshka.runs.language_models import naming_similar_models
 
-        # TransformerLens says so with the names of all the models it knows
-        raise ValueError(
-            f"model {name!r} is not one that TransformerLens knows.{similar_models(name)}"
-        ) from None
+    with naming_similar_models(name, f"model {name!r}"):
+        return load_model(model_class_name, name, device, from_pretrained_kwargs)
 
 
 def load_language_model_for(sae: SAE[Any], name: str | None, device: str, *, dtype: str | None = None) -> Any:

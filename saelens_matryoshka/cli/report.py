@@ -15,7 +15,7 @@ from saelens_matryoshka.cli.inputs import (
     results_folder,
 )
 from saelens_matryoshka.cli.interruption import interruptible
-from saelens_matryoshka.cli.options import BatchSize, ContextSize, Device, Model, Skip, Split
+from saelens_matryoshka.cli.options import BatchSize, ContextSize, Dataset, Device, Model, Skip, Split
 from saelens_matryoshka.cli.output import (
     OUTPUT,
     TEXT,
@@ -54,7 +54,7 @@ def report(
         bool, typer.Option("--no-samples", help="Leave the latents out; needs no language model.")
     ] = False,
     model: Model = None,
-    dataset: Annotated[str | None, typer.Option(help="Text, as for eval.", rich_help_panel=TEXT)] = None,
+    dataset: Dataset = None,
     split: Split = "train",
     skip: Skip = 0,
     context_size: ContextSize = None,

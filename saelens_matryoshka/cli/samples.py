@@ -20,8 +20,19 @@ from saelens_matryoshka.cli.inputs import (
     results_folder,
 )
 from saelens_matryoshka.cli.interruption import interruptible, told_to_call_again
-from saelens_matryoshka.cli.options import Device, Model, Where
+from saelens_matryoshka.cli.options import (
+    BatchSize,
+    ContextSize,
+    Dataset,
+    Device,
+    Model,
+    Skip,
+    SpecialTokens,
+    Split,
+    Where,
+)
 from saelens_matryoshka.cli.output import (
+    TEXT,
     Console,
     Json,
     quieten,
@@ -57,7 +68,7 @@ def samples(
         list[Format] | None,
         typer.Option(help="A format to write them in, too; may be repeated."),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to run over.")] = 1_000_000,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to run over.", rich_help_panel=TEXT)] = 1_000_000,
     top: Annotated[int, typer.Option(min=1, help="Strongest examples of each latent, one a prompt.")] = 20,
     intervals: Annotated[
         int, typer.Option(min=2, help="Equal intervals of activation to draw from; a power of two.")
@@ -65,16 +76,12 @@ def samples(
     per_interval: Annotated[int, typer.Option(min=1, help="Examples drawn from each.")] = 3,
     context: Annotated[int, typer.Option(min=0, help="Tokens of an example on either side.")] = 20,
     model: Model = None,
-    dataset: Annotated[str | None, typer.Option(help="Text, as for eval.")] = None,
-    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
-    skip: Annotated[int, typer.Option(min=0, help="Documents to leave out at its start.")] = 0,
-    context_size: Annotated[
-        int | None, typer.Option(min=2, help="Tokens per prompt. Default: that of the training.")
-    ] = None,
-    batch_size_prompts: Annotated[int, typer.Option(min=1, help="Prompts per forward pass.")] = 8,
-    special_tokens: Annotated[
-        bool, typer.Option("--special-tokens", help="Take BOS, EOS and padding too.")
-    ] = False,
+    dataset: Dataset = None,
+    split: Split = "train",
+    skip: Skip = 0,
+    context_size: ContextSize = None,
+    batch_size_prompts: BatchSize = 8,
+    special_tokens: SpecialTokens = False,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder of the samples. Default: PATH/samples.")] = None,
     features: Annotated[
@@ -266,13 +273,13 @@ def _write_format(
 
 
 def _layer(sae: SAE[Any]) -> int:
-    import re
+    from sae_lens.util import extract_layer_from_tlens_hook_name
 
     hook = sae.cfg.metadata.hook_name
-    match = re.search(r"\.(\d+)(\.|$)", hook)
-    if match is None:
+    layer = extract_layer_from_tlens_hook_name(hook)
+    if layer is None:
         raise ValueError(f"hook_name={hook!r} does not say of which layer it is, which this format needs.")
-    return int(match[1])
+    return layer
 
 
 def _show(found: Samples, written: list[str], json: Path | None) -> None:

@@ -34,13 +34,13 @@ from saelens_matryoshka.formats.files import (
     safetensors_shapes,
 )
 from saelens_matryoshka.formats.layout import (
-    block_hook,
     join,
     read_note,
     require_plain,
     save_with_note,
 )
 from saelens_matryoshka.formats.sources import Source, hub_uri, safe_relative
+from saelens_matryoshka.sites import block_hook
 
 CONFIG = "config.yaml"
 _LAYER = re.compile(r"(?:layer_)?(\d+)(?:\.safetensors)?")

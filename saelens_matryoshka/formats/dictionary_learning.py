@@ -32,8 +32,9 @@ from saelens_matryoshka.formats.files import (
     read_pickle,
     require_k,
 )
-from saelens_matryoshka.formats.layout import NOTE, block_hook, folders_with, join, require_plain
+from saelens_matryoshka.formats.layout import NOTE, folders_with, join, require_plain
 from saelens_matryoshka.formats.sources import Source
+from saelens_matryoshka.sites import block_hook
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 

@@ -6,7 +6,6 @@ Both read everything, check everything, write beside the target folder and renam
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,17 +15,18 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
-from saelens_matryoshka.files.atomic import whole_folder
+from saelens_matryoshka.files.atomic import obstacle, whole_folder
 from saelens_matryoshka.files.names import unreserved
 from saelens_matryoshka.formats.card import write_card
 from saelens_matryoshka.formats.coder import SparseCoder, build, from_saelens
 from saelens_matryoshka.formats.files import FormatError
-from saelens_matryoshka.formats.layout import Writer, block_hook
+from saelens_matryoshka.formats.layout import Writer
 from saelens_matryoshka.formats.registry import FORMATS, Unstated, get_format, load
 from saelens_matryoshka.formats.sources import Folder, Source, open_source
 from saelens_matryoshka.formats.thresholds import keep_topk
 from saelens_matryoshka.prefixes import truncate
 from saelens_matryoshka.runs.recorded import read_evaluation
+from saelens_matryoshka.sites import block_hook
 
 EVALUATION = "evaluation.json"
 Change = Callable[[SparseCoder], SparseCoder]
@@ -259,15 +259,10 @@ def _require_new(out: Path) -> None:
     """Refuse to write over anything.
 
     Raises:
-        FileExistsError: `out` is a file, or a folder that is not empty.
-        NotADirectoryError: something above it is a file.
-        PermissionError: what is above it is read-only.
+        OSError: `out` is a file, or a folder that is not empty; or it cannot be made.
     """
-    above = next(folder for folder in Path(os.path.abspath(out)).parents if folder.exists())
-    if not above.is_dir():
-        raise NotADirectoryError(f"--out {out} cannot be made: {above} is a file.")
-    if not os.access(above, os.W_OK):
-        raise PermissionError(f"--out {out} cannot be made: {above} is read-only.")
+    if fault := obstacle(out):
+        raise OSError(f"--out {out} cannot be made: {fault}.")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise FileExistsError(f"--out {out} exists and is no folder: name another one.")
     if out.is_dir() and any(out.iterdir()):

@@ -19,9 +19,8 @@ from sae_lens import SAE
 from saelens_matryoshka.evaluation.metrics import FiringCounts, ReconstructionSums
 from saelens_matryoshka.formats.coder import SparseCoder, from_saelens
 from saelens_matryoshka.formats.frames import has_post_norm
-from saelens_matryoshka.formats.layout import block_hook
 from saelens_matryoshka.formats.thresholds import hook_rows
-from saelens_matryoshka.sites import Site, find_site, hook_names, norm_gain
+from saelens_matryoshka.sites import Site, block_hook, find_site, hook_names, norm_gain
 
 # Closer than this, relatively, two candidates are not told apart by FVU, or by how far their L0 is from the
 # one in training. (A gain near 1 changes little: then two frames are nearly one tensor.)

@@ -11,8 +11,7 @@ from typing import Any
 
 from saelens_matryoshka.formats.coder import SparseCoder, scale_input
 from saelens_matryoshka.formats.files import FormatError
-from saelens_matryoshka.formats.layout import block_hook
-from saelens_matryoshka.sites import POST_NORM_ARCHITECTURES, norm_gain
+from saelens_matryoshka.sites import POST_NORM_ARCHITECTURES, block_hook, norm_gain
 
 NORMALIZED, TRUE_INPUT = "ln2.hook_normalized", "mlp.hook_in"
 FRAMES = {"normalized": NORMALIZED, "mlp_in": TRUE_INPUT}

@@ -1,9 +1,8 @@
-"""What format modules share: finding the parts of a set, the layer in a hook's name, our note in a file."""
+"""What format modules share: finding the parts of a set, our note in a file."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,8 +17,6 @@ from saelens_matryoshka.formats.sources import Source
 
 NOTE = "saelens_matryoshka"
 """Under this key our files in foreign formats carry the metadata those formats have no place for."""
-
-_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
 def folders_with(source: Source, inside: str, files: Collection[str]) -> list[str]:
@@ -60,12 +57,6 @@ class Writer:
         Raises:
             FormatError: they make no set.
         """
-
-
-def block_hook(hook_name: str | None) -> tuple[int, str] | None:
-    """Layer and hook of "blocks.LAYER.HOOK", None for any other name."""
-    match = _BLOCK.fullmatch(hook_name or "")
-    return (int(match[1]), match[2]) if match else None
 
 
 def require_plain(coder: SparseCoder, name: str) -> None:

@@ -27,8 +27,9 @@ from saelens_matryoshka.formats import (
 )
 from saelens_matryoshka.formats.coder import SparseCoder, StateDict, to_saelens
 from saelens_matryoshka.formats.files import FormatError
-from saelens_matryoshka.formats.layout import Writer, block_hook
+from saelens_matryoshka.formats.layout import Writer
 from saelens_matryoshka.formats.sources import Folder, HubRepository, Source
+from saelens_matryoshka.sites import block_hook
 from saelens_matryoshka.widths import cumulative_widths
 
 

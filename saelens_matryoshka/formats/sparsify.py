@@ -28,7 +28,6 @@ from saelens_matryoshka.formats.files import (
     read_safetensors,
 )
 from saelens_matryoshka.formats.layout import (
-    block_hook,
     folders_with,
     join,
     read_note,
@@ -36,6 +35,7 @@ from saelens_matryoshka.formats.layout import (
     save_with_note,
 )
 from saelens_matryoshka.formats.sources import Source
+from saelens_matryoshka.sites import block_hook
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 _SHAPES = {

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from sae_lens import SAE
 from sae_lens.load_model import HookedProxyLM
+from sae_lens.util import extract_layer_from_tlens_hook_name
 from torch import nn
 
-from saelens_matryoshka.sites import RESIDUAL_SITES, find_site, hf_norm_gain, norm_gain
+from saelens_matryoshka.sites import RESIDUAL_SITES, block_hook, find_site, hf_norm_gain, norm_gain
 
 _CHUNK_VALUES = 1 << 26
 _RESIDUAL = re.compile(rf"blocks\.\d+\.hook_({'|'.join(RESIDUAL_SITES)})")
@@ -92,10 +93,10 @@ def _in_the_residual(sae: SAE[Any], model: Any) -> torch.Tensor:
     hook = metadata.hook_name_out or metadata.hook_name
     if _writes_to_the_residual(model, hook):
         return sae.W_dec
-    attention = re.fullmatch(r"blocks\.(\d+)\.attn\.hook_z", hook)
+    block = block_hook(hook)
     cfg = getattr(model, "cfg", None)
-    if attention and not getattr(cfg, "use_normalization_before_and_after", False):
-        W_O = model.blocks[int(attention[1])].attn.W_O
+    if block and block[1] == "attn.hook_z" and not getattr(cfg, "use_normalization_before_and_after", False):
+        W_O = model.blocks[block[0]].attn.W_O
         head = metadata.hook_head_index
         W_O = W_O.flatten(0, 1) if head is None else W_O[head]
         return sae.W_dec.to(W_O) @ W_O
@@ -105,10 +106,10 @@ def _in_the_residual(sae: SAE[Any], model: Any) -> torch.Tensor:
 def _writes_to_the_residual(model: Any, hook: str) -> bool:
     if _RESIDUAL.fullmatch(hook):
         return True
-    layer = re.search(r"\.(\d+)(\.|$)", hook)
+    layer = extract_layer_from_tlens_hook_name(hook)
     for name in RESIDUAL_SITES:
         try:
-            if layer and find_site(model, int(layer[1]), name).hook_name == hook:
+            if layer is not None and find_site(model, layer, name).hook_name == hook:
                 return True
         except ValueError:
             continue

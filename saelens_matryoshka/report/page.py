@@ -24,6 +24,7 @@ from saelens_matryoshka.report.logits import LogitEffects
 from saelens_matryoshka.report.packing import pack_latents
 from saelens_matryoshka.report.samples import Samples
 from saelens_matryoshka.report.text import TokenText
+from saelens_matryoshka.runs.fields import short_number
 from saelens_matryoshka.widths import latent_levels
 
 _SCRIPTS = ("charts.js", "data.js", "latents.js", "page.js")
@@ -187,15 +188,8 @@ def _tiles(content: PageContent) -> list[tuple[str, str, str]]:
     note = f"in {n_levels} nested levels" if n_levels > 1 else "in one level"
     tiles.append(("latents", f"{content.widths[-1]:,}", note))
     if content.log is not None:
-        tiles.append(("trained on", _short(content.log["tokens"][-1]), "tokens"))
+        tiles.append(("trained on", short_number(content.log["tokens"][-1]), "tokens"))
     return tiles
-
-
-def _short(value: float) -> str:
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.3g}{unit}"
-    return f"{value:g}"
 
 
 def _figure(value: float | None, spec: str) -> str:

@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from saelens_matryoshka.runs.fields import short_number
 from saelens_matryoshka.runs.folder import RunFolder
 from saelens_matryoshka.runs.lock import is_locked
 from saelens_matryoshka.runs.recorded import is_number, read_evaluation, read_lines
@@ -194,14 +195,7 @@ def _metrics(row: dict[str, Any], evaluated: bool) -> list[str]:
 
 def _tokens(run: Run) -> str:
     if run.status == "done":
-        return _short(run.tokens)
+        return short_number(run.tokens)
     if run.training_tokens is None:
         return "-"
-    return f"{_short(run.tokens)}/{_short(run.training_tokens)}"
-
-
-def _short(n: int) -> str:
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if n >= size:
-            return f"{n / size:.3g}{letter}"
-    return str(n)
+    return f"{short_number(run.tokens)}/{short_number(run.training_tokens)}"

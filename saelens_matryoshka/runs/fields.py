@@ -197,3 +197,12 @@ def whole_number(text: str) -> int | str:
         return text
     # what has a point and no unit, 16.0, is meant as another kind of number
     return int(number) if number.is_integer() and (size or "." not in text) else text
+
+
+def short_number(number: float) -> str:
+    """Three digits of a number, such as 250k, 2M or 1.5B."""
+    number = float(f"{number:.3g}")  # before the unit is chosen: 999,999 is 1M
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:g}{unit}"
+    return f"{number:g}"

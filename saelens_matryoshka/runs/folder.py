@@ -8,7 +8,6 @@ import shlex
 import unicodedata
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from saelens_matryoshka.runs.settings import RECORDS, Settings
 # Not in a file's name on Windows, and no good idea elsewhere.
 _HOSTILE = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f]')
 _LONGEST_NAME = 120
-_VERSIONS = ("saelens-matryoshka", "sae-lens", "transformer-lens", "torch", "transformers", "datasets")
 
 
 @dataclass(frozen=True)
@@ -198,17 +196,6 @@ def _fit(name: str) -> str:
     """A name like google/gemma-2-2b as the name of a folder."""
     name = _HOSTILE.sub("_", unicodedata.normalize("NFC", name).strip("/").replace("/", "--"))
     return unreserved(name.strip(" .") or "_")
-
-
-def versions() -> dict[str, str]:
-    """Of the packages whose releases may change a run."""
-    found = {}
-    for package in _VERSIONS:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def now() -> str:

@@ -10,6 +10,8 @@ import copy
 import difflib
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +23,7 @@ from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.load_model import HookedProxyLM
 from transformer_lens import HookedTransformer
 from transformer_lens.loading_from_pretrained import get_official_model_name, get_pretrained_model_config
+from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -124,13 +127,6 @@ def model_shape(cfg: LanguageModelSAERunnerConfig[Any]) -> ModelShape:
             f"model_name={cfg.model_name!r}: its shape is not known here, and its config.json cannot be "
             "fetched from the hub. Give a folder with a config.json, or try again with access to the hub."
         ) from error
-    except ValueError as error:
-        if "not found" not in str(error):
-            raise
-        raise ValueError(
-            f"model_name={cfg.model_name!r} is not one that TransformerLens knows."
-            f"{similar_models(cfg.model_name)}"
-        ) from None
     return _with_dtype(ModelShape(cfg.model_name, config), dtype)
 
 
@@ -173,7 +169,8 @@ def hooked_config(name: str, **kwargs: Any) -> Any:
     """
     if Path(name).is_dir():
         return get_pretrained_model_config(name, device="cpu", **kwargs)
-    official = get_official_model_name(name)
+    with naming_similar_models(name, f"model_name={name!r}"):
+        official = get_official_model_name(name)
     known = _table().get(official) or _table().get(_VARIANT.sub("", official))
     if known is None:
         return get_pretrained_model_config(official, device="cpu", **kwargs)
@@ -186,9 +183,19 @@ def hooked_config(name: str, **kwargs: Any) -> Any:
     return config
 
 
-def similar_models(name: str) -> str:
-    """ " Similar: ...", with TransformerLens's names of models; empty if none is."""
-    from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
+@contextmanager
+def naming_similar_models(name: str, said: str) -> Iterator[None]:
+    """Within, TransformerLens's error for a name that it does not know is a line, not all that it knows.
 
-    close = difflib.get_close_matches(name, OFFICIAL_MODEL_NAMES, n=3)
-    return f" Similar: {', '.join(close)}." if close else ""
+    Args:
+        name: Which it is asked for.
+        said: How the message calls it.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith(f"{name} not found"):
+            raise
+        close = difflib.get_close_matches(name, [*OFFICIAL_MODEL_NAMES, *tiny.NAMES], n=3)
+        similar = f" Similar: {', '.join(close)}." if close else ""
+        raise ValueError(f"{said} is not one that TransformerLens knows.{similar}") from None

@@ -18,7 +18,7 @@ from saelens_matryoshka.evaluation.result import EvalResult
 from saelens_matryoshka.layers import train_layers
 from saelens_matryoshka.layers.lockstep import require_common
 from saelens_matryoshka.runs.fields import Given
-from saelens_matryoshka.runs.folder import RunFolder, now, require_name, versions
+from saelens_matryoshka.runs.folder import RunFolder, now, require_name
 from saelens_matryoshka.runs.lock import LOCK, locked
 from saelens_matryoshka.runs.metrics_log import MetricsLog
 from saelens_matryoshka.runs.settings import Settings, SettingsSource, resolve
@@ -32,6 +32,7 @@ from saelens_matryoshka.runs.training import (
 )
 from saelens_matryoshka.upkeep.checkpoints import Checkpoints, warn_of_other_versions
 from saelens_matryoshka.upkeep.keeper import Keeper, Upkeep
+from saelens_matryoshka.versions import package_versions
 
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 _LONGEST_LABEL = 60
@@ -211,7 +212,7 @@ def _train(
             folder.write_config(
                 settings[name],
                 command=list(command),
-                versions=versions(),
+                versions=package_versions(),
                 wandb={"id": wandb_id} if first.cfg.logger.log_to_wandb else None,
                 upkeep=upkeep_record(log_every, upkeep),
                 lockstep=list(folders),

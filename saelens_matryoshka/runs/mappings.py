@@ -128,14 +128,6 @@ def skeleton(model_name: str) -> Any:
         raise NoModelConfigError(
             f"model_name {model_name!r}: its configuration cannot be read. {reason}"
         ) from None
-    except ValueError as error:
-        if "not found" not in str(error):
-            raise
-        # TransformerLens says so with the names of all the models it knows
-        from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
-
-        close = did_you_mean(model_name, [*OFFICIAL_MODEL_NAMES, tiny.NAMES[0]])
-        raise ValueError(f"model_name {model_name!r} is not one that TransformerLens knows{close}") from None
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

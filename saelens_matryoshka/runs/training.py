@@ -27,13 +27,14 @@ from saelens_matryoshka.evaluation.result import EvalResult
 from saelens_matryoshka.files.atomic import write_atomically
 from saelens_matryoshka.files.text import TextError, is_saved_dataset, is_text_file, open_text
 from saelens_matryoshka.runner import Observer, held_out_evaluator, observe
-from saelens_matryoshka.runs.folder import RunFolder, now, versions
+from saelens_matryoshka.runs.folder import RunFolder, now
 from saelens_matryoshka.runs.lock import locked
 from saelens_matryoshka.runs.metrics_log import MetricsLog
 from saelens_matryoshka.runs.settings import TINY_TEXT, Settings, resolve
 from saelens_matryoshka.upkeep.checkpoints import Checkpoints, warn_of_other_versions
 from saelens_matryoshka.upkeep.keeper import Keeper, Upkeep
 from saelens_matryoshka.upkeep.wandb_guard import wandb_cannot_stop_it
+from saelens_matryoshka.versions import package_versions
 
 _FINAL_FILES = (SAE_WEIGHTS_FILENAME, SAE_CFG_FILENAME, RUNNER_CFG_FILENAME, SPARSITY_FILENAME)
 
@@ -127,7 +128,7 @@ def train_run(
             folder.write_config(
                 settings,
                 command=list(command),
-                versions=versions(),
+                versions=package_versions(),
                 wandb={"id": settings.cfg.logger.wandb_id} if settings.cfg.logger.log_to_wandb else None,
                 upkeep=upkeep_record(log_every, upkeep),
                 started_at=now(),

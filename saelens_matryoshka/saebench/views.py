@@ -14,7 +14,6 @@ whose code it fits:
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +23,8 @@ from sae_lens import SAE
 from torch import nn
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
+
+from saelens_matryoshka.sites import block_hook
 
 
 def is_transcoder(sae: SAE[Any]) -> bool:
@@ -38,10 +39,10 @@ def layer_of(hook_name: str) -> int:
     Raises:
         ValueError: The hook is not in a block. SAEBench stops the forward pass after the hook's block.
     """
-    match = re.match(r"blocks\.(\d+)\.", hook_name)
-    if match is None:
+    block = block_hook(hook_name)
+    if block is None:
         raise ValueError(f"hook_name={hook_name!r} is not in a block: SAEBench needs a hook 'blocks.L....'.")
-    return int(match.group(1))
+    return block[0]
 
 
 class _View(nn.Module):

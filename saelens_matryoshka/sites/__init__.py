@@ -17,7 +17,14 @@ which make its activation the tensor that is meant. Where norms were folded ther
 """
 
 from saelens_matryoshka.sites.find import POST_NORM_ARCHITECTURES, find_site
-from saelens_matryoshka.sites.hooks import check_hook, hook_names, make_readable, probe, uncompiled
+from saelens_matryoshka.sites.hooks import (
+    block_hook,
+    check_hook,
+    hook_names,
+    make_readable,
+    probe,
+    uncompiled,
+)
 from saelens_matryoshka.sites.norms import NormGain, hf_norm_gain, norm_frame, norm_gain
 from saelens_matryoshka.sites.site import RESIDUAL_SITES, SITE_NAMES, Site
 
@@ -27,6 +34,7 @@ __all__ = [
     "SITE_NAMES",
     "NormGain",
     "Site",
+    "block_hook",
     "check_hook",
     "find_site",
     "hf_norm_gain",

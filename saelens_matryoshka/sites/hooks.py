@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import warnings
 from collections.abc import Iterable
 from functools import partial
@@ -38,6 +39,15 @@ def hook_names(model: Any) -> list[str]:
     modules = uncompiled(model.model).named_modules()
     # A container such as a ModuleList has no forward, so a hook on it would not fire.
     return [name for name, m in modules if name and type(m).forward is not nn.Module.forward]
+
+
+def block_hook(hook_name: str | None) -> tuple[int, str] | None:
+    """Layer and hook of TransformerLens's "blocks.LAYER.HOOK", None for any other name.
+
+    (`sae_lens.util.extract_layer_from_tlens_hook_name` gives the layer of an HF module too.)
+    """
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_name or "")
+    return (int(match[1]), match[2]) if match else None
 
 
 def check_hook(model: Any, hook_name: str, field: str) -> None:

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import uuid
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +28,9 @@ from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from safetensors.torch import save_file
 
 from saelens_matryoshka.files.fingerprint import hash_of_file
+from saelens_matryoshka.versions import package_versions
 
 MANIFEST = "manifest.json"
-_PACKAGES = (
-    "saelens-matryoshka",
-    "sae-lens",
-    "torch",
-    "transformer-lens",
-    "transformers",
-    "datasets",
-    "numpy",
-)
 _ASIDE = ".aside-"
 
 
@@ -173,15 +163,6 @@ def warn_of_other_versions(checkpoint: Checkpoint) -> None:
             "training goes on, but not necessarily to the last bit as it would have.",
             stacklevel=2,
         )
-
-
-def package_versions() -> dict[str, str]:
-    """Of the packages that decide the numbers."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def _write(trainer: SAETrainer[Any, Any], folder: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from saelens_matryoshka.runs.fields import Given, whole_number
+from saelens_matryoshka.runs.fields import Given, short_number, whole_number
 from saelens_matryoshka.runs.settings import merge, parse_yaml, read_file, read_flags, resolve
 
 FILE = "model_name: tiny\nmapping: mlp\nlayer: 2\nd_sae: 256\nk: 8\n"
@@ -159,7 +159,7 @@ def test_sae_and_logger_may_be_nested_in_a_file() -> None:
         ("--train_batch_size_tokens 0", "--train_batch_size_tokens 0 must be larger than 0"),
         ("--lr_warm_up_steps 10000", "do not fit a run of 488 steps"),
         ("--context_size 100000", "--context_size 100000: the model reads at most"),
-        ("--model_name gpt22", "is not one that TransformerLens knows; did you mean gpt2?"),
+        ("--model_name gpt22", "model_name='gpt22' is not one that TransformerLens knows. Similar: gpt2"),
         ("--hook_name blocks.2.ln2.hook_normalised", "did you mean 'blocks.2.ln2.hook_normalized'"),
         ("--layer 4", "--layer 4: the model has 4 layers, 0 to 3."),
         ("--layer -1", "--layer -1: the model has 4 layers"),
@@ -253,3 +253,20 @@ def test_a_relative_path_is_said_to_have_been_looked_for_in_the_current_folder(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=rf"there is no such (file|folder) in {tmp_path}\.$"):
         _resolve(flags)
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1k"),
+        (4096, "4.1k"),
+        (250_000, "250k"),
+        (999_999, "1M"),
+        (1.5e9, "1.5B"),
+        (123e9, "123B"),
+    ],
+)
+def test_a_number_is_shown_in_three_digits(number: float, shown: str) -> None:
+    assert short_number(number) == shown
