@@ -50,7 +50,8 @@ class Unfinished:
         settings: All that the state depends on; one of others is not gone on with.
     """
 
-    def __init__(self, result: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, result: Path | str, settings: Mapping[str, Any]) -> None:
+        result = Path(result)
         self.path = result.with_name(f"{result.name}.unfinished")
         self.settings = json.loads(json.dumps({**settings, "format": _FORMAT}))
         self.seconds = 0.0

@@ -51,7 +51,7 @@ class Model:
 def import_models(
     src: str,
     format: str,
-    out: Path,
+    out: Path | str,
     *,
     item: str | None = None,
     given: Unstated | None = None,
@@ -74,6 +74,7 @@ def import_models(
         FormatError: there is nothing, it is not what its format says, or SAELens has no class for it.
         FileExistsError: `out` is not empty.
     """
+    out = Path(out)
     _require_new(out)
     if item == "":  # as that of a variable that is not set
         raise FormatError("--id '' names nothing: leave it out for all that the source holds.")
@@ -153,9 +154,9 @@ def stock_models(path: Path) -> list[Path]:
 
 
 def export_models(
-    path: Path,
+    path: Path | str,
     format: str,
-    out: Path,
+    out: Path | str,
     *,
     widths: Sequence[int] = (),
     change: Change | None = None,
@@ -181,6 +182,7 @@ def export_models(
         FormatError: the format cannot carry a model, or a prefix is wider than a model.
         FileExistsError: `out` is not empty.
     """
+    path, out = Path(path), Path(out)
     _require_new(out)
     make_writer = get_format(format).writer
     if make_writer is None:

@@ -247,3 +247,11 @@ def test_saes_go_out_and_come_back(format: str, tmp_path: Path) -> None:
         sae = SAE.load_from_disk(tmp_path / "back" / f"layer_{layer}")
         torch.testing.assert_close(sae(x), expected_output(coder, x))
         assert sm.matryoshka_widths(sae) == WIDTHS
+
+
+def test_folders_may_be_named_by_strings(tmp_path: Path) -> None:
+    build(random_coder()).save_model(tmp_path / "model")
+    exported, imported = str(tmp_path / "exported"), str(tmp_path / "imported")
+    assert export_models(str(tmp_path / "model"), "saelens", exported) == [Path(exported)]
+    import_models(exported, "saelens", imported)
+    assert (tmp_path / "imported" / "cfg.json").is_file()
