@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -147,15 +146,13 @@ def writing_samples(folder: Path) -> AbstractContextManager[None]:
     Raises:
         ValueError: another process is at it.
     """
-    from saelens_matryoshka.files.locks import alone
+    from saelens_matryoshka.files.locks import alone_at
 
-    place = Path(os.path.realpath(folder))
-    place.parent.mkdir(parents=True, exist_ok=True)
     in_use = ValueError(
         f"{str(folder)!r} is in use: another process is writing samples there. Wait for it, or stop it; or "
         "choose another folder with --out."
     )
-    return alone(place.with_name(f".{place.name}.lock"), in_use)
+    return alone_at(folder, in_use)
 
 
 def obtain_samples(

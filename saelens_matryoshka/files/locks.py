@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,3 +40,12 @@ def alone(file: Path, in_use: Exception) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def alone_at(place: Path, in_use: Exception) -> Iterator[None]:
+    """Hold a folder, there yet or not, for this process alone, by a lock file beside it: see `alone`."""
+    place = Path(os.path.realpath(place))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with alone(place.with_name(f".{place.name}.lock"), in_use):
+        yield

@@ -7,19 +7,21 @@ How often it is right is the score.
 1. Latents that fire often enough are chosen, the same number from each level.
 2. Examples of all of them are collected in one pass of the language model over the text.
 3. What it will take is estimated; nothing is sent before that is approved.
-4. Each latent's description and score are written down as they come, so an interrupted run goes on where it
-   stopped.
+4. Each latent's description and score are written down as they come, by one process at a time, so an
+   interrupted run goes on where it stopped, and nothing is asked for twice.
 """
 
 from __future__ import annotations
 
 import random
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -30,11 +32,15 @@ from saelens_matryoshka.evaluation.evaluator import hooks_and_frame
 from saelens_matryoshka.evaluation.metrics import FiringCounts
 from saelens_matryoshka.evaluation.tokens import is_excluded, special_token_ids, token_batches
 from saelens_matryoshka.files.fingerprint import hash_of_tensors
+from saelens_matryoshka.files.locks import alone_at
 from saelens_matryoshka.prefixes import inference_model, matryoshka_widths
 from saelens_matryoshka.saebench.descriptions import Description, Descriptions
 from saelens_matryoshka.saebench.endpoint import ChatModel, Endpoint, Estimate
 from saelens_matryoshka.saebench.examples import Examples, activations, examples_of
 from saelens_matryoshka.saebench.requirements import require_sae_bench
+
+_GRACE_SECONDS = 10.0
+"""for which the answers under way are waited for when it is interrupted"""
 
 # Its tokens are counted in place of those of a description, before there is one.
 _WORDS = (
@@ -96,19 +102,21 @@ def describe(
     config = _config(settings or {}, tokens, batch_size_prompts, seed)
     firings = _firings(sae, model, tokens, batch_size_prompts)
     chosen = _choose(sae, firings, n_latents, latents, min_firings, seed)
-    said = Descriptions.open(
-        out,
-        {
-            "chat_model": endpoint.model,
-            "model": hash_of_tensors(sae.state_dict()),
-            "tokens": hash_of_tensors({"tokens": tokens}),
-            "seed": seed,
-            "settings": dict(settings or {}),
-        },
-        widths=matryoshka_widths(sae),
-    )
+    made_with = {
+        "chat_model": endpoint.model,
+        "model": hash_of_tensors(sae.state_dict()),
+        "tokens": hash_of_tensors({"tokens": tokens}),
+        "seed": seed,
+        "settings": dict(settings or {}),
+    }
+    widths = matryoshka_widths(sae)
+    said = Descriptions.open(out, made_with, widths)
     if set(chosen) <= set(said.by_latent):
         return said
+    in_use = ValueError(
+        f"out={str(out)!r} is in use: another process is writing descriptions there. Wait for it, or choose "
+        "another folder."
+    )
     with _seeded(seed):
         interp = _autointerp(config, model, tokens)
         todo = [latent for latent in chosen if latent not in said.by_latent]
@@ -117,7 +125,10 @@ def describe(
         if approve is not None and not approve(estimate):
             return said
         chat = ChatModel(endpoint)
-        _ask(interp, chat, examples, said, concurrency, on_progress)
+        with alone_at(Path(out), in_use):
+            said = Descriptions.open(out, made_with, widths)  # with what another process has added since
+            missing = {latent: parts for latent, parts in examples.items() if latent not in said.by_latent}
+            _ask(interp, chat, missing, said, concurrency, on_progress)
     return said
 
 
@@ -131,27 +142,49 @@ def _ask(
 ) -> None:
     from openai import OpenAIError  # pyright: ignore[reportMissingImports]
 
-    def describe_one(latent: int, parts: Examples) -> None:
-        # Written down here: what is under way when the call is interrupted is paid for, and kept too.
-        said.add(_describe_one(interp, chat, latent, *parts))
+    waiting: SimpleQueue[tuple[int, Examples]] = SimpleQueue()
+    for item in examples.items():
+        waiting.put(item)
+    ended: SimpleQueue[tuple[int, Exception | None]] = SimpleQueue()
+    stopped = Event()
+
+    def work() -> None:
+        while not stopped.is_set():
+            try:
+                latent, parts = waiting.get_nowait()
+            except Empty:
+                return
+            try:
+                # Written down here: what is under way when the call is interrupted is paid for, and kept too.
+                said.add(_describe_one(interp, chat, latent, *parts))
+                ended.put((latent, None))
+            except Exception as error:
+                ended.put((latent, error))
 
     failed: list[str] = []
-    executor = ThreadPoolExecutor(max_workers=concurrency)
+    # Daemons, unlike an executor's: a request that is not answered does not keep the process from ending.
+    threads = [Thread(target=work, daemon=True) for _ in range(min(concurrency, len(examples)))]
+    for thread in threads:
+        thread.start()
     try:
-        futures = {executor.submit(describe_one, latent, parts): latent for latent, parts in examples.items()}
-        for n_done, future in enumerate(as_completed(futures), start=1):
-            try:
-                future.result()
-            except OpenAIError as error:
-                failed.append(f"latent {futures[future]}: {error}")
+        for n_done in range(1, len(examples) + 1):
+            latent, error = ended.get()
+            if isinstance(error, OpenAIError):
+                failed.append(f"latent {latent}: {error}")
+            elif error is not None:
+                raise error
             if on_progress is not None:
-                on_progress(n_done, len(futures))
+                on_progress(n_done, len(examples))
     finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+        stopped.set()
+        until = time.monotonic() + _GRACE_SECONDS
+        for thread in threads:
+            thread.join(max(0.0, until - time.monotonic()))
     if failed:
+        others = f"The others are in {said.folder}; the" if said.by_latent else "The"
         raise RuntimeError(
-            f"{len(failed)} of {len(futures)} latents got no answer ({failed[0]}). The others are in "
-            f"{said.folder}; the same call again asks for these only."
+            f"{len(failed)} of {len(examples)} latents got no answer ({failed[0]}). {others} same call again "
+            "asks for these only."
         )
 
 

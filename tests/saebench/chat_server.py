@@ -29,6 +29,9 @@ class ChatServer(ThreadingHTTPServer):
         """after how many answers every request gets 500"""
         self.body: bytes | None = None
         """what is sent in place of every answer"""
+        self.hangs_after: int | None = None
+        """after how many answers a request gets none"""
+        self.closing = threading.Event()
         self.lock = threading.Lock()
 
     @property
@@ -45,6 +48,7 @@ def chat_server() -> Iterator[ChatServer]:
     try:
         yield server
     finally:
+        server.closing.set()
         server.shutdown()
         server.server_close()
         thread.join()
@@ -56,7 +60,11 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
-            status, body = self._answer(request)
+            hangs = len(self.server.answered) == self.server.hangs_after
+            status, body = (0, {}) if hangs else self._answer(request)
+        if hangs:
+            self.server.closing.wait()
+            return
         data = json.dumps(body).encode() if self.server.body is None else self.server.body
         self.send_response(status)
         self.send_header("Content-Type", "application/json")

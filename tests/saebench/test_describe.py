@@ -6,6 +6,8 @@ import json
 import os
 import random
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from transformer_lens import HookedTransformer
 
 from saelens_matryoshka import saebench
 from saelens_matryoshka.cli import main
+from saelens_matryoshka.files.locks import alone_at
 from saelens_matryoshka.saebench import Endpoint, EndpointError, Prices
 from tests.saebench.chat_server import ChatServer, chat_server
 from tests.saebench.dictionaries import CLASS_WORDS, FILLERS, dictionary
@@ -180,8 +183,11 @@ def test_what_is_no_answer_is_told_and_asked_for_again(
     case: str, describe: Describe, server: ChatServer
 ) -> None:
     server.body, message = NO_ANSWERS[case]
-    with pytest.raises(RuntimeError, match=rf"3 of 3 latents got no answer \(latent .: the answer {message}"):
+    with pytest.raises(
+        RuntimeError, match=rf"3 of 3 latents got no answer \(latent .: the answer {message}"
+    ) as told:
         describe()
+    assert "others" not in str(told.value)
     server.body = None
     assert sorted(describe().by_latent) == [0, 1, 2]
 
@@ -196,6 +202,39 @@ def test_what_is_under_way_at_an_interruption_is_kept(
         describe(on_progress=interrupt)
     kept = (out / "latents.jsonl").read_text().splitlines()
     assert len(kept) == len(server.answered) / 2 == 3
+
+
+def test_an_interruption_does_not_wait_for_an_answer_that_does_not_come(
+    describe: Describe, out: Path, server: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(n_done: int, n_all: int) -> None:  # noqa: ARG001
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules[saebench.describe.__module__], "_GRACE_SECONDS", 0.2)
+    server.hangs_after = 2
+    before, started = set(threading.enumerate()), time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        describe(concurrency=1, on_progress=interrupt)
+    assert time.monotonic() - started < Endpoint.timeout / 4
+    assert len((out / "latents.jsonl").read_text().splitlines()) == 1
+    waiting = [thread for thread in set(threading.enumerate()) - before if "(work)" in thread.name]
+    assert waiting
+    assert all(thread.daemon for thread in waiting), "or the process would wait for them at its end"
+
+
+def test_two_at_once_ask_for_nothing_twice(describe: Describe, out: Path, server: ChatServer) -> None:
+    with alone_at(out, RuntimeError()), pytest.raises(ValueError, match="d' is in use: another process"):
+        describe()
+    assert not server.answered
+
+    def another_is_faster(estimate: saebench.Estimate) -> bool:
+        assert estimate.n_latents == 3
+        return bool(describe(latents=[0]).by_latent)
+
+    said = describe(approve=another_is_faster)
+    assert sorted(said.by_latent) == [0, 1, 2]
+    assert len(server.answered) == 6
+    assert len((out / "latents.jsonl").read_text().splitlines()) == 3
 
 
 def test_a_full_disk_leaves_the_settings_that_were_there(
