@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -98,6 +99,9 @@ def _root(
 
 def main() -> None:
     """Entry point: what the user can mend is told in a line or two, without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an arrow is no reason to stop where there is only ASCII
     try:
         app()
     except BrokenPipeError:

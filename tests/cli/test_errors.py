@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
 
 import datasets
@@ -29,6 +31,23 @@ def test_an_error_is_told_word_for_word(
     with pytest.raises(SystemExit):
         cli.main()
     assert capsys.readouterr().err == f"error: {said}\n"
+
+
+def test_what_the_terminal_cannot_show_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the C locale, and on Windows where the output goes to a file."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict"))
+
+    def failing() -> None:
+        Console().print("ln2.hook_normalized → größe")
+        raise ValueError("größe \udcff")
+
+    monkeypatch.setattr(cli, "app", failing)
+    with pytest.raises(SystemExit):
+        cli.main()
+    for stream, said in ((sys.stdout, b"ln2.hook_normalized ? gr??e\n"), (sys.stderr, b"error: gr??e ?\n")):
+        stream.flush()
+        assert stream.buffer.getvalue() == said  # type: ignore[attr-defined]
 
 
 def test_a_full_disk_is_told_by_the_writer_of_weights_too(
