@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 _ASIDE = re.compile(r"\..+\.[0-9a-f]{32}")
 
@@ -21,14 +22,23 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A file to write, which takes its place once all is written, in a folder that is made if need be."""
+    """A file to write, which takes its place once all is written, in a folder that is made if need be.
+
+    The place of a link is that of the file it leads to.
+    """
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = _aside(path)
+    new = _aside(path, "new")
     try:
         yield new
         with new.open("r+b") as file:
             os.fsync(file.fileno())  # or a power cut may leave an empty file under the name
         os.replace(new, path)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        # A full disk names no file, and other faults the hidden one.
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         new.unlink(missing_ok=True)
 
@@ -43,13 +53,13 @@ def whole_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     folder = Path(os.path.realpath(folder))
     _require_room(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    new = _aside(folder)
+    new = _aside(folder, "new")
     new.mkdir()
     try:
         yield new
         _require_room(folder, overwrite)
         if folder.exists():  # Windows renames over no folder, not even over an empty one
-            old = _aside(folder)
+            old = _aside(folder, "old")
             try:
                 os.replace(folder, old)
                 os.replace(new, folder)
@@ -66,7 +76,7 @@ def whole_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 def obstacle(path: Path) -> str | None:
     """Why nothing can be made at a path: a file, or a read-only folder, above it; None if neither is."""
-    above = next(folder for folder in path.absolute().parents if folder.exists())
+    above = next(folder for folder in Path(os.path.realpath(path)).parents if folder.exists())
     if not above.is_dir():
         return f"{above} is a file"
     return None if os.access(above, os.W_OK) else f"{above} is read-only"
@@ -84,6 +94,7 @@ def _require_room(folder: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{folder} is not empty: name another folder, or move that one away.")
 
 
-def _aside(path: Path) -> Path:
-    """A new name beside a path. (What `tempfile` makes is readable to its owner only.)"""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+def _aside(path: Path, which: Literal["new", "old"]) -> Path:
+    """A new name beside a path, from which people see what it is, if it is left there. (What `tempfile` makes
+    is readable to its owner only.)"""
+    return path.with_name(f".{path.name}.{which}.{uuid.uuid4().hex}")

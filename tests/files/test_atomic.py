@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 from saelens_matryoshka.cache.writer import require_own_folder
 from saelens_matryoshka.files import atomic
-from saelens_matryoshka.files.atomic import whole_folder, write_atomically
+from saelens_matryoshka.files.atomic import is_left_aside, whole_folder, write_atomically
 from saelens_matryoshka.runs.folder import RunFolder
 
 
@@ -21,6 +22,17 @@ def test_a_file_is_written_whole_into_a_folder_that_is_made(tmp_path: Path) -> N
     write_atomically(path, "two")
     assert path.read_text() == "two"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_link_still_leads_to_the_file_that_is_written(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "file.json"
+    link.symlink_to(tmp_path / "elsewhere" / "target.json")
+    for content in ("one", "two"):
+        write_atomically(link, content)
+        assert link.is_symlink()
+        assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["target.json"]
+        assert link.read_text() == content
 
 
 def test_what_was_there_survives_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,6 +47,18 @@ def test_what_was_there_survives_a_failure(tmp_path: Path, monkeypatch: pytest.M
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_told_with_the_file_that_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'file.json'}'"):
+        write_atomically(tmp_path / "file.json", "x")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_takes_the_name_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,6 +157,24 @@ def test_an_overwritten_folder_comes_back_if_the_new_one_cannot_take_its_place(
         (folder / "new").write_text("x")
     assert [path.name for path in out.iterdir()] == ["old"]
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_kill_between_the_renames_leaves_both_folders_and_says_which_is_which(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "before").write_text("x")
+    program = (
+        "import os, pathlib, runpy; replace = os.replace\n"
+        "def replace_and_die(*paths): replace(*paths); os._exit(1)\n"
+        f"os.replace = replace_and_die; whole = runpy.run_path({atomic.__file__!r})['whole_folder']\n"
+        f"with whole(pathlib.Path({str(tmp_path / 'out')!r}), overwrite=True) as folder:\n"
+        "    (folder / 'after').write_text('x')"
+    )
+    subprocess.run([sys.executable, "-c", program], check=False)
+    (old,), (new,) = tmp_path.glob(".out.old.*"), tmp_path.glob(".out.new.*")
+    assert is_left_aside(old)
+    assert is_left_aside(new)
+    assert [path.name for path in old.iterdir()] == ["before"]
+    assert [path.name for path in new.iterdir()] == ["after"]
 
 
 def test_an_old_folder_that_cannot_be_removed_is_no_failure_of_the_new_one(
