@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,10 @@ def open_text(name: str, split: str = "train", *, streaming: bool = True) -> Any
     if is_text_file(name):
         if not path.is_file():
             raise TextError(f"{name!r}: there is no such file.")
-        kind, files = _FORMATS[path.suffix], {split: str(path)}
+        kind, files = (
+            _FORMATS[path.suffix],
+            {split: glob.escape(str(path))},
+        )  # `datasets` takes it for a pattern
         return _readable(name, lambda: load_dataset(kind, data_files=files, split=split, streaming=streaming))
     if path.is_file():
         raise TextError(f"{name!r}: a file must be of text and end in {', '.join(_FORMATS)}.")

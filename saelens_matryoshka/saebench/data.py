@@ -6,6 +6,7 @@ Two kinds: running text (for `core`), and labelled text (for `sparse_probing`, `
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections import Counter
@@ -172,7 +173,7 @@ def _read_text(path: Path) -> Dataset:
     tables = [file for file in files if file.suffix in _TABLE_SUFFIXES]
     texts = [file.read_text(encoding="utf-8", errors="replace") for file in documents]
     for file in tables:
-        table = load_dataset(_TABLE_SUFFIXES[file.suffix], data_files=str(file), split="train")
+        table = load_dataset(_TABLE_SUFFIXES[file.suffix], data_files=glob.escape(str(file)), split="train")
         if "text" not in table.column_names:  # type: ignore[union-attr]
             raise ValueError(f"text={str(path)!r}: {file.name} has no column `text`.")
         texts += table["text"]  # type: ignore[index]
@@ -189,5 +190,5 @@ def _read_splits(folder: Path) -> DatasetDict:
     for split in ("train", "test"):
         for suffix, kind in _TABLE_SUFFIXES.items():
             if (path := folder / f"{split}{suffix}").exists():
-                splits[split] = load_dataset(kind, data_files=str(path), split="train")
+                splits[split] = load_dataset(kind, data_files=glob.escape(str(path)), split="train")
     return DatasetDict(splits)

@@ -13,9 +13,11 @@ from tests.saebench.dictionaries import labelled_words
 
 def test_labelled_text_is_read_from_files_as_from_memory(tmp_path: Path) -> None:
     rows = labelled_words(n_train=5, n_test=3)
+    folder = tmp_path / "texts [1]*"  # which is no pattern
+    folder.mkdir()
     for split, part in rows.items():
-        part.to_json(tmp_path / f"{split}.jsonl")
-    read, given = LabelledText.load(tmp_path), LabelledText.load(rows)
+        part.to_json(folder / f"{split}.jsonl")
+    read, given = LabelledText.load(folder), LabelledText.load(rows)
     assert read.fingerprint() == given.fingerprint()
     assert read.labels == ["import", "return", "self"]
     assert read.attributes == ["flush", "indented"]
