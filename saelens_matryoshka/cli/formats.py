@@ -137,7 +137,7 @@ def import_(
             f"{coder.metadata['hook_name']}{arrow}: {coder.d_sae:,} latents, {coder.activation}{levels}",
             markup=False,
         )
-    console.print(f'\nIn {out}. SAE.load_from_disk("{folder_of(models[0])}") loads it.', markup=False)
+    console.print(f"\nIn {out}. SAE.load_from_disk({str(folder_of(models[0]))!r}) loads it.", markup=False)
 
 
 @interruptible("A folder is written whole or not at all: call it again if it is not there.")

@@ -281,6 +281,7 @@ def _layer(sae: SAE[Any]) -> int:
 
 def _show(found: Samples, written: list[str], json: Path | None) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     fired = int((found.fired > 0).sum())
     summary = {
@@ -298,5 +299,5 @@ def _show(found: Samples, written: list[str], json: Path | None) -> None:
     table.add_row("latents", f"{found.d_sae:,}, of which {fired:,} fired")
     table.add_row("examples", f"{summary['n_examples']:,}")
     for place in written:
-        table.add_row("written", place)
+        table.add_row("written", Text(place))
     write_result(table, dumps(summary, indent=2), found.about["text"], json)

@@ -405,13 +405,14 @@ def _show_settings(settings: Settings, folder: RunFolder, console: Console, n_va
 def settings_table(given: Mapping[str, Given]) -> Table:
     """What was given, and by whom."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(**_PLAIN)
     table.add_column("setting", no_wrap=True)
     table.add_column("value", overflow="fold")
     table.add_column("from", overflow="fold")
     for name, one in given.items():
-        table.add_row(name, str(one.value), one.origin)
+        table.add_row(name, Text(str(one.value)), Text(one.origin))
     return table
 
 

@@ -67,6 +67,12 @@ def test_thresholds_are_fitted_on_the_way_out(topk: Path, tmp_path: Path) -> Non
     assert result.prefixes[0].l0 == pytest.approx(8, rel=0.02)
 
 
+def test_what_loads_an_import_is_python_whatever_the_folder_is_called(topk: Path, tmp_path: Path) -> None:
+    out = tmp_path / 'a "b"'
+    said = _text(_run("import", topk / "layer_0", "--from", "saelens", "--out", out))
+    assert f"SAE.load_from_disk({str(out)!r}) loads it." in said
+
+
 def test_what_comes_in_is_evaluated_and_truncated(tmp_path: Path) -> None:
     """A TopK skip transcoder of sparsify, for which SAELens has no class, with widths of the user's."""
     folder = tmp_path / "sparsify" / "layers.1.mlp"

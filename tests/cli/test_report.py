@@ -64,6 +64,15 @@ def test_samples_are_written_in_every_format_asked_for(run: Path, call: Any) -> 
     assert len(summary["written"]) == 4
 
 
+def test_where_samples_are_is_told_as_it_is(
+    run: Path, call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, said = call("samples", run, *FEW, "--out", "[bold]of[/] x")
+    assert code == 0, said
+    assert "written   [bold]of[/] x" in said
+
+
 def test_a_second_call_takes_what_is_there_and_mixes_nothing(
     run: Path, call: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

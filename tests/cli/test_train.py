@@ -10,6 +10,9 @@ import yaml
 from sae_lens import SAE
 
 from saelens_matryoshka import cli
+from saelens_matryoshka.cli.output import Console
+from saelens_matryoshka.cli.train import settings_table
+from saelens_matryoshka.runs.fields import Given
 from saelens_matryoshka.runs.presets import preset_names
 
 SMALL = [
@@ -103,6 +106,13 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     assert plan["settings"]["lr"] == 0.007
     assert plan["settings"]["log_to_wandb"] is False
     assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    Console().print(settings_table({"dataset_path": Given("[bold]a[/].txt", "[b]/config.yaml")}))
+    said = capsys.readouterr().out
+    assert "[bold]a[/].txt" in said
+    assert "[b]/config.yaml" in said
 
 
 def test_wandb_is_logged_to_only_when_asked_for(
