@@ -149,8 +149,8 @@ def writing_samples(folder: Path) -> AbstractContextManager[None]:
     from saelens_matryoshka.files.locks import alone_at
 
     in_use = ValueError(
-        f"{str(folder)!r} is in use: another process is writing samples there. Wait for it, or stop it; or "
-        "choose another folder with --out."
+        f"{str(folder)!r} is in use: another process is writing samples there. Wait for it, or stop it. "
+        "(`samples --out` takes another folder.)"
     )
     return alone_at(folder, in_use)
 
