@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ from saelens_matryoshka.runner import (
 from saelens_matryoshka.seams import defer_checkpoints, replace_progress_bar, set_sae_metadata
 from saelens_matryoshka.store.pairs import probe_hooks, require_enough_text
 from saelens_matryoshka.store.reading import Reading, hooks_of
-from saelens_matryoshka.upkeep.keeper import Keeper
+from saelens_matryoshka.upkeep.keeper import Keeper, after_training
 from saelens_matryoshka.upkeep.wandb_guard import wandb_cannot_stop_it
 
 # Fields of the runner config that say how the shared rows are made and served.
@@ -137,7 +137,8 @@ def train_layers(
                 observe(one, observer)
         with wandb_cannot_stop_it():
             _fit(trainer, keeper, resume_from)
-            _save(trainer, runners)
+            with nullcontext() if keeper is None else after_training():
+                _save(trainer, runners)
     return runners
 
 

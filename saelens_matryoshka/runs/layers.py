@@ -31,7 +31,7 @@ from saelens_matryoshka.runs.training import (
     wandb_in,
 )
 from saelens_matryoshka.upkeep.checkpoints import Checkpoints, warn_of_other_versions
-from saelens_matryoshka.upkeep.keeper import Keeper, Upkeep
+from saelens_matryoshka.upkeep.keeper import Keeper, Upkeep, after_training
 from saelens_matryoshka.versions import package_versions
 
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
@@ -233,8 +233,9 @@ def _train(
         )
     results: dict[str, EvalResult | None] = {}
     for name, runner in runners.items():
-        results[name] = evaluate_run(runner, folders[name])
-        folders[name].add_record("completed_at", now())
+        with after_training():
+            results[name] = evaluate_run(runner, folders[name])
+            folders[name].add_record("completed_at", now())
     return results
 
 

@@ -7,7 +7,7 @@ import os
 import shlex
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from saelens_matryoshka.runs.lock import locked
 from saelens_matryoshka.runs.metrics_log import MetricsLog
 from saelens_matryoshka.runs.settings import TINY_TEXT, Settings, resolve
 from saelens_matryoshka.upkeep.checkpoints import Checkpoints, warn_of_other_versions
-from saelens_matryoshka.upkeep.keeper import Keeper, Upkeep
+from saelens_matryoshka.upkeep.keeper import Keeper, Upkeep, after_training
 from saelens_matryoshka.upkeep.wandb_guard import wandb_cannot_stop_it
 from saelens_matryoshka.versions import package_versions
 
@@ -75,7 +75,7 @@ class RunRunner(LanguageModelSAETrainingRunner):
 
     @override
     def save_final_sae(self, *args: Any, **kwargs: Any) -> None:
-        with wandb_cannot_stop_it():
+        with wandb_cannot_stop_it(), nullcontext() if self.keeper is None else after_training():
             super().save_final_sae(*args, **kwargs)
 
 
@@ -241,8 +241,9 @@ def _run(runner: RunRunner, folder: RunFolder, job: parallel.Job) -> EvalResult 
         runner.run()
     if not job.is_first:
         return None
-    result = evaluate_run(runner, folder)
-    folder.add_record("completed_at", now())
+    with after_training():
+        result = evaluate_run(runner, folder)
+        folder.add_record("completed_at", now())
     return result
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -128,3 +129,21 @@ class Keeper:
         if newest is None:
             return "There is no checkpoint yet."
         return f"The last good checkpoint is {newest.path}, of step {newest.n_steps}."
+
+
+@contextmanager
+def after_training() -> Iterator[None]:
+    """Around what is done with a run that has taken its last step, whose state a keeper has saved.
+
+    Raises:
+        RunStopped: something went wrong, such as a full disk; the run can be gone on with from there.
+    """
+    try:
+        yield
+    except RunStopped:
+        raise
+    except Exception as error:
+        raise RunStopped(
+            f"All steps are done and kept in a checkpoint, but the model could not be saved and evaluated: "
+            f"{type(error).__name__}: {error}"
+        ) from error

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from saelens_matryoshka.cli import app
@@ -104,6 +105,31 @@ def test_stopped_run_is_gone_on_with_from_its_folder(tmp_path: Path, monkeypatch
     assert _result(stopped) == _result(whole)
     assert stopped.read()["completed_at"]
     assert _result(whole)["log"][-1]["step"] == 10
+
+
+@pytest.mark.parametrize("layers", [["--layer", "2"], ["--layers", "1-2", "--name", "run", "--out"]])
+@pytest.mark.parametrize("what", ["sae_lens.TrainingSAE.save_inference_model", "write_atomically"])
+def test_a_disk_that_is_full_after_the_last_step_is_told_with_how_to_go_on(
+    what: str, layers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several = "--out" in layers
+    run = tmp_path / "tiny" / "mlp-1-2" / "run" if several else tmp_path / "run"
+    place = [str(tmp_path)] if several else ["--output_path", str(run)]
+
+    def full(*_: Any) -> None:
+        raise SafetensorError("No space left on device (os error 28)")
+
+    flags = [*FLAGS[: FLAGS.index("--layer")], *FLAGS[FLAGS.index("--layer") + 2 :]]
+    with monkeypatch.context() as patched:
+        patched.setattr(what if "." in what else f"saelens_matryoshka.runs.training.{what}", full)
+        found = _cli(*flags, *layers, *place)
+    assert found.exit_code == 1
+    assert "All steps are done and kept in a checkpoint" in found.output
+    assert "No space left on device" in found.output
+    assert f"To go on: saelens-matryoshka train --resume {run}\n" in found.output
+    found = _cli("--resume", str(run))
+    assert found.exit_code == 0, found.output
+    assert "after step 10" in found.output
 
 
 def test_a_damaged_log_is_refused_and_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
