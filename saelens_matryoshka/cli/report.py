@@ -27,6 +27,7 @@ from saelens_matryoshka.cli.output import (
     write_numbers,
 )
 from saelens_matryoshka.cli.samples import obtain_samples, writing_samples
+from saelens_matryoshka.files.atomic import obstacle
 from saelens_matryoshka.files.valid_json import dumps
 
 
@@ -87,9 +88,13 @@ def report(
         language_model = None if no_samples else load_language_model_for(sae, model, device)
     found = None
     if not no_samples:
-        # beside the page where the model is not in a folder
-        place = folder / "samples" if folder.is_dir() else target.with_suffix(".samples")
+        # beside the page where the model is not in a folder, or in one of somebody else's
+        beside = target.with_suffix(".samples")
+        place = folder / "samples" if folder.is_dir() else beside
         found = stored_with(place, sae)
+        if found is None and obstacle(place):
+            place = beside
+            found = stored_with(place, sae)
         if found is None:
             with writing_samples(place):
                 found = obtain_samples(

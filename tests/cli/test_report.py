@@ -222,6 +222,17 @@ def test_two_processes_do_not_write_the_same_samples(command: tuple[Any, ...], r
     assert call(name, run, *options)[0] == 0
 
 
+def test_the_samples_of_a_model_in_a_read_only_folder_are_beside_the_page(
+    run: Path, call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saelens_matryoshka.cli.report.obstacle", lambda path: run in path.parents or None)
+    for _ in range(2):
+        code, said = call("report", run, "--tokens", 1500, "--out", tmp_path / "page.html")
+        assert code == 0, said
+    assert Samples.load(tmp_path / "page.samples").d_sae == D_SAE
+    assert not (run / "samples").exists()
+
+
 def test_special_tokens_are_left_out_by_default(run: Path, call: Any) -> None:
     call("samples", run, *FEW)
     found = Samples.load(run / "samples")
