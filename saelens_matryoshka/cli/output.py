@@ -182,12 +182,14 @@ def require_writable(file: Path | None, option: str = "--json") -> None:
     """Check, before any work, that what an option names can be written at its end.
 
     Raises:
-        ValueError: the path is a folder, or below a file, or not writable.
+        ValueError: the path is a folder or a device, or below a file, or not writable.
     """
     if file is None or (option == "--json" and on_stdout(file)):
         return
     if file.is_dir():
         raise ValueError(f"{option} {str(file)!r} is a folder: name a file.")
+    if file.exists() and not file.is_file():  # whose place would be taken
+        raise ValueError(f"{option} {str(file)!r} is a device or a pipe: name a file.")
     if fault := obstacle(file):
         raise ValueError(f"{option} {str(file)!r} cannot be written: {fault}.")
 

@@ -36,6 +36,8 @@ CASES = [
     Case("eval", "sae --skip -1", r"'--skip': .* (equal to |x>=)0", 2),
     Case("eval", "sae --skip 100000", r"--skip 100000 leaves nothing of a text of \d+ documents"),
     Case("eval", "sae --sideways", r"No such option:? '?--sideways", 2),
+    Case("eval", "sae --json=/dev/null", r"--json '/dev/null' is a device or a pipe: name a file"),
+    Case("report", "sae --out /dev/null", r"--out '/dev/null' is a device or a pipe: name a file"),
     Case("eval", "sae --json=full", r"--json 'full' is a folder: name a file"),
     Case("eval", "sae --json file/x.json", r"--json 'file/x\.json' cannot be written: .*file is a file"),
     Case("eval", "sae --json=", r"--json '\.' is a folder: name a file"),
