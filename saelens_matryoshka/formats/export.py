@@ -265,7 +265,7 @@ def _require_new(out: Path) -> None:
     """
     if fault := obstacle(out):
         raise OSError(f"--out {out} cannot be made: {fault}.")
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
+    if os.path.lexists(out) and not out.is_dir():
         raise FileExistsError(f"--out {out} exists and is no folder: name another one.")
     if out.is_dir() and any(out.iterdir()):
         raise FileExistsError(f"--out {out} is not empty: name another folder, or move that one away.")

@@ -70,6 +70,15 @@ def test_a_link_that_the_user_names_is_followed(tmp_path: Path, monkeypatch: pyt
     ]
 
 
+def test_a_link_to_a_new_folder_is_written_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(coder()).save_model(tmp_path / "sae")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    _run(monkeypatch, tmp_path, "export", "sae", "--to", "saelens", "--out", "out")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk" / "cfg.json").is_file()
+
+
 def test_a_link_to_nowhere_is_not_written_through(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
