@@ -98,15 +98,23 @@ class Keeper:
         finished = self._complete >= trainer.cfg.total_training_samples
         due = self.seconds > 0 and time.monotonic() - self._saved_at >= self.seconds
         due = self.group.count(int(due), "all") > 0
-        if self.group.count(int(self.stop.number is not None), "all"):
-            self.stop.number = self.stop.number or signal.SIGTERM  # another process was asked
-        if finished or due or self.stop.number is not None:
-            self._save(trainer)
-        if self.stop.number is not None:
+        asked = self._is_asked_to_stop()
+        if not (finished or due or asked):
+            return
+        self._save(trainer)
+        if asked or self._is_asked_to_stop():
+            assert self.stop.number is not None
             raise RunStopped(
                 f"Stopped after step {trainer.n_training_steps}, as asked. {self._last()}",
                 exit_code=128 + self.stop.number,
             )
+
+    def _is_asked_to_stop(self) -> bool:
+        """Whether any process is. All hear the same: a signal that comes meanwhile counts the next time."""
+        asked = self.group.count(int(self.stop.number is not None), "all") > 0
+        if asked:
+            self.stop.number = self.stop.number or signal.SIGTERM  # another process was asked
+        return asked
 
     def _save(self, trainer: SAETrainer[Any, Any]) -> None:
         self.checkpoints.save(trainer)
