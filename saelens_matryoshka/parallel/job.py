@@ -271,6 +271,6 @@ def _naming_loss(group: Processes) -> Iterator[None]:
         _lost.set()
         raise LostProcessError(
             f"process {group.rank} of {group.size} has lost another one, which has ended, or did not answer "
-            f"for {_TIMEOUT.total_seconds() / 60:.0f} minutes. See what that one said. The run can be "
-            "resumed from its last checkpoint, on any number of processes."
+            f"for {_TIMEOUT.total_seconds() / 60:.0f} minutes. See what that one said. If the run has "
+            "a checkpoint, it can be resumed from there, on any number of processes."
         ) from error
