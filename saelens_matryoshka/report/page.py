@@ -73,9 +73,10 @@ def write_page(content: PageContent, path: Path) -> int:
     Returns:
         Its size in bytes.
     """
-    page = render_page(content)
+    # A name in bytes that are no text, such as one in UTF-8 where the locale is C, is shown as far as it is.
+    page = render_page(content).encode(errors="replace")
     write_atomically(path, page)
-    return len(page.encode())
+    return len(page)
 
 
 def render_page(content: PageContent) -> str:

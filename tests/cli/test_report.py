@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,12 @@ def test_the_samples_of_a_model_in_a_read_only_folder_are_beside_the_page(
         assert code == 0, said
     assert Samples.load(tmp_path / "page.samples").d_sae == D_SAE
     assert not (run / "samples").exists()
+
+
+def test_a_name_that_is_no_text_does_not_stop_the_page(run: Path, call: Any) -> None:
+    code, said = call("report", run, "--no-samples", "--title", os.fsdecode(b"gr\xf6\xdfe"))
+    assert code == 0, said
+    assert "<title>gr??e" in (run / "report.html").read_text(encoding="utf-8")
 
 
 def test_special_tokens_are_left_out_by_default(run: Path, call: Any) -> None:
