@@ -32,14 +32,15 @@ def test_a_signal_that_comes_while_processes_agree_is_heeded_by_all_after_the_ne
     monkeypatch.setattr(Checkpoints, "save", lambda _, trainer: saved.append(trainer.n_training_steps))
     keeper = Keeper(Checkpoints(tmp_path), minutes=0)
     keeper.group = Others()
+    output: Any = None
     trainer: Any = SimpleNamespace(
         n_training_steps=1, n_training_samples=64, cfg=SimpleNamespace(total_training_samples=640)
     )
-    keeper(trainer, Any)
+    keeper(trainer, output)
     assert (said, saved) == ([0, 0], [])
     trainer.n_training_steps = 2
     with pytest.raises(RunStopped, match="after step 2") as stopped:
-        keeper(trainer, Any)
+        keeper(trainer, output)
     assert stopped.value.exit_code == 143
     assert said == [0, 0, 0, 1]
     assert saved == [2]
