@@ -35,7 +35,7 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())  # or a power cut may leave an empty file under the name
         os.replace(new, path)
     except OSError as error:
-        if error.errno is None:
+        if error.errno is None or error.filename not in (None, str(new)):
             raise
         # A full disk names no file, and other faults the hidden one.
         raise OSError(error.errno, error.strerror, str(path)) from error

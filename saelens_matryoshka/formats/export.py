@@ -6,6 +6,7 @@ Both read everything, check everything, write beside the target folder and renam
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
