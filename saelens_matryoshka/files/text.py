@@ -37,10 +37,8 @@ def open_text(name: str, split: str = "train", *, streaming: bool = True) -> Any
     if is_text_file(name):
         if not path.is_file():
             raise TextError(f"{name!r}: there is no such file.")
-        kind, files = (
-            _FORMATS[path.suffix],
-            {split: glob.escape(str(path))},
-        )  # `datasets` takes it for a pattern
+        # escaped, because `datasets` takes a name for a pattern
+        kind, files = _FORMATS[path.suffix], {split: glob.escape(str(path))}
         return _readable(name, lambda: load_dataset(kind, data_files=files, split=split, streaming=streaming))
     if path.is_file():
         raise TextError(f"{name!r}: a file must be of text and end in {', '.join(_FORMATS)}.")
