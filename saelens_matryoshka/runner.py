@@ -70,6 +70,7 @@ _VOLATILE = frozenset(
         "metadata",
     }
 )
+_COLUMNS_WITH_LOSS = 100
 _BAR_REFRESH_SECONDS = 0.5
 
 T = TypeVar("T", bound=ResumableStore)
@@ -386,7 +387,7 @@ def _after_step(
     pbar: tqdm,  # type: ignore[type-arg]
     update_interval: int = 100,  # noqa: ARG001  (the stock signature)
 ) -> None:
-    bar.update(pbar, functools.partial(_shown, trainer, step_output))
+    bar.update(pbar, functools.partial(_shown, trainer, step_output, pbar))
     complete_step(trainer, step_output)
     save_if_due()
 
@@ -400,12 +401,14 @@ def mean_l0(step_output: TrainStepOutput) -> float:
     return (acts._nnz() if acts.is_sparse else int((acts > 0).sum())) / len(acts)
 
 
-def _shown(trainer: SAETrainer[Any, Any], step_output: TrainStepOutput) -> str:
-    """FVU, L0 and dead latents: tqdm cuts what a terminal of 80 columns has no room for, amid a number."""
-    return (
+def _shown(trainer: SAETrainer[Any, Any], step_output: TrainStepOutput, pbar: tqdm) -> str:  # type: ignore[type-arg]
+    """FVU, L0, dead latents and, where there is room, the loss: tqdm would cut it amid its digits."""
+    shown = (
         f"FVU {step_output.metrics['fvu']().item():.3f} L0 {mean_l0(step_output):.1f} "  # type: ignore[operator]
         f"dead {trainer.dead_neurons.float().mean().item():.0%}"
     )
+    has_room = pbar.ncols is None or pbar.ncols >= _COLUMNS_WITH_LOSS
+    return f"{shown} loss {step_output.loss.item():.3g}" if has_room else shown
 
 
 class ProgressBar:
