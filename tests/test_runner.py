@@ -329,8 +329,12 @@ def test_stock_architectures_are_left_alone(
 
 
 def test_progress_bar_shows_what_matters_first(
-    tiny_model: HookedTransformer, token_dataset: datasets.Dataset, capfd: pytest.CaptureFixture
+    tiny_model: HookedTransformer,
+    token_dataset: datasets.Dataset,
+    capfd: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # as wide as it likes
     _run(runner_config(transcoder_config()), tiny_model, token_dataset)
     last = capfd.readouterr().err.strip().splitlines()[-1]
     assert re.search(r"1\.02k/1\.02k .* FVU \d\.\d{3} L0 8\.0 dead \d+% loss \d", last), last
