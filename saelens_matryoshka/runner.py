@@ -407,7 +407,8 @@ def _shown(trainer: SAETrainer[Any, Any], step_output: TrainStepOutput, pbar: tq
         f"FVU {step_output.metrics['fvu']().item():.3f} L0 {mean_l0(step_output):.1f} "  # type: ignore[operator]
         f"dead {trainer.dead_neurons.float().mean().item():.0%}"
     )
-    has_room = pbar.ncols is None or pbar.ncols >= _COLUMNS_WITH_LOSS
+    columns = getattr(pbar, "ncols", None)  # a bar that is switched off has none
+    has_room = columns is None or columns >= _COLUMNS_WITH_LOSS
     return f"{shown} loss {step_output.loss.item():.3g}" if has_room else shown
 
 

@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -34,9 +35,10 @@ def run_function(
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = start(function, *arguments, cwd=cwd, out=out.fileno(), err=err.fileno(), env=env)
         process.join()
+        assert process.exitcode is not None
         out.seek(0)
         err.seek(0)
-        return CompletedProcess(arguments, process.exitcode or 0, out.read(), err.read())
+        return CompletedProcess(arguments, process.exitcode, out.read(), err.read())
 
 
 def start(
@@ -46,9 +48,9 @@ def start(
     out: int,
     err: int,
     env: Mapping[str, str] | None = None,
-) -> Any:
-    """`function(*arguments)` in a `multiprocessing.Process` of its own that prints to these files."""
-    process = _FORK.Process(target=_work, args=(function, arguments, cwd, out, err, {**(env or {})}))
+) -> BaseProcess:
+    """`function(*arguments)` in a process of its own that prints to these files."""
+    process = _FORK.Process(target=_work, args=(function, arguments, cwd, out, err, dict(env or {})))
     process.start()
     return process
 

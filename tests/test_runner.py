@@ -581,6 +581,16 @@ def test_the_bar_fits_a_terminal_and_ends_full(monkeypatch: pytest.MonkeyPatch) 
     assert re.fullmatch(r"100%\|[█#]+\| 40.0/40.0 \[.*tok/s, FVU \d\.\d{3} L0 2\.0 dead \d+%\]", last)
 
 
+def test_it_trains_with_the_bar_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    sae = sm.MatryoshkaTrainingSAE(
+        sm.MatryoshkaTrainingSAEConfig(d_in=16, d_sae=32, k=2, matryoshka_widths=[8, 32])
+    )
+    monkeypatch.setattr("sae_lens.training.sae_trainer.tqdm", functools.partial(tqdm, disable=True))
+    trainer = trainer_for(sae, sparse_batches(3, 16, 16), total_training_samples=48)
+    trainer.fit()
+    assert trainer.n_training_steps == 3
+
+
 def test_a_trainer_is_freed_though_its_observers_refer_to_it() -> None:
     sae = sm.MatryoshkaTrainingSAE(
         sm.MatryoshkaTrainingSAEConfig(d_in=16, d_sae=32, k=2, matryoshka_widths=[8, 32])

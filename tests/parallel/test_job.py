@@ -57,9 +57,9 @@ class Launched:
     def end(self) -> tuple[int | None, str]:
         """Wait for its exit code and what all of it has printed."""
         if isinstance(self.process, subprocess.Popen):
-            code = self.process.wait(timeout=200)
+            code = self.process.wait(timeout=500)
         else:
-            self.process.join(timeout=200)
+            self.process.join(timeout=500)
             code = self.process.exitcode
         return code, self.log.read_text()
 
