@@ -30,6 +30,7 @@ from saelens_matryoshka.runs.recorded import read_evaluation
 from saelens_matryoshka.sites import block_hook
 
 EVALUATION = "evaluation.json"
+_SHOWN_IDS = 10
 Change = Callable[[SparseCoder], SparseCoder]
 """What to do with each model on the way, e.g. fit thresholds"""
 
@@ -80,16 +81,21 @@ def import_models(
     if item == "":  # as that of a variable that is not set
         raise FormatError("--id '' names nothing: leave it out for all that the source holds.")
     source, inside = open_source(src)
-    inside = "/".join(part for part in (inside, item) if part)
+    whole, inside = inside, "/".join(part for part in (inside, item) if part)
     found = get_format(format).items(source, inside)
-    if not found and item and source.names(inside) != [inside]:
-        found = [inside]  # a name that the format understands, such as a layer's without its suffix
+    # Perhaps a name that the format understands, such as a layer's without its suffix.
+    is_guess = not found and bool(item) and source.names(inside) != [inside]
+    if is_guess:
+        found = [inside]
     if not found:
         where = "/".join(part for part in (src, item) if part)
         raise FormatError(f"{where} holds nothing in the format {format!r}.{_hint(source, inside, format)}")
 
     def import_one(name: str, folder: Path) -> SparseCoder:
-        coder = load(source, name, format, given)
+        try:
+            coder = load(source, name, format, given)
+        except FormatError as error:
+            raise FormatError(f"{error}{_ids(source, whole, format)}" if is_guess else str(error)) from None
         coder = coder if change is None else change(coder)
         build(coder).save_model(folder)
         return coder.without_weights()
@@ -112,6 +118,13 @@ def _hint(source: Source, inside: str, format: str) -> str:
         return " It is one of the files of a model: name the folder that they are in."
     others = [name for name, other in FORMATS.items() if other.items(source, inside)]
     return f" It looks like {' or '.join(others)}." if others else ""
+
+
+def _ids(source: Source, inside: str, format: str) -> str:
+    """What could have been asked for by name in a source."""
+    ids = [name.removeprefix(f"{inside}/") for name in get_format(format).items(source, inside)]
+    more = f" and {len(ids) - _SHOWN_IDS} more" if len(ids) > _SHOWN_IDS else ""
+    return f" The ids there are {', '.join(ids[:_SHOWN_IDS])}{more}." if ids and ids != [inside] else ""
 
 
 def _names(coders: Sequence[SparseCoder]) -> list[str]:

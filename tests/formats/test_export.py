@@ -220,6 +220,14 @@ def test_a_file_in_place_of_a_model_s_folder_is_said_to_be_one(stock: Path, tmp_
         import_models(str(stock), "saelens", tmp_path / "out", item="layer_0/cfg.json")
 
 
+def test_an_id_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path) -> None:
+    for layer in range(12):
+        build(random_coder(layer=layer)).save_model(tmp_path / "stock" / f"layer_{layer}")
+    held = r"The ids there are layer_0, layer_1, .*, layer_9 and 2 more\.$"
+    with pytest.raises(FormatError, match=rf"no file 'stock/layer_12/\S+'\. {held}"):
+        import_models(str(tmp_path / "stock"), "saelens", tmp_path / "out", item="layer_12")
+
+
 def test_an_empty_id_is_not_taken_for_all(stock: Path, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="--id '' names nothing"):
         import_models(str(stock), "saelens", tmp_path / "out", item="")
