@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from safetensors import SafetensorError
+
 _ASIDE = re.compile(r"\..+\.[0-9a-f]{32}")
 
 
@@ -49,6 +51,7 @@ def whole_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Raises:
         FileExistsError: under that name is a file, or a folder that is not empty and not to be overwritten.
+        OSError: it cannot be written, such as on a full disk; the message names it.
     """
     folder = Path(os.path.realpath(folder))
     _require_room(folder, overwrite)
@@ -70,6 +73,14 @@ def whole_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)  # the new one is in its place
         else:
             os.replace(new, folder)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(folder)) from error  # a full disk names no file
+    except SafetensorError as error:  # which a full disk is, too
+        if "while serializing" not in str(error):
+            raise
+        raise OSError(f"{folder} was not written: {error}") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

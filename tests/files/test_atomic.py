@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from saelens_matryoshka.cache.writer import require_own_folder
 from saelens_matryoshka.files import atomic
@@ -112,6 +114,19 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="not empty"), whole_folder(out):
         pass
     assert [path.name for path in out.iterdir()] == ["whole"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(OSError, match=str(out)) as full, whole_folder(out):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert full.value.errno == errno.ENOSPC
+    with (
+        pytest.raises(OSError, match=f"{out} was not written: .*while serializing"),
+        whole_folder(out) as new,
+    ):
+        save_file({"W_enc": torch.zeros(1)}, new / "missing" / "weights.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_was_filled_meanwhile_is_kept(tmp_path: Path) -> None:
