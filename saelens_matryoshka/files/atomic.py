@@ -13,6 +13,7 @@ from typing import Literal
 
 from safetensors import SafetensorError
 
+_NAME_CHARACTERS = 50
 _ASIDE = re.compile(r"\..+\.[0-9a-f]{32}")
 
 
@@ -108,4 +109,5 @@ def _require_room(folder: Path, overwrite: bool) -> None:
 def _aside(path: Path, which: Literal["new", "old"]) -> Path:
     """A new name beside a path, from which people see what it is, if it is left there. (What `tempfile` makes
     is readable to its owner only.)"""
-    return path.with_name(f".{path.name}.{which}.{uuid.uuid4().hex}")
+    name = path.name[:_NAME_CHARACTERS]  # of a long one the beginning: the new one must not be too long
+    return path.with_name(f".{name}.{which}.{uuid.uuid4().hex}")

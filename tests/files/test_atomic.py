@@ -26,6 +26,13 @@ def test_a_file_is_written_whole_into_a_folder_that_is_made(tmp_path: Path) -> N
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_name_may_be_as_long_as_the_file_system_takes(tmp_path: Path) -> None:
+    write_atomically(tmp_path / f"{'é' * 125}.json", "x")
+    with whole_folder(tmp_path / ("x" * 255)):
+        pass
+    assert sorted(len(path.name) for path in tmp_path.iterdir()) == [130, 255]
+
+
 def test_a_link_still_leads_to_the_file_that_is_written(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     link = tmp_path / "file.json"
