@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,41 @@ from typing import Any
 import filelock
 import numpy as np
 import torch
+
+from saelens_matryoshka.files.locks import alone
+
+
+@contextmanager
+def scratch_folder(out: Path) -> Iterator[Path]:
+    """A new folder in `out` for what is needed while SAEBench runs, removed in the end.
+
+    So is what a killed process has left there; what others are at work in stays.
+    """
+    for left in filter(Path.is_dir, out.glob(".running-*")):
+        with contextlib.suppress(_InUseError), _held(left):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = out / f".running-{uuid.uuid4().hex}"
+    with _held(folder):  # before it is there, or another process could take it for one that was left
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class _InUseError(Exception):
+    """Another process is at work there."""
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    lock = folder.with_name(f"{folder.name}.lock")
+    with alone(lock, _InUseError()):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(PermissionError):  # Windows removes no file that is open
+                lock.unlink()
 
 
 @contextmanager

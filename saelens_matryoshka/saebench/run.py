@@ -7,7 +7,6 @@ finished is kept: a second one with the same settings reads it instead of evalua
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from saelens_matryoshka.files.atomic import write_atomically
 from saelens_matryoshka.prefixes import inference_model, matryoshka_widths
 from saelens_matryoshka.saebench import evals as _evals
 from saelens_matryoshka.saebench.data import LabelledText, running_text
+from saelens_matryoshka.saebench.process import scratch_folder
 from saelens_matryoshka.saebench.requirements import require_sae_bench
 from saelens_matryoshka.saebench.result import PrefixEval, SAEBenchResult
 from saelens_matryoshka.saebench.single import Bench
@@ -96,8 +96,7 @@ def run(
     is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(dir=out, prefix=".running-") as temporary:
-            scratch = Path(temporary)
+        with scratch_folder(out) as scratch:
             if text is not None:
                 options = given.setdefault("core", {})
                 options["dataset"] = running_text(text, scratch / "text")
