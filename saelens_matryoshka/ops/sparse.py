@@ -220,7 +220,8 @@ class _NestedLoss(torch.autograd.Function):
         ctx.entries, ctx.acts, ctx.norms = entries, entries.order(acts), norms
         ctx.output_grads, ctx.aux, ctx.objective = decoded.output_grads, aux, objective
         ctx.step = step
-        ctx.autocast = torch.is_autocast_enabled(x.device.type)
+        device = x.device.type
+        ctx.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         return (levels.weight_tensor * level_losses).sum() + aux_loss + l1_loss
 
     @staticmethod
@@ -244,7 +245,8 @@ class _NestedLoss(torch.autograd.Function):
         if l1_rate > 0:
             rate = l1_rate * sum_by_latent(entries.columns, acts, len(W_dec)) / ctx.norms.clamp(min=1e-30)
             W_dec_grad += rate.to(W_dec.dtype)[:, None] * W_dec
-        with torch.autocast(x.device.type, enabled=ctx.autocast):
+        autocast, dtype = ctx.autocast  # backward runs outside of it, where a GPU's dtype would be float16
+        with torch.autocast(x.device.type, dtype, enabled=autocast):
             for part in aux.parts:
                 updates = part.gradients(encoder_in, W_dec, grad_loss)
                 for grad, update in zip((W_enc_grad, b_enc_grad, W_dec_grad), updates, strict=True):

@@ -159,3 +159,24 @@ def test_under_autocast_entries_are_multiplied_or_gathered_in_bfloat16(
         error = (grads[name].cpu() - expected[name]).norm() / expected[name].norm()
         assert grads[name].dtype == torch.float32
         assert bool(error < 0.06), name
+
+
+@pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize("sparse_aux", [1, 1000])
+def test_the_backward_pass_under_autocast_does_not_fall_back_to_float16(
+    sparse_aux: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SAELens's trainer calls it outside of autocast; in float16 the gradients of such a target overflow."""
+    monkeypatch.setattr(sparse_module, "SPARSE_AUX", sparse_aux)
+    shapes = {"W_enc": (16, 64), "b_enc": (64,), "W_dec": (64, 16), "b_dec": (16,), "W_skip": (16, 16)}
+    values = NestedWeights(**{name: torch.randn(shape) / 4 for name, shape in shapes.items()})
+    x, dead = torch.randn(32, 16) * 1e4, torch.arange(64) % 3 == 0
+    objective = NestedObjective((16, 64), (1.0, 1.0), k=8, aux_coefficient=1.0, aux_k=4)
+    _, expected = on_cpu._run(SparseStep(), values, x, x, objective, dead)
+    weights = NestedWeights(*(value.cuda().requires_grad_() for value in values))
+    with torch.autocast("cuda", torch.bfloat16):
+        step = SparseStep()(weights, x.cuda(), x.cuda(), objective, dead=dead.cuda())
+    (1.7 * step.loss).backward()
+    for name, weight in zip(weights._fields, weights, strict=True):
+        error = (weight.grad.cpu() - expected[name]).norm() / expected[name].norm()
+        assert bool(error < 0.06), name
