@@ -48,13 +48,17 @@ class RecentRows:
         """Forget them."""
         self._batches.clear()
 
+    def to(self, device: torch.device) -> None:
+        """Move them."""
+        self._batches = deque(batch.to(device) for batch in self._batches)
+
     def batches(self) -> list[torch.Tensor]:
         """Those of each batch, `[≤ 128, d_in]`, the oldest first."""
         return list(self._batches)
 
     def rows(self) -> torch.Tensor:
         """`[n, d_in]`."""
-        return torch.cat(list(self._batches))
+        return torch.cat(self.batches())
 
 
 @torch.no_grad()

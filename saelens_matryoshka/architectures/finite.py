@@ -46,7 +46,7 @@ class FiniteGuard:
         finite = torch.isfinite(loss.detach()) & torch.isfinite(source.sum(dtype=torch.float32))
         finite = group.min(finite.float(), "all").bool()
         pending = self._bad_gradient
-        if bool(finite if pending is None else finite & ~pending):
+        if bool(finite if pending is None else finite & ~pending.to(finite.device)):
             self._bad_gradient, self._step = None, n_steps
             return True
         self.settle()

@@ -306,6 +306,7 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
             if buffer is not None and cast is not None and cast.dtype != buffer.dtype:
                 source = cast if buffer.is_meta else buffer.to(cast.device)
                 self._buffers[name] = source.to(buffer.dtype)
+        self.recent.to(self.W_enc.device)
         return out
 
     # ---- inference

@@ -119,13 +119,14 @@ class SparseStep:
         return buffer
 
     def take(self, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        """Memory for what outlives the step: what `give_back` got, if it fits."""
+        """Memory for what outlives the step: on a CPU what `give_back` got, if it fits."""
+        if like.device.type != "cpu":
+            return like.new_empty(shape)
         for place, spare in enumerate(self._spare):
             if spare.shape == shape and spare.dtype == like.dtype:
                 return self._spare.pop(place)
         buffer = like.new_empty(shape)
-        if buffer.device.type == "cpu":
-            self._lent[buffer.data_ptr()] = buffer.untyped_storage()
+        self._lent[buffer.data_ptr()] = buffer.untyped_storage()
         return buffer
 
     def give_back(self, buffer: torch.Tensor) -> None:

@@ -27,7 +27,7 @@ from saelens_matryoshka.runs.estimate import estimate
 from tests.cache.helpers import SOURCE, TARGET
 from tests.cache.helpers import settings as cache_settings
 from tests.formats.coders import assert_same, random_coder
-from tests.helpers import runner_config, sparse_batches, trainer_for, transcoder_config
+from tests.helpers import run_steps, runner_config, sparse_batches, trainer_for, transcoder_config
 from tests.pretend_gpu import PretendGPUs
 from tests.report.conftest import CONTEXT, collected, random_sae
 
@@ -58,6 +58,37 @@ def _assert_close(ours: Any, theirs: Any) -> None:
 
 
 # ---- training
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize(("first", "then"), [("cpu", "cuda"), ("cuda", "cpu"), ("cuda:1", "cuda:0")])
+def test_a_dictionary_that_is_moved_works_and_trains_on(first: str, then: str, rescale: bool) -> None:
+    cfg = sm.MatryoshkaTrainingSAEConfig(
+        d_in=16,
+        d_sae=64,
+        k=4,
+        matryoshka_widths=[16, 64],
+        threshold_calibration="l0",
+        rescale_acts_by_decoder_norm=rescale,
+        device=first,
+    )
+    batches = sparse_batches(4, 64, 16)
+    moved = sm.MatryoshkaTrainingSAE(cfg)
+    stayed = copy.deepcopy(moved).to("cpu")
+
+    def train(sae: Any, device: str) -> None:
+        trainer = trainer_for(sae, [batch.to(device) for batch in batches], device=device)
+        prepare_trainer(trainer)
+        run_steps(trainer, [batch.to(device) for batch in batches])
+
+    for sae, device in ((moved, first), (stayed, "cpu")):
+        train(sae, device)
+    moved.to(then)
+    _assert_close(moved.encode(batches[0].to(then)).cpu(), stayed.encode(batches[0]))
+    for sae, device in ((moved, then), (stayed, "cpu")):
+        train(sae, device)
+    for name, theirs in stayed.state_dict().items():
+        _assert_close(moved.state_dict()[name].cpu(), theirs)
 
 
 @pytest.mark.parametrize("name", ["W_enc", "b_dec"])
