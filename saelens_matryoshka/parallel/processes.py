@@ -246,7 +246,8 @@ def _kth_largest(values: torch.Tensor, n: int, group: Group) -> torch.Tensor:
     Every digit costs a sum of 2^11 counts over all processes. Nothing is sorted, and no GPU waited for.
     """
     keys, stop = _keys(values)
-    found, left = keys.new_zeros(()), keys.new_tensor(n)
+    # of one entry each: to index with a scalar is to wait for it
+    found, left = keys.new_zeros(1), keys.new_full((1,), n)
     agrees = torch.ones_like(keys, dtype=torch.bool)
     while stop > 0:
         start = max(0, stop - _DIGIT_BITS)
@@ -255,9 +256,9 @@ def _kth_largest(values: torch.Tensor, n: int, group: Group) -> torch.Tensor:
         counts = keys.new_zeros(n_digits).scatter_add_(0, digits, agrees.long())
         counts = group.sum(counts, "all")
         at_least = counts.flip(0).cumsum(0).flip(0)  # how many have this digit or a larger one
-        digit = (at_least >= left).sum() - 1
+        digit = (at_least >= left).sum(dim=0, keepdim=True) - 1
         left = left - at_least[digit] + counts[digit]
         found = found | (digit << start)
         agrees = agrees & (digits == digit)
         stop = start
-    return _value(found, values.dtype)
+    return _value(found, values.dtype).squeeze()

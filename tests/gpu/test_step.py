@@ -9,6 +9,7 @@ import torch
 
 import saelens_matryoshka as sm
 from saelens_matryoshka.ops import (
+    ALONE,
     NestedObjective,
     NestedWeights,
     SparseStep,
@@ -21,6 +22,7 @@ from saelens_matryoshka.ops import encoder as encoder_module
 from saelens_matryoshka.ops import sparse as sparse_module
 from saelens_matryoshka.ops.entries import DenseEntries, GatheredEntries
 from saelens_matryoshka.ops.order import true_places
+from saelens_matryoshka.parallel.processes import _kth_largest
 from saelens_matryoshka.runner import prepare_trainer
 from tests.helpers import sparse_batches, trainer_for
 from tests.ops import test_sparse as on_cpu
@@ -73,6 +75,19 @@ def test_places_of_a_mask_are_found_without_waiting(gpus: PretendGPUs) -> None:
             found = true_places(on_gpu, len(expected))
         assert not waits
         assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.long])
+def test_the_kth_largest_of_many_processes_is_found_without_waiting(
+    dtype: torch.dtype, gpus: PretendGPUs
+) -> None:
+    values = (1000 * torch.randn(300)).to(dtype)
+    on_gpu = values.cuda()
+    for k in (1, 40, 300):
+        with gpus.waiting() as waits:
+            found = _kth_largest(on_gpu, k, ALONE)
+        assert not waits
+        assert torch.equal(found.cpu(), values.sort(descending=True).values[k - 1])
 
 
 @pytest.mark.usefixtures("gpus")
