@@ -123,6 +123,12 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
             ValueError: the batch or the mask is of another shape.
             NonFiniteActivationsError: the batch or the loss holds NaN or Inf, and no more may be skipped.
         """
+        # torch.compile is to trace none of it: the step's sizes depend on the data, and it brings its own
+        # gradient; what is kept from batch to batch would have it trace anew at every step, and would be
+        # memory that CUDA graphs write over.
+        return _untraced(self._train_on)(step_input)
+
+    def _train_on(self, step_input: TrainStepInput) -> TrainStepOutput:
         self._require_shapes(step_input.sae_in, step_input.dead_neuron_mask)
         source, target = self.split_batch(step_input.sae_in)
         n_steps = step_input.n_training_steps
@@ -132,8 +138,7 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
             self.prepare_for_training(step_input.sae_in)
             self._prepared = True
             source, target = self.split_batch(step_input.sae_in)
-        # Not traced by torch.compile: its sizes depend on the data, and it brings its own gradient.
-        step = _untraced(self.step_fn)(
+        step = self.step_fn(
             self.weights(),
             source,
             target,

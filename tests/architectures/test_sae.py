@@ -266,6 +266,20 @@ def test_compiled_training_gives_the_same_losses(screened: bool, monkeypatch: py
         assert b.loss.item() == pytest.approx(a.loss.item(), rel=1e-5)
 
 
+def test_compiling_traces_nothing_that_would_have_to_be_traced_at_every_step() -> None:
+    batches, traced = sparse_batches(4, 64, 32), []
+    sae = _ours(threshold_calibration="l0")
+
+    def backend(graph: Any, _: Any) -> Any:
+        traced.append(graph)
+        return graph.forward
+
+    sae.training_forward_pass = torch.compile(sae.training_forward_pass, backend=backend)  # type: ignore[method-assign]
+    run_steps(trainer_for(sae, batches), batches)
+    assert sae.recent.count() == 4 * 64
+    assert not traced
+
+
 def test_synthetic_runner_trains_it(tmp_path: Path) -> None:
     result = SyntheticSAERunner(
         SyntheticSAERunnerConfig(
