@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from sae_lens import SAE
 from sae_lens import __version__ as sae_lens_version
-from sae_lens.constants import DTYPE_TO_STR
+from sae_lens.constants import DTYPE_MAP, DTYPE_TO_STR
 
 from saelens_matryoshka.architectures.transcoder import fold_gain
 from saelens_matryoshka.formats.files import FormatError
@@ -191,7 +191,7 @@ def to_saelens(coder: SparseCoder, device: str = "cpu", dtype: str | None = None
         state["threshold"] = coder.threshold
     if coder.W_skip is not None:
         state["W_skip"] = coder.W_skip
-    return cfg, {name: tensor.to(getattr(torch, dtype)).contiguous() for name, tensor in state.items()}
+    return cfg, {name: tensor.to(DTYPE_MAP[dtype]).contiguous() for name, tensor in state.items()}
 
 
 def _reads_heads(metadata: Mapping[str, Any]) -> bool:

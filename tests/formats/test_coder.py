@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from sae_lens import SAE, MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig
+from sae_lens.constants import DTYPE_MAP
 
 import saelens_matryoshka as sm
-from saelens_matryoshka.formats import FormatError, SparseCoder, build, from_saelens
+from saelens_matryoshka.formats import FormatError, SparseCoder, build, from_saelens, to_saelens
 from saelens_matryoshka.formats.coder import believe, fold_decoder_norm, move_b_dec, scale_input
 from tests.formats.coders import WIDTHS, D, assert_same, expected_output, inputs, random_coder
 
@@ -140,6 +141,12 @@ def test_a_built_object_says_how_its_text_is_read_even_if_the_file_did_not() -> 
     assert metadata.prepend_bos is True
     assert metadata.context_size == 128
     assert build(random_coder(context_size=32)).cfg.metadata.context_size == 32
+
+
+def test_a_data_type_goes_by_all_of_saelens_names_for_it() -> None:
+    for name, dtype in DTYPE_MAP.items():
+        _, state = to_saelens(random_coder(), dtype=name)
+        assert {tensor.dtype for tensor in state.values()} == {dtype}
 
 
 def test_thresholds_and_k_exclude_each_other() -> None:
