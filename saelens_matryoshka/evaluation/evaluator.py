@@ -34,6 +34,7 @@ from saelens_matryoshka.files.unfinished import Unfinished
 from saelens_matryoshka.ops import ALONE, Group
 from saelens_matryoshka.prefixes import inference_model, matryoshka_widths, predict_prefixes
 from saelens_matryoshka.sites import check_hook, norm_frame
+from saelens_matryoshka.widths import cumulative_widths
 
 # Values of feature activations, and of logits, that are held at a time.
 _ACTIVATION_VALUES = 1 << 26
@@ -353,12 +354,16 @@ def hooks_and_frame(sae: SAE[Any], model: Any) -> tuple[str, str, str]:
 
 
 def trained_k(sae: SAE[Any]) -> float | None:
-    """The k of the whole dictionary in training, if `sae` is the whole dictionary."""
+    """The k of the whole dictionary in training, if `sae` is the whole dictionary and its metadata say it."""
     details = sae.cfg.metadata.training_architecture_details or {}
-    widths = details.get("matryoshka_widths")
-    if "k" not in details or (widths and sum(widths) != sae.cfg.d_sae and widths[-1] != sae.cfg.d_sae):
+    k, widths = details.get("k"), details.get("matryoshka_widths")
+    if not isinstance(k, int | float):
         return None
-    return float(details["k"])
+    try:
+        cumulative_widths(widths or [sae.cfg.d_sae], sae.cfg.d_sae)
+    except ValueError:  # of a prefix
+        return None
+    return float(k)
 
 
 def _replace(replacement: torch.Tensor, keep: torch.Tensor, head: int | None) -> Callable[..., torch.Tensor]:

@@ -336,6 +336,25 @@ def test_activations_of_all_heads_are_evaluated_flat() -> None:
     assert sae.hook_z_reshaping_mode
 
 
+@pytest.mark.parametrize(
+    ("details", "k"),
+    [
+        ({"k": 3, "matryoshka_widths": WIDTHS}, 3.0),
+        ({"k": 3, "matryoshka_widths": [*WIDTHS, 128]}, None),  # 64 is a prefix
+        ({"k": 2.5}, 2.5),
+        ({"k": None}, None),
+        ({"k": "many", "matryoshka_widths": ["all"]}, None),
+    ],
+    ids=str,
+)
+def test_what_a_model_says_of_its_training_is_shown_or_left_out(
+    details: dict[str, Any], k: float | None, tiny_model: HookedTransformer
+) -> None:
+    sae = _stock_transcoder(training_architecture_details=details)
+    pairs = [(torch.randn(8, 128), torch.randn(8, 128))]
+    assert evaluate_activations(sae, tiny_model, pairs, with_redundancy=False).train_l0 == k
+
+
 def test_prompts_of_another_length_than_asked_for_are_refused(
     tiny_model: HookedTransformer, tokens: torch.Tensor
 ) -> None:
