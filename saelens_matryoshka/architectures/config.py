@@ -131,6 +131,7 @@ class MatryoshkaTrainingConfig(MatryoshkaBatchTopKTrainingSAEConfig, ABC):
         Raises:
             ValueError: a setting is not possible; the message names it.
         """
+        d_sae, k = plain_numbers(d_sae), plain_numbers(k)
         require_positive_int("d_sae", d_sae)
         _require_k(k, d_sae)
         settings = {"matryoshka_widths": recommended_widths(d_sae), **cls._recommended_fields(k)}

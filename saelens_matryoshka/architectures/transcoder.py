@@ -27,10 +27,7 @@ from sae_lens.saes.topk_sae import act_times_W_dec
 from torch import nn
 from typing_extensions import override
 
-from saelens_matryoshka.architectures.config import (
-    MatryoshkaTrainingConfig,
-    require_positive_int,
-)
+from saelens_matryoshka.architectures.config import MatryoshkaTrainingConfig, require_positive_int
 from saelens_matryoshka.architectures.training import MatryoshkaTraining
 from saelens_matryoshka.ops import NestedWeights
 
@@ -69,10 +66,8 @@ class MatryoshkaTrainingTranscoderConfig(MatryoshkaTrainingConfig):
 
     @override
     def __post_init__(self) -> None:
-        require_positive_int("d_in", self.d_in)
         if self.d_out is None:
             self.d_out = self.d_in
-        require_positive_int("d_out", self.d_out)
         if not isinstance(self.hook_name_out, str):
             raise ValueError(
                 f"hook_name_out={self.hook_name_out!r} must be the name of a hook, e.g. "
@@ -96,6 +91,7 @@ class MatryoshkaTrainingTranscoderConfig(MatryoshkaTrainingConfig):
                 "transcoder's packed batch. Use 'none' or 'expected_average_only_in'."
             )
         super().__post_init__()
+        require_positive_int("d_out", self.d_out)
 
     @override
     def add_training_info_to_metadata(self) -> None:

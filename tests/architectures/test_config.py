@@ -261,6 +261,12 @@ def test_numbers_of_numpy_and_torch_are_taken_and_stored_as_plain_ones() -> None
     )  # type: ignore[arg-type]
     assert json.loads(json.dumps(cfg.to_dict()))["k"] == 4.5
     assert cfg.matryoshka_widths == [32, 64]
+    sizes: dict[str, Any] = {"d_in": np.int64(16), "d_sae": np.int64(64), "k": np.int64(4)}
+    transcoder = sm.MatryoshkaTrainingTranscoderConfig.recommended(
+        **sizes, d_out=torch.tensor(8), hook_name_out="mlp"
+    )
+    stored = json.loads(json.dumps(transcoder.to_dict()))
+    assert [stored[name] for name in ("d_in", "d_sae", "k", "d_out")] == [16, 64, 4, 8]
 
 
 @pytest.mark.parametrize(
