@@ -108,8 +108,8 @@ class GatheredEntries:
         return parts.view(stop - start, self._n_levels, -1)
 
     def act_grads(self, output_grads: torch.Tensor, W_dec: torch.Tensor) -> torch.Tensor:
-        # as they are: see `ByLatent.dot`
-        return self._by_latent.dot(self._bags, output_grads.flatten(0, 1), W_dec)
+        # as they are: on a GPU, `row_dots` has to copy what it multiplies in bfloat16
+        return row_dots(output_grads.flatten(0, 1), self._bags, W_dec, self.columns)
 
     def decoder_grad(self, acts: torch.Tensor, output_grads: torch.Tensor, take: Take) -> torch.Tensor:
         return self._by_latent.sum(self._bags, output_grads.flatten(0, 1).to(self._dtype), acts, take=take)
@@ -191,10 +191,6 @@ class ByLatent(NamedTuple):
         if take is not None and takes_memory(table):
             out = take(table, (len(self.offsets) - 1, table.shape[1]))
         return bag_sums(index, table, self.offsets, factors, out=out)
-
-    def dot(self, index: torch.Tensor, table: torch.Tensor, by_latent: torch.Tensor) -> torch.Tensor:
-        """For each entry e, table[index[e]] · by_latent[its latent]: `[n]`."""
-        return row_dots(table, index, by_latent, self.columns)
 
 
 def sum_by_latent(columns: torch.Tensor, values: torch.Tensor, d_sae: int) -> torch.Tensor:

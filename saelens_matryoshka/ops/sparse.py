@@ -28,7 +28,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from saelens_matryoshka.ops import screen
-from saelens_matryoshka.ops.bags import bag_sums
+from saelens_matryoshka.ops.bags import bag_sums, row_dots
 from saelens_matryoshka.ops.encoder import Encoder
 from saelens_matryoshka.ops.entries import ByLatent, Entries, kept_entries, sum_by_latent
 from saelens_matryoshka.ops.group import ALONE, Group
@@ -74,7 +74,9 @@ class SparseStep:
         dead_columns = None
         if dead is not None and objective.aux_coefficient > 0:
             dead_columns = dead.nonzero().squeeze(1)
-        loss, parts = _run(self, weights, x, y, objective, dead_columns)
+        box: list[_Parts] = []
+        loss: Any = _NestedLoss.apply(*weights, x, y, objective, dead_columns, self, box)
+        (parts,) = box
         chosen = parts.selection
         self._last_threshold = chosen.batch_threshold
         shape = (len(x), weights.W_dec.shape[0])
@@ -141,20 +143,6 @@ class _Parts(NamedTuple):
     l1_loss: torch.Tensor
     prediction: torch.Tensor
     selection: Selection
-
-
-def _run(
-    step: SparseStep,
-    weights: NestedWeights,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    objective: NestedObjective,
-    dead_columns: torch.Tensor | None,
-) -> tuple[torch.Tensor, _Parts]:
-    box: list[_Parts] = []
-    loss = _NestedLoss.apply(*weights, x, y, objective, dead_columns, step, box)
-    assert isinstance(loss, torch.Tensor)
-    return loss, box[0]
 
 
 class _NestedLoss(torch.autograd.Function):
@@ -366,7 +354,7 @@ class _SparseAux(NamedTuple):
         """Of the dead latents' W_enc (by latent), b_enc and W_dec."""
         entries = ByLatent.of(self.places, len(self.columns))
         rows, acts = self.rows[entries.order], self.acts[entries.order] * grad_loss
-        act_grads = entries.dot(rows, self.error_grad, W_dec[self.columns]) * grad_loss
+        act_grads = row_dots(self.error_grad, rows, W_dec[self.columns], entries.columns) * grad_loss
         return (
             entries.sum(rows, encoder_in, act_grads),
             sum_by_latent(entries.columns, act_grads, len(self.columns)),
