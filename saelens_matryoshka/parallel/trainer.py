@@ -135,9 +135,6 @@ class GatheredRows(Iterator[torch.Tensor]):
         self._own, self._group = own, group
         self._over: Over = over
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return self
-
     def __next__(self) -> torch.Tensor:
         rows = next(self._own).to(self._group.device)
         return torch.cat(self._group.gather(rows, self._over))
