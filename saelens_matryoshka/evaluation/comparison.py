@@ -110,9 +110,9 @@ def compare(
     if len(set(slices.values())) > 1:
         raise ValueError(f"seqpos_slice differs ({slices}), so they would be measured on different tokens.")
     first = next(iter(models.values()))
-    sizes = [sae.cfg.metadata.context_size for sae in models.values() if sae.cfg.metadata.context_size]
     if context_size is None:
-        context_size = min(sizes, default=None)
+        sizes = (sae.cfg.metadata.context_size for sae in models.values())
+        context_size = min(filter(None, sizes), default=None)
     batches = token_batches(first, model, dataset, n_tokens, context_size, batch_size_prompts)
     Passes(list(evaluations.values()), list(batches), n_ce_tokens).run(on_progress, unfinished)
     return Comparison(

@@ -170,7 +170,7 @@ class Evaluation:
 
     def add_reconstruction(self, tokens: torch.Tensor) -> None:
         tokens, keep = self._part(tokens)
-        source, target = self._activations(tokens)
+        source, target = self._pair(hook_activations(self.model, tokens, self.read_hooks, self.model_kwargs))
         self.add_pairs(source[keep], target[keep])
 
     def add_pairs(self, source: torch.Tensor, target: torch.Tensor) -> None:
@@ -295,9 +295,6 @@ class Evaluation:
         keep = torch.zeros_like(tokens, dtype=torch.bool)
         keep[:, slice(*(self.sae.cfg.metadata.seqpos_slice or (None,)))] = True
         return (keep & ~is_excluded(tokens, self.excluded)).to(self.sae.device)
-
-    def _activations(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._pair(hook_activations(self.model, tokens, self.read_hooks, self.model_kwargs))
 
     def _pair(self, seen: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Source and target `[prompts, context_size, d]`, heads flattened, on the SAE's device.
