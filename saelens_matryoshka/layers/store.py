@@ -46,13 +46,13 @@ class ManyHookStore(ResumableStore):
         activations = self.get_multi_hook_activations(batch_tokens)
         first = activations[next(iter(self.widths))]
         rows = torch.empty(*first.shape[:2], self.d_in, device=self.device, dtype=self.dtype)
-        for part, hook in zip(rows.split(list(self.widths.values()), dim=-1), self.widths, strict=True):
+        for hook, part in _split(rows, self.widths).items():
             part.copy_(activations[hook])
         return rows
 
     def split(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """The hooks of rows `[n, sum of widths]`, as views."""
-        return dict(zip(self.widths, rows.split(list(self.widths.values()), dim=-1), strict=True))
+        return _split(rows, self.widths)
 
     @override
     def save_to_checkpoint(self, checkpoint_path: str | Path) -> None:
@@ -75,8 +75,13 @@ class ManyHookStore(ResumableStore):
                 return
             for name in ("rows", "serving"):
                 if (rows := getattr(self._buffer, name)) is not None:
-                    parts = dict(zip(saved, rows.split(list(saved.values()), dim=-1), strict=True))
+                    parts = _split(rows, saved)
                     setattr(self._buffer, name, torch.cat([parts[hook] for hook in self.widths], dim=-1))
+
+
+def _split(rows: torch.Tensor, widths: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    """The hooks of rows `[..., sum of widths]`, as views."""
+    return dict(zip(widths, rows.split(list(widths.values()), dim=-1), strict=True))
 
 
 def many_hook_store(
@@ -93,7 +98,7 @@ def many_hook_store(
         widths: Of every hook, heads flattened.
         override_dataset: Used in place of `cfg.dataset_path`.
     """
-    store = multi_hook_store(ManyHookStore, model, cfg, list(widths), widths, override_dataset)
+    store = multi_hook_store(ManyHookStore, model, cfg, widths, override_dataset)
     store.widths = dict(widths)
     store.d_in = sum(widths.values())
     return store
@@ -131,16 +136,15 @@ class _OnDemand(Mapping[str, torch.Tensor]):
 
 
 class SharedBatches(Iterator[Mapping[str, torch.Tensor]]):
-    """The batches of every dictionary from one stream of rows."""
+    """The batches of every dictionary from one stream of rows.
+
+    Args:
+        store: Of all hooks.
+        readings: What each reads.
+        prefetch: Batches that a thread makes ahead.
+    """
 
     def __init__(self, store: ManyHookStore, readings: Mapping[str, Reading], prefetch: int = 0) -> None:
-        """The batches of every dictionary.
-
-        Args:
-            store: Of all hooks.
-            readings: What each reads.
-            prefetch: Batches that a thread makes ahead.
-        """
         self._store, self._readings = store, readings
         self._rows: Iterator[torch.Tensor] = store
         self._prefetcher: PrefetchingIterator[torch.Tensor] | None = None

@@ -71,11 +71,9 @@ def paired_store(
             "saelens-matryoshka. SAELens's own caches hold one hook, and a transcoder needs pairs."
         )
     target_hook, sae = cfg.sae.hook_name_out, cfg.sae
-    widths = {target_hook: sae.d_out, cfg.hook_name: sae.d_in}
+    widths = {cfg.hook_name: sae.d_in, target_hook: sae.d_out}
     heads = {cfg.hook_name: cfg.hook_head_index}
-    store = multi_hook_store(
-        PairedActivationsStore, model, cfg, [cfg.hook_name, target_hook], widths, override_dataset, heads
-    )
+    store = multi_hook_store(PairedActivationsStore, model, cfg, widths, override_dataset, heads)
     store.reading = Reading(source, target_hook)
     store.d_in = sae.d_in + sae.d_out  # the width of a row, which the stock methods reshape to
     return store
@@ -88,7 +86,6 @@ def multi_hook_store(
     store_class: type[S],
     model: HookedRootModule,
     cfg: LanguageModelSAERunnerConfig[Any],
-    hook_names: list[str],
     widths: dict[str, int],
     override_dataset: HfDataset | None = None,
     head_indices: dict[str, int | None] | None = None,
@@ -99,8 +96,7 @@ def multi_hook_store(
         store_class: Whose.
         model: The language model.
         cfg: Says which text, and how it is read.
-        hook_names: The hooks.
-        widths: Of each.
+        widths: Of each hook, by name.
         override_dataset: Used in place of `cfg.dataset_path`.
         head_indices: Where a hook has heads, the one to read; else all, flattened.
     """
@@ -109,7 +105,7 @@ def multi_hook_store(
     store = store_class.from_config_multi_hook(
         model,
         dataset=override_dataset if override_dataset is not None else cfg.dataset_path,
-        hook_names=hook_names,
+        hook_names=list(widths),
         hook_d_ins=widths,
         hook_head_indices=head_indices,
         streaming=cfg.streaming,
