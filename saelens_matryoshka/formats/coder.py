@@ -208,15 +208,12 @@ def _architecture(coder: SparseCoder) -> str:
     needs_sae_class = coder.activation == "topk" or coder.layer_norm
     if not needs_sae_class:
         return (_TRANSCODER_ARCHITECTURES if coder.W_skip is None else _SKIP_ARCHITECTURES)[coder.activation]
-    what = "TopK" if coder.activation == "topk" else "per-token normalised"
+    what, hint = ("per-token normalised", "") if coder.k is None else ("TopK", _CALIBRATE)
     if coder.W_skip is not None:
-        raise FormatError(
-            f"SAELens has no {what} transcoder with a skip." + (_CALIBRATE if coder.k is not None else "")
-        )
+        raise FormatError(f"SAELens has no {what} transcoder with a skip.{hint}")
     if coder.d_in != coder.d_out:
         raise FormatError(
-            f"SAELens has no {what} transcoder from {coder.d_in} to {coder.d_out} dimensions."
-            + (_CALIBRATE if coder.k is not None else "")
+            f"SAELens has no {what} transcoder from {coder.d_in} to {coder.d_out} dimensions.{hint}"
         )
     return _SAE_ARCHITECTURES[coder.activation]
 

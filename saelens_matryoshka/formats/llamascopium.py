@@ -109,7 +109,7 @@ def from_state(config: dict[str, Any], tensors: StateDict, label: str = CONFIG) 
         k=k,
         metadata={
             "hook_name": source,
-            "hook_name_out": None if target == source else target,
+            **({} if target == source else {"hook_name_out": target}),
             "converted_from": "llamascopium",
         },
     )
@@ -123,7 +123,7 @@ def from_state(config: dict[str, Any], tensors: StateDict, label: str = CONFIG) 
         coder = _fold_norms(coder, *scales)
     elif norm != "inference":
         raise FormatError(f"{label}: norm_activation={norm!r} cannot be folded into the weights.")
-    return coder.with_metadata()
+    return coder
 
 
 def _positive(norm: torch.Tensor, label: str) -> float:
