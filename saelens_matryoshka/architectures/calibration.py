@@ -83,8 +83,10 @@ def threshold_for_l0(
         group: Who shares the rows or the latents.
     """
     n = int(k * group.count(len(rows), "rows"))
+    dtype = torch.promote_types(W_enc.dtype, torch.float32)
+    rows, W_enc, b_enc = rows.to(dtype), W_enc.to(dtype), b_enc.to(dtype)
+    chunks = rows.split(max(1, CHUNK_VALUES // W_enc.shape[1]))
     for cutoff in (0.7 * guess, 0.0):
-        chunks = rows.split(max(1, CHUNK_VALUES // W_enc.shape[1]))
         candidates = torch.cat([_scores_above(chunk, W_enc, b_enc, norms, cutoff) for chunk in chunks])
         if group.count(len(candidates), "all") > n:
             # a score is kept if it is larger than the threshold, so the first not to be kept is it
@@ -99,8 +101,7 @@ def _scores_above(
     norms: torch.Tensor | None,
     cutoff: float,
 ) -> torch.Tensor:
-    dtype = torch.promote_types(W_enc.dtype, torch.float32)
-    scores = torch.addmm(b_enc.to(dtype), rows.to(dtype), W_enc.to(dtype))
+    scores = torch.addmm(b_enc, rows, W_enc)
     if norms is not None:
         scores.mul_(norms)
     return scores[scores > cutoff]
