@@ -112,13 +112,17 @@ class SparseStep:
     def scratch(
         self, name: str, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype
     ) -> torch.Tensor | None:
-        """A buffer kept from step to step on a CPU, where fresh memory costs as much as a pass over it."""
+        """A buffer kept from step to step on a CPU, where fresh memory costs as much as a pass over it.
+
+        Of fewer rows than it has, as the last block of a batch may be, it is the first ones.
+        """
         if device.type != "cpu":
             return None
+        n_rows, *row = shape
         buffer = self._scratch.get(name)
-        if buffer is None or buffer.shape != shape or buffer.dtype != dtype:
+        if buffer is None or len(buffer) < n_rows or [*buffer.shape[1:]] != row or buffer.dtype != dtype:
             buffer = self._scratch[name] = torch.empty(shape, dtype=dtype)
-        return buffer
+        return buffer[:n_rows]
 
     def take(self, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """Memory for what outlives the step: on a CPU what `give_back` got, if it fits."""

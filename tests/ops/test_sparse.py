@@ -284,6 +284,18 @@ def test_gradients_that_are_kept_stay_what_they_were() -> None:
     assert all(torch.equal(a, b) for a, b in zip(third, before, strict=True))
 
 
+def test_the_products_of_all_blocks_are_made_in_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder_module, "BLOCK_VALUES", 7 * 64)  # of 16 rows: 7, 7 and 2
+    weights = NestedWeights(torch.randn(8, 64), torch.zeros(64), torch.randn(64, 8), torch.zeros(8))
+    x, objective, step = torch.randn(16, 8), NestedObjective((16, 64), (1.0, 1.0), k=4), SparseStep()
+    addresses = set()
+    for _ in range(3):
+        _run(step, weights, x, x, objective, None)
+        addresses.add(step._scratch["product"].data_ptr())
+    assert len(addresses) == 1
+    assert step._scratch["product"].shape == (7, 64)
+
+
 def test_memory_that_was_not_taken_is_not_kept() -> None:
     step = SparseStep()
     foreign = torch.ones(4, 3)
