@@ -26,6 +26,7 @@ from saelens_matryoshka.formats.files import (
     field,
     read_json,
     read_safetensors,
+    require_k,
 )
 from saelens_matryoshka.formats.layout import (
     folders_with,
@@ -92,7 +93,7 @@ def load(source: Source, item: str) -> SparseCoder:
     shapes = {name: tuple(config[dim] for dim in dims) for name, dims in _SHAPES.items()}
     optional = () if config.get("skip_connection") else ("W_skip",)
     tensors = read_safetensors(path, shapes, optional)
-    coder = from_state(config, tensors, hookpoint)
+    coder = from_state(config, tensors, hookpoint, str(config_path))
     training = source.find(join(str(PurePosixPath(item).parent), "config.json"))
     model = read_json(training).get("model") if training else None
     if isinstance(model, str):
@@ -100,30 +101,32 @@ def load(source: Source, item: str) -> SparseCoder:
     return coder.with_note(read_note(path))
 
 
-def from_state(config: dict[str, Any], tensors: StateDict, hookpoint: str) -> SparseCoder:
+def from_state(
+    config: dict[str, Any], tensors: StateDict, hookpoint: str, label: str = CONFIG
+) -> SparseCoder:
     """The coder of a sparsify config (with `num_latents` and `d_in` filled in) and state dict.
 
     Args:
         config: The contents of `cfg.json`.
         tensors: The contents of `sae.safetensors`.
         hookpoint: The name of the folder.
+        label: What to call the config in messages.
 
     Raises:
-        FormatError: `activation` is not "topk", or k is out of range.
+        FormatError: `activation` is not "topk", latents of either sign are kept, or k is out of range.
     """
     activation = config.get("activation", "topk")
     if activation != "topk":
         raise FormatError(
-            f"sparsify's activation={activation!r} keeps the largest latent of each of k groups, which no "
+            f"{label}: activation={activation!r} keeps the largest latent of each of k groups, which no "
             "other library has."
         )
     if config.get("signed"):
         raise FormatError(
-            "sparsify's signed=True keeps latents of either sign, which no class of SAELens does."
+            f"{label}: signed=True keeps latents of either sign, which no class of SAELens does."
         )
-    k, transcode = config["k"], bool(config.get("transcode"))
-    if not 0 < k <= config["num_latents"]:
-        raise FormatError(f"k={k} must be in 1 .. num_latents={config['num_latents']}.")
+    k = require_k(config["k"], config["num_latents"], f"{label}: k")
+    transcode = bool(config.get("transcode"))
     return SparseCoder(
         W_enc=tensors["encoder.weight"].T,
         b_enc=tensors["encoder.bias"],

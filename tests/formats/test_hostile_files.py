@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import struct
 import warnings
 import zipfile
@@ -474,6 +475,15 @@ def test_a_bad_file_gives_one_clear_error(
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1500
     assert sorted(path.name for path in tmp_path.rglob("*")) == before, "it has run something"
+
+
+@pytest.mark.parametrize("config", [{"k": 0}, {"signed": True}, {"activation": "groupmax"}], ids=str)
+def test_a_config_that_cannot_be_read_is_named(config: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "layers.3.mlp"
+    folder.mkdir()
+    _sparsify(folder, **config)
+    with pytest.raises(FormatError, match=re.escape(str(folder / "cfg.json"))):
+        load(Folder(tmp_path), folder.name, SPARSIFY)
 
 
 def test_the_good_files_of_the_table_are_read(tmp_path: Path) -> None:
