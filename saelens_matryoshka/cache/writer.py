@@ -123,9 +123,9 @@ def _write(
         desc="writing",
     )
     with bar, work:
-        work.split("held_out", iter(held_out), n_held_out, bar)
+        work.write("held_out", iter(held_out), n_held_out, bar)
         with contextlib.closing(token_sequences(store)) as sequences:
-            work.split("train", sequences, n_train, bar)
+            work.write("train", sequences, n_train, bar)
     for split in ("train", "held_out"):
         _describe_dataset(folder, split, manifest)
     if not manifest.train:
@@ -158,8 +158,8 @@ class _Writing:
         finally:
             self._writer.shutdown(wait=True)
 
-    def split(self, split: Split, prompts: Iterator[torch.Tensor], n_prompts: int, bar: Any) -> None:
-        """Write the shards of a split that are not there yet."""
+    def write(self, split: Split, prompts: Iterator[torch.Tensor], n_prompts: int, bar: Any) -> None:
+        """Make the shards of a split that are not there yet, of prompts `[context_size]`."""
         size = self.manifest.prompts_per_shard
         for index, start in enumerate(range(0, n_prompts, size)):
             part = list(itertools.islice(prompts, min(size, n_prompts - start)))
