@@ -218,7 +218,7 @@ def export_models(
         for width, set_name in names.items():
             coder = whole if width is None else from_saelens(truncate(build(whole), width))
             coder = coder if topk is None else keep_topk(coder, topk)
-            (name,) = [folder.name] if len(stock) > 1 else _names([coder])
+            name = folder.name if len(stock) > 1 else _names([coder])[0]
             writers[width].add(coder, name)
             rows = _rows_up_to(evaluation, coder.d_sae)
             sets[set_name].append(Model(coder.without_weights(), name, rows))

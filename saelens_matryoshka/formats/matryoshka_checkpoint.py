@@ -33,7 +33,7 @@ _SHAPES = {
     "b_dec": ("d_out",),
     "threshold": (),
 }
-# In a folder of a run, the newest comes first.
+# Of a run's folder the first of these is read; without any, the checkpoint with the highest number.
 _PREFERRED = ("final.pt", "checkpoints/final.pt", "sae.pt", "best_model.pt")
 
 
