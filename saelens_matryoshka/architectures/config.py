@@ -231,5 +231,10 @@ def require_float64(name: str, device: str) -> None:
 
 
 def require_positive_int(name: str, value: object) -> None:
+    """Check that a field is a whole number, and at least 1.
+
+    Raises:
+        ValueError: it is not.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise ValueError(f"{name}={value!r} must be a positive integer.")

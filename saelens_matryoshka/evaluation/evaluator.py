@@ -169,6 +169,7 @@ class Evaluation:
         return {name: getattr(self, name) for name in names}
 
     def add_reconstruction(self, tokens: torch.Tensor) -> None:
+        """Add how near the predictions come to the target on tokens `[prompts, context_size]`."""
         tokens, keep = self._part(tokens)
         source, target = self._pair(hook_activations(self.model, tokens, self.read_hooks, self.model_kwargs))
         self.add_pairs(source[keep], target[keep])
@@ -199,6 +200,10 @@ class Evaluation:
         return max(1, _ACTIVATION_VALUES // self.sae.cfg.d_sae)
 
     def add_next_token(self, tokens: torch.Tensor) -> None:
+        """Add what the language model predicts of tokens `[prompts, context_size]`, target replaced or not.
+
+        To be called when all reconstructions have been added, which the mean target is taken from.
+        """
         logits = self.model(tokens[:1, :1], return_type="logits", **self.model_kwargs)
         d_vocab = logits.shape[-1]
         prompts = max(1, _LOGIT_VALUES // (tokens.shape[1] * d_vocab))
@@ -232,6 +237,11 @@ class Evaluation:
             sums.add(logits[counted.to(logits.device)], clean, labels)
 
     def result(self, *, with_redundancy: bool) -> EvalResult:
+        """The metrics of all that was added.
+
+        Raises:
+            ValueError: none of it counts.
+        """
         reconstruction = summed(self.reconstruction, self.group, "all")
         if reconstruction.n_tokens == 0:
             raise ValueError(

@@ -126,6 +126,7 @@ def uncompiled(model: Any) -> Any:
 
 
 def did_you_mean(value: str, known: Iterable[str]) -> str:
+    """The names most like one that is not known, as the end of a message; "" if none is like it."""
     near = difflib.get_close_matches(value, known, n=4)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 

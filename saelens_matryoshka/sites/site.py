@@ -52,6 +52,11 @@ class Site:
 
 
 def check_layer(layer: int, n_layers: int) -> None:
+    """Check that a model of so many layers has this one.
+
+    Raises:
+        ValueError: it has not, or `layer` is no integer.
+    """
     if isinstance(layer, bool) or not isinstance(layer, Integral):
         raise ValueError(f"layer={layer!r} must be an integer")
     if not 0 <= layer < n_layers:
