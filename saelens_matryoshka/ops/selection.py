@@ -59,7 +59,7 @@ def select_batch(
         last_threshold: Scalar, the batch threshold of the step before, or None.
         group: Who shares the batch and the dictionary.
     """
-    n = int(k * encoder.n_rows * group.row_blocks)
+    n = int(k * (encoder.n_rows * group.row_blocks))  # rounded as of a process alone
     if last_threshold is None:
         cutoff = _sampled_cutoff(encoder, norms, k, group)
     else:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from saelens_matryoshka.ops import Group
 from saelens_matryoshka.ops.encoder import Encoder
 from saelens_matryoshka.ops.reference import selection_mask
 from saelens_matryoshka.ops.selection import _candidates, select_batch
@@ -35,6 +36,17 @@ def test_selection_finds_what_a_far_too_high_last_threshold_hides() -> None:
     encoder = Encoder(x, W_enc, b_enc, None, lambda *_: None)
     selection = select_batch(encoder, None, 3, last_threshold=torch.tensor(1e6))
     assert len(selection.rows) == 24
+
+
+def test_blocks_of_rows_keep_together_what_one_process_keeps() -> None:
+    """0.7 · 30 · 3 is a little more than 63 as it is computed from the left, and 0.7 · 90 a little less."""
+
+    class OneOfThree(Group):
+        row_blocks = 3
+
+    encoder = Encoder(torch.randn(30, 4), torch.randn(4, 50), torch.zeros(50), None, lambda *_: None)
+    kept = select_batch(encoder, None, 0.7, last_threshold=None, group=OneOfThree())
+    assert len(kept.rows) == int(0.7 * 90) == 62
 
 
 @pytest.fixture
