@@ -85,6 +85,10 @@ class CachedActivationsStore(ResumableStore):
         self.batches.read_share(rank, size)
 
     @override
+    def require_buffer(self) -> None:
+        """Its rows were shuffled when they were written: there is no buffer."""
+
+    @override
     def __next__(self) -> torch.Tensor:
         with self._lock:
             batch = self.reading(next(self.batches))

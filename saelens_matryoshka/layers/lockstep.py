@@ -333,6 +333,7 @@ def _from_model(
         store = many_hook_store(model, first, widths, override_dataset)
     except StopIteration:
         raise ValueError(f"dataset_path={first.dataset_path!r}: the dataset is empty.") from None
+    store.require_buffer()
     require_enough_text(store, first)
     hold_out_prompts(store, first)
     parts = {name: PartOfStore(store, reading) for name, reading in readings.items()}

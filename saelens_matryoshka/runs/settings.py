@@ -23,6 +23,7 @@ from saelens_matryoshka import tiny
 from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig, recommended_runner_fields
 from saelens_matryoshka.files.plain_yaml import MAX_YAML_BYTES, PlainLoader
 from saelens_matryoshka.files.text import is_text_file
+from saelens_matryoshka.runner import require_sizes
 from saelens_matryoshka.runs.fields import (
     OUR_CONFIGS,
     Field,
@@ -353,6 +354,7 @@ def _build(config_class: type, values: Mapping[str, Any]) -> LanguageModelSAERun
 
 def _check(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     """Refuse what would be refused later, or a schedule that is longer than the run."""
+    require_sizes(cfg)
     n_steps, parts = cfg.total_training_steps, ("lr_warm_up_steps", "lr_decay_steps")
     if n_steps < 1:
         raise ValueError(

@@ -233,6 +233,8 @@ def _runner(
     runner = RunRunner(cfg, observers=observers, keeper=keeper, **replaced)
     runner.sae.finite.may_skip = upkeep.skip_bad_batches  # type: ignore[union-attr]  (one of ours)
     job.share(runner, keeper)
+    store: Any = runner.activations_store  # one of ours
+    store.require_buffer()  # here, where the batch is what this process serves of it
     return runner
 
 

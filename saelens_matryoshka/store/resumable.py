@@ -88,6 +88,14 @@ class ResumableStore(OpenStore):
             start=self._position(),
         )
 
+    def require_buffer(self) -> None:
+        """Refuse, before anything is read, a mixing buffer that could not serve this process a batch.
+
+        Raises:
+            ValueError: it is smaller than a batch, or would keep less than nothing or more than all.
+        """
+        self.get_data_loader()
+
     @override
     def __next__(self) -> torch.Tensor:
         with self._lock:

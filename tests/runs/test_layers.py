@@ -262,3 +262,6 @@ def test_a_refused_run_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="mlp-1: d_in=64, but hook"):
         train_many(settings, tmp_path / "p")
     assert not (tmp_path / "p").exists()
+    with pytest.raises(ValueError, match="raise n_batches_in_buffer"):
+        train_many(_settings(n_batches_in_buffer=1), tmp_path / "p")
+    assert not (tmp_path / "p").exists()

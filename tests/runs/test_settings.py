@@ -157,6 +157,7 @@ def test_sae_and_logger_may_be_nested_in_a_file() -> None:
         ("--lr -1", "--lr -1 must be larger than 0"),
         ("--training_tokens 10", "is less than one batch"),
         ("--train_batch_size_tokens 0", "--train_batch_size_tokens 0 must be larger than 0"),
+        ("--store_batch_size_prompts 0", "store_batch_size_prompts=0 must be a positive integer"),
         ("--lr_warm_up_steps 10000", "do not fit a run of 488 steps"),
         ("--context_size 100000", "--context_size 100000: the model reads at most"),
         ("--model_name gpt22", "model_name='gpt22' is not one that TransformerLens knows. Similar: gpt2"),
@@ -177,6 +178,11 @@ def test_bad_input_names_the_setting_and_what_to_do(flags: str, says: str) -> No
     with pytest.raises(ValueError) as error:
         _resolve(flags)
     assert says in str(error.value)
+
+
+def test_sizes_are_checked_without_the_recommended_settings_too() -> None:
+    with pytest.raises(ValueError, match="train_batch_size_tokens=0 must be a positive integer"):
+        _resolve("--train_batch_size_tokens 0 --matryoshka_widths 16 256", recommended=False)
 
 
 @pytest.mark.parametrize("name", ["model_name", "d_sae", "k"])

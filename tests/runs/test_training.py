@@ -125,6 +125,8 @@ def test_a_used_folder_is_refused_and_left_alone(run: RunFolder) -> None:
     [
         ("--dataset_path nowhere/to-be-found", "nowhere/to-be-found"),
         ("--dtype float33", "float33"),
+        ("--n_batches_in_buffer 3", "buffer of 96 rows .* train_batch_size_tokens=128: raise n_batches_in_b"),
+        ("--activations_mixing_fraction 1.5", "activations_mixing_fraction=1.5 must be from 0 to 1"),
     ],
 )
 def test_what_cannot_be_trained_leaves_no_folder(flags: str, says: str, tmp_path: Path) -> None:
