@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -23,7 +24,7 @@ _UNITS = {
     "gi": 2**30,
     "ti": 2**40,
 }
-_SIZE = re.compile(r"\s*([\d.]+)\s*([kmgt]?i?)b?\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*((?:[kmgt]i?)?)b?\s*", re.IGNORECASE)
 
 
 def register(app: typer.Typer) -> None:
@@ -104,16 +105,11 @@ def estimate(
             cfgs = [resolve(sources, recommended=not saelens_defaults).cfg]
     with console.status("a few steps to calibrate the time" if not no_time else "counting"):
         result = estimate_run(*cfgs, available=available, with_time=not no_time, mesh=mesh)
-    write(result, json)
-    if result.fits is False:
-        raise typer.Exit(1)
-
-
-def write(result: Any, json: Path | None) -> None:
-    """Print an estimate, or its numbers."""
     if not on_stdout(json):
         Console().print(result.tables())
     write_numbers(result.to_json(), json)
+    if result.fits is False:
+        raise typer.Exit(1)
 
 
 def read_size(flag: str, text: str) -> int:
@@ -123,8 +119,7 @@ def read_size(flag: str, text: str) -> int:
         ValueError: it is no such thing.
     """
     found = _SIZE.fullmatch(text)
-    try:
-        assert found is not None
-        return int(float(found[1]) * _UNITS[found[2].lower()])
-    except (AssertionError, ValueError, KeyError):
-        raise ValueError(f"{flag} {text!r} is no size: write e.g. 24GB or 24GiB.") from None
+    n_bytes = math.inf if found is None else float(found[1]) * _UNITS[found[2].lower()]
+    if n_bytes == math.inf:  # so are digits beyond every float
+        raise ValueError(f"{flag} {text!r} is no size: write e.g. 24GB or 24GiB.")
+    return int(n_bytes)

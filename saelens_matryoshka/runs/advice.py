@@ -70,8 +70,8 @@ def advise(
         mesh: The processes that train together.
     """
     before = _peaks(cfgs, trace, mesh)
-    short = {name: n - limit for name, n in before.items() if (limit := limits.get(name)) and n > limit}
-    worst = max(short, key=lambda name: short[name])
+    room = {name: limit for name, limit in limits.items() if limit is not None}
+    worst = max((name for name in before if name in room), key=lambda name: before[name] - room[name])
     found: list[Advice] = []
     for ladder in _candidates(cfgs[0]):
         best = None
@@ -81,7 +81,7 @@ def advise(
             if len(tried) < len(cfgs):
                 break
             peaks = _peaks(tried, _trace_again(tried, cfgs[0], trace, shape), mesh)
-            fits = all(n <= (limits.get(name) or n) for name, n in peaks.items())
+            fits = all(n <= room.get(name, n) for name, n in peaks.items())
             saved = before[worst] - peaks.get(worst, 0)
             if saved >= _WORTH * before[worst] and (best is None or fits or saved > best.saved):
                 best = Advice(settings, worst, peaks, fits, saved)

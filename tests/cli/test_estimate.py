@@ -164,7 +164,7 @@ def test_sizes_are_read(text: str, n_bytes: int) -> None:
     assert read_size("--gpu-memory", text) == n_bytes
 
 
-@pytest.mark.parametrize("text", ["much", "-3GB", "3XB", "1.2.3GB", ""])
+@pytest.mark.parametrize("text", ["much", "-3GB", "3XB", "3iB", "1.2.3GB", ".", "", "9" * 400])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="--gpu-memory .* is no size: write e.g. 24GB"):
         read_size("--gpu-memory", text)

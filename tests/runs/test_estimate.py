@@ -267,6 +267,12 @@ def test_what_helps_but_not_enough_is_said_to_be_so() -> None:
     assert max(map(len, said.splitlines())) <= 80
 
 
+def test_a_device_without_any_memory_left_is_too_small_too() -> None:
+    found = estimate(_gemma(), available={"cpu": 0}, with_time=False)
+    assert found.fits is False
+    assert not any(one.fits for one in found.advice)
+
+
 def test_the_time_is_measured_and_the_numbers_are_json(tiny_model: HookedTransformer) -> None:  # noqa: ARG001
     state = torch.get_rng_state()
     found = estimate(runner_config(transcoder_config()), available={"cpu": 1 << 40})
