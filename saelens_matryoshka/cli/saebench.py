@@ -164,7 +164,7 @@ def _widths(prefixes: str) -> list[int] | str:
 
 def _settings(given: list[str]) -> dict[str, dict[str, Any]]:
     """`eval.name=value`, the value as YAML."""
-    import yaml
+    from saelens_matryoshka.files.plain_yaml import plain_values
 
     settings: dict[str, dict[str, Any]] = {}
     for setting in given:
@@ -172,5 +172,8 @@ def _settings(given: list[str]) -> dict[str, dict[str, Any]]:
         eval_name, dot, name = key.partition(".")
         if not (equals and dot and eval_name and name):
             raise ValueError(f"--set {setting!r}: expected EVAL.NAME=VALUE, e.g. scr.n_values=[2,10].")
-        settings.setdefault(eval_name, {})[name] = yaml.safe_load(value)
+        try:
+            settings.setdefault(eval_name, {})[name] = plain_values(value)
+        except ValueError as error:
+            raise ValueError(f"--set {setting!r}: the value is not YAML: {error}") from None
     return settings

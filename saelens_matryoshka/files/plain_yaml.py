@@ -17,3 +17,15 @@ class PlainLoader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it has an alias (*name): write the value out")
         return super().compose_node(parent, index)
+
+
+def plain_values(text: str, loader: type[PlainLoader] = PlainLoader) -> Any:
+    """What a YAML text holds.
+
+    Raises:
+        ValueError: it is no YAML of plain values; the message is why, on one line.
+    """
+    try:
+        return yaml.load(text, loader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())[:300]) from None

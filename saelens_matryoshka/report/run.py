@@ -6,10 +6,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import yaml
 from sae_lens import SAE
 
 from saelens_matryoshka.evaluation.evaluator import trained_k
+from saelens_matryoshka.files.plain_yaml import plain_values
 from saelens_matryoshka.prefixes import inference_model, matryoshka_widths
 from saelens_matryoshka.report.decoder import decoder_relations
 from saelens_matryoshka.report.logits import logit_effects
@@ -116,8 +116,8 @@ def _settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        settings = plain_values(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path} is no YAML: {error}.") from None
     if not isinstance(settings, dict):
         return {}

@@ -15,7 +15,7 @@ import yaml
 
 from saelens_matryoshka.files.atomic import is_left_aside, obstacle, write_atomically
 from saelens_matryoshka.files.names import is_reserved, unreserved
-from saelens_matryoshka.files.plain_yaml import PlainLoader
+from saelens_matryoshka.files.plain_yaml import plain_values
 from saelens_matryoshka.runs.fields import Given
 from saelens_matryoshka.runs.lock import LOCK
 from saelens_matryoshka.runs.settings import RECORDS, Settings
@@ -123,8 +123,8 @@ class RunFolder:
             ValueError: it is not there, or is not what `write_config` wrote.
         """
         try:
-            found = yaml.load(self.config.read_text(encoding="utf-8"), PlainLoader)
-        except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
+            found = plain_values(self.config.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
             found = None
         if not isinstance(found, dict):
             raise ValueError(f"{self.path} is not the folder of a run: {self._what_is_wrong()}.")

@@ -21,7 +21,7 @@ from sae_lens.training.optim import get_lr_scheduler
 
 from saelens_matryoshka import tiny
 from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig, recommended_runner_fields
-from saelens_matryoshka.files.plain_yaml import MAX_YAML_BYTES, PlainLoader
+from saelens_matryoshka.files.plain_yaml import MAX_YAML_BYTES, PlainLoader, plain_values
 from saelens_matryoshka.files.text import is_text_file
 from saelens_matryoshka.runner import require_sizes
 from saelens_matryoshka.runs.fields import (
@@ -142,10 +142,9 @@ def parse_yaml(text: str, origin: str) -> dict[str, Given]:
         ValueError: it is not YAML, or not a mapping of names to values.
     """
     try:
-        values = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{origin} is not YAML: {reason}") from None
+        values = plain_values(text, _Loader)
+    except ValueError as error:
+        raise ValueError(f"{origin} is not YAML: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ValueError(f"{origin} must be a mapping of settings to values, e.g. `d_sae: 18432`.")
     flat: dict[str, Given] = {}

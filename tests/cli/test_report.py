@@ -175,6 +175,12 @@ def _spoil(run: Path, what: str) -> list[Any]:
             (run / "metrics.json").write_text(text)
         case "settings that are no YAML":
             (run / "config.yaml").write_text("a: [1")
+        case "settings that are no date":
+            (run / "config.yaml").write_text("started_at: 2030-99-99\n")
+        case "settings too deep":
+            (run / "config.yaml").write_text("[" * 5_000)
+        case "settings that stand for more than there is memory for":
+            (run / "config.yaml").write_text("a: &a [1]\ncommand: [*a, *a]\n")
         case "something else in place of the samples":
             (run / "samples").mkdir()
             (run / "samples" / "notes.txt").touch()
@@ -195,6 +201,9 @@ BAD = {
     "a log of something else": "line 1: expected a JSON object",
     "the evaluation of another model": "evaluate it again",
     "settings that are no YAML": "is no YAML",
+    "settings that are no date": "is no YAML: month must be in 1..12",
+    "settings too deep": "is no YAML: maximum recursion depth exceeded",
+    "settings that stand for more than there is memory for": "is no YAML: it has an alias",
     "something else in place of the samples": "holds something else than samples",
     "intervals that do not halve": "n_intervals=6 must be a power of two",
     "a hook without a layer": "does not say of which layer",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from saelens_matryoshka.cli.saebench import _settings
 from tests.forked import run_command
 
 HAS_SAE_BENCH = importlib.util.find_spec("sae_bench") is not None
@@ -24,3 +25,20 @@ def test_help_names_the_evals(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert "sparse_probing" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_settings_are_read_as_yaml_by_eval() -> None:
+    given = ["scr.n_values=[2, 10]", "scr.early_stopping_patience=5", "core.dataset=a/b"]
+    assert _settings(given) == {
+        "scr": {"n_values": [2, 10], "early_stopping_patience": 5},
+        "core": {"dataset": "a/b"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [("scr.n_values=[2", "the value is not YAML"), ("n_values=2", "expected EVAL.NAME=VALUE")],
+)
+def test_what_is_no_setting_is_refused(setting: str, says: str) -> None:
+    with pytest.raises(ValueError, match=f"--set .*{says}"):
+        _settings([setting])
