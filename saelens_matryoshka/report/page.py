@@ -172,10 +172,10 @@ def _tiles(content: PageContent) -> list[tuple[str, str, str]]:
     tiles: list[tuple[str, str, str]] = []
     evaluation, samples = content.evaluation, content.samples
     n_levels = len(content.widths)
-    l0, dead, n_tokens = None, None, 0
+    l0, dead, n_tokens = None, None, None
     if evaluation is not None:
         whole = evaluation["prefixes"][-1]
-        l0, dead, n_tokens = whole["l0"], whole["dead_fraction"], evaluation["n_tokens"]
+        l0, dead, n_tokens = whole["l0"], whole["dead_fraction"], evaluation.get("n_tokens")
         tiles.append(("FVU", _figure(whole["fvu"], ".3f"), "of the whole dictionary"))
         if whole.get("ce_recovered") is not None:
             tiles.append(("CE recovered", f"{whole['ce_recovered']:.1%}", "against zero ablation"))
@@ -185,7 +185,7 @@ def _tiles(content: PageContent) -> list[tuple[str, str, str]]:
     if evaluation is not None or samples is not None:
         note = f"k = {content.k:g} in training" if content.k else "active latents per token"
         tiles.append(("L0", _figure(l0, ".1f"), note))
-        tiles.append(("dead", _figure(dead, ".1%"), f"on {n_tokens:,} tokens"))
+        tiles.append(("dead", _figure(dead, ".1%"), "" if n_tokens is None else f"on {n_tokens:,} tokens"))
     note = f"in {n_levels} nested levels" if n_levels > 1 else "in one level"
     tiles.append(("latents", f"{content.widths[-1]:,}", note))
     if content.log is not None:
@@ -214,14 +214,16 @@ def _rows(evaluation: dict[str, Any] | None) -> list[dict[str, str]]:
 
 
 def _measured(evaluation: dict[str, Any] | None) -> str:
-    if evaluation is None:
+    if evaluation is None or evaluation.get("n_tokens") is None:
         return ""
     said = f"The inference model on {evaluation['n_tokens']:,} tokens"
-    if evaluation.get("ce_clean") is not None:
+    if evaluation.get("n_ce_tokens") and evaluation.get("ce_clean") is not None:
+        clean, zero, mean = (
+            _figure(evaluation.get(name), ".3f") for name in ("ce_clean", "ce_zero", "ce_mean")
+        )
         said += (
-            f"; cross-entropy on {evaluation['n_ce_tokens']:,} of them: {evaluation['ce_clean']:.3f} nats "
-            f"untouched, {evaluation['ce_zero']:.3f} with the target zero-ablated, "
-            f"{evaluation['ce_mean']:.3f} mean-ablated"
+            f"; cross-entropy on {evaluation['n_ce_tokens']:,} of them: {clean} nats untouched, {zero} with "
+            f"the target zero-ablated, {mean} mean-ablated"
         )
     return said + "."
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ EVALUATIONS = ("metrics.json", "evaluation.json")
 """files that may hold the evaluation of a model, beside it: `train` writes the first, `export` the second"""
 _ALWAYS = frozenset({"width", "fvu", "l0", "dead_fraction"})
 _NUMBERS = (*_ALWAYS, "cosine", "ce", "ce_recovered", "ce_recovered_mean", "kl")
+"""of a prefix"""
+_TOTALS = ("n_tokens", "n_ce_tokens", "ce_clean", "ce_zero", "ce_mean")
+"""of all prefixes together"""
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -55,8 +59,7 @@ def read_evaluation(folder: Path) -> dict[str, Any] | None:
         if not path.is_file():
             continue
         found = _json(path.read_text(encoding="utf-8", errors="replace"))
-        rows = found.get("prefixes") if isinstance(found, dict) else None
-        if not isinstance(rows, list) or not rows or not all(map(_is_prefix, rows)):
+        if not _is_evaluation(found):
             command = shlex.join(["eval", str(folder), "--json", str(path)])
             raise ValueError(f"{path} is no evaluation: write one with `{command}`.")
         return found
@@ -71,11 +74,22 @@ def is_number(value: Any) -> bool:
         return False
 
 
+def _is_evaluation(found: Any) -> bool:
+    rows = found.get("prefixes") if isinstance(found, dict) else None
+    return (
+        isinstance(rows, list) and bool(rows) and _has_numbers(found, _TOTALS) and all(map(_is_prefix, rows))
+    )
+
+
 def _is_prefix(row: Any) -> bool:
     if not isinstance(row, dict) or not row.keys() >= _ALWAYS or not isinstance(row["width"], int):
         return False
-    numbers = [row[name] for name in _NUMBERS if row.get(name) is not None]
-    return row["width"] > 0 and all(map(is_number, numbers))
+    return row["width"] > 0 and _has_numbers(row, _NUMBERS)
+
+
+def _has_numbers(values: dict[str, Any], names: Sequence[str]) -> bool:
+    """Whether what is known of them are numbers."""
+    return all(values.get(name) is None or is_number(values[name]) for name in names)
 
 
 def _json(text: str) -> Any:

@@ -164,6 +164,16 @@ def test_an_evaluation_with_nan_and_samples_of_one_token_make_a_page(run: Path, 
     assert "NaN" not in (run / "report.html").read_text().split('id="latent-data"')[1]
 
 
+def test_an_evaluation_of_another_tool_makes_a_page_of_what_it_has(run: Path, call: Any) -> None:
+    row = {"width": D_SAE, "fvu": 0.5, "l0": 4.0, "dead_fraction": 0.25}
+    for more in ({}, {"n_tokens": 9, "ce_clean": 3.0}, {"n_tokens": 9, "n_ce_tokens": 4, "ce_clean": 3.0}):
+        (run / "metrics.json").write_text(json.dumps({"prefixes": [row], **more}))
+        code, said = call("report", run, "--no-samples")
+        assert code == 0, said
+    page = (run / "report.html").read_text()
+    assert "3.000 nats untouched, – with the target zero-ablated" in page
+
+
 def _spoil(run: Path, what: str) -> list[Any]:
     match what:
         case "no folder":

@@ -27,7 +27,20 @@ def test_only_a_last_line_may_be_cut_off(tmp_path: Path) -> None:
             read_lines(path)
 
 
-@pytest.mark.parametrize("text", ["no json", "[]", '{"prefixes": []}', '{"prefixes": [{"width": 8}]}'])
+ROW = {"width": 8, "fvu": 0.5, "l0": 4.0, "dead_fraction": 0.0}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no json",
+        "[]",
+        '{"prefixes": []}',
+        '{"prefixes": [{"width": 8}]}',
+        json.dumps({"prefixes": [ROW], "n_tokens": "many"}),
+        json.dumps({"prefixes": [ROW], "ce_zero": [3.0]}),
+    ],
+)
 def test_what_is_no_evaluation_is_named(text: str, tmp_path: Path) -> None:
     assert read_evaluation(tmp_path) is None
     (tmp_path / "metrics.json").write_text(text)
