@@ -11,7 +11,7 @@ from typing import Any
 from sae_lens import LanguageModelSAERunnerConfig
 
 from saelens_matryoshka.parallel import Mesh
-from saelens_matryoshka.runs.language_models import ModelShape
+from saelens_matryoshka.runs.language_models import ModelShape, model_shape
 from saelens_matryoshka.runs.memory import (
     ALONE,
     Configs,
@@ -45,6 +45,16 @@ class Advice:
     def flags(self) -> str:
         """As on the command line."""
         return " ".join(f"--{name} {_word(value)}" for name, value in self.settings.items())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, the settings as flags too."""
+        return {
+            "device": self.device,
+            "settings": self.settings,
+            "flags": self.flags,
+            "peak_bytes": self.peaks,
+            "fits": self.fits,
+        }
 
 
 def _word(value: Any) -> str:
@@ -147,8 +157,6 @@ def _trace_again(
     shape: ModelShape,
 ) -> ForwardTrace:
     """The trace of the changed config, computed again only where the change touches the language model."""
-    from saelens_matryoshka.runs.language_models import model_shape
-
     tried = changed[0]
     if tried.model_from_pretrained_kwargs != cfg.model_from_pretrained_kwargs:
         return trace_forward(changed, model_shape(tried))

@@ -69,6 +69,18 @@ class Device:
         """Whether that is available, None if it is not known."""
         return None if self.available is None else self.peak <= self.available
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers: bytes."""
+        return {
+            "name": self.name,
+            "peak_bytes": self.peak,
+            "peak_phase": self.peak_phase,
+            "available_bytes": self.available,
+            "fits": self.fits,
+            "phases": self.phases,
+            "parts": self.parts,
+        }
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -93,50 +105,16 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers: bytes and seconds."""
-        found: dict[str, Any] = {
+        return {
             "model_name": self.model_name,
             "n_parameters": self.n_parameters,
             "processes": self.mesh.size,
             "shards": self.mesh.shards,
             "fits": self.fits,
-            "devices": [
-                {
-                    "name": device.name,
-                    "peak_bytes": device.peak,
-                    "peak_phase": device.peak_phase,
-                    "available_bytes": device.available,
-                    "fits": device.fits,
-                    "phases": device.phases,
-                    "parts": device.parts,
-                }
-                for device in self.devices
-            ],
-            "time": None,
-            "advice": [
-                {
-                    "device": one.device,
-                    "settings": one.settings,
-                    "flags": one.flags,
-                    "peak_bytes": one.peaks,
-                    "fits": one.fits,
-                }
-                for one in self.advice
-            ],
+            "devices": [device.to_dict() for device in self.devices],
+            "time": None if self.time is None else self.time.to_dict(),
+            "advice": [one.to_dict() for one in self.advice],
         }
-        if self.time is not None:
-            found["time"] = {
-                "seconds": self.time.total,
-                "tokens_per_second": self.time.tokens_per_second,
-                "n_steps": self.time.n_steps,
-                "seconds_per_step": self.time.step,
-                "first_step_seconds": self.time.first_step,
-                "seconds_per_llm_batch": self.time.language_model,
-                "filling_seconds": self.time.filling,
-                "llm_seconds_per_step": self.time.language_model_per_step,
-                "buffer_seconds_per_step": self.time.moving_per_step,
-                "extrapolated": self.time.scaled,
-            }
-        return found
 
     def to_json(self) -> str:
         """`to_dict` as indented JSON."""
@@ -147,18 +125,14 @@ class Estimate:
         shown: list[Any] = [self._processes_line()]
         for device in self.devices:
             shown += [_device_table(device), _verdict(device)]
-        shown.append(self._advice_line())
-        shown.append(self._time_line())
+        shown += [self._advice_line(), self._time_line()]
         return Group(*[one for one in shown if one is not None])
 
     def _processes_line(self) -> str | None:
-        n_copies, n_shards = self.mesh
         if self.mesh.size == 1:
             return None
-        has = "a copy" if n_shards == 1 else f"1/{n_shards}"
-        return (
-            f"[bold]Each of {n_copies * n_shards} processes[/], which has {has} of the dictionary, takes:\n"
-        )
+        has = "a copy" if self.mesh.shards == 1 else f"1/{self.mesh.shards}"
+        return f"[bold]Each of {self.mesh.size} processes[/], which has {has} of the dictionary, takes:\n"
 
     def _advice_line(self) -> str | None:
         if self.fits is not False:

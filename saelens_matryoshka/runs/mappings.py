@@ -21,6 +21,7 @@ from typing import Any
 
 from saelens_matryoshka import tiny
 from saelens_matryoshka.runs.fields import did_you_mean
+from saelens_matryoshka.runs.language_models import ModelShape, hooked_config
 from saelens_matryoshka.sites import find_site
 
 _SITES = {
@@ -117,8 +118,6 @@ def skeleton(model_name: str) -> Any:
         NoModelConfigError: its configuration is neither on this machine nor to be had from the hub.
         ValueError: TransformerLens does not know the model.
     """
-    from saelens_matryoshka.runs.language_models import ModelShape, hooked_config
-
     if model_name in tiny.NAMES:
         return tiny.load_hooked_transformer()
     try:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, SAETrainer, TrainingSAE
+from sae_lens.util import extract_layer_from_tlens_hook_name
 
 from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig
 from saelens_matryoshka.evaluation.activations import hook_activations
@@ -90,6 +91,21 @@ class Time:
     def tokens_per_second(self) -> float:
         """Of the training loop."""
         return self.tokens_per_step * self.n_steps / self.total
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers: seconds."""
+        return {
+            "seconds": self.total,
+            "tokens_per_second": self.tokens_per_second,
+            "n_steps": self.n_steps,
+            "seconds_per_step": self.step,
+            "first_step_seconds": self.first_step,
+            "seconds_per_llm_batch": self.language_model,
+            "filling_seconds": self.filling,
+            "llm_seconds_per_step": self.language_model_per_step,
+            "buffer_seconds_per_step": self.moving_per_step,
+            "extrapolated": self.scaled,
+        }
 
     def _reading(self, n_rows: int) -> float:
         return self.language_model * n_rows / self.llm_batch_rows
@@ -260,8 +276,6 @@ def _most_tokens(cfg: LanguageModelSAERunnerConfig[Any], device: Any) -> int:
 
 
 def _last_layer(hooks: list[str]) -> int | None:
-    from sae_lens.util import extract_layer_from_tlens_hook_name
-
     layers = [extract_layer_from_tlens_hook_name(hook) for hook in hooks]
     known = [layer for layer in layers if layer is not None]
     return max(known) if len(known) == len(layers) else None
