@@ -9,20 +9,17 @@ from __future__ import annotations
 import functools
 import json
 import math
-import time
 import warnings
 from collections.abc import Callable, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from sae_lens import LanguageModelSAERunnerConfig, SAETrainer
 from sae_lens.config import HfDataset
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.llm_sae_training_runner import LLMSaeEvaluator
 from sae_lens.saes.sae import TrainStepOutput
-from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.prefetch import PrefetchingIterator
 from tqdm.auto import tqdm
 
@@ -41,6 +38,7 @@ from saelens_matryoshka.evaluation.training_evaluator import (
 )
 from saelens_matryoshka.files.atomic import obstacle
 from saelens_matryoshka.ops import SparseStep
+from saelens_matryoshka.progress import ProgressBar, summary
 from saelens_matryoshka.scaling import FiniteScaler
 from saelens_matryoshka.seams import defer_checkpoints, replace_progress_bar
 from saelens_matryoshka.sites import Site, check_hook, make_readable, norm_frame, norm_gain
@@ -70,8 +68,6 @@ _VOLATILE = frozenset(
         "metadata",
     }
 )
-_COLUMNS_WITH_LOSS = 100
-_BAR_REFRESH_SECONDS = 0.5
 
 T = TypeVar("T", bound=ResumableStore)
 Observer = Callable[[SAETrainer[Any, Any], TrainStepOutput], None]
@@ -83,7 +79,7 @@ Observer = Callable[[SAETrainer[Any, Any], TrainStepOutput], None]
 def build_store(
     model: Any,
     cfg: LanguageModelSAERunnerConfig[Any],
-    override_dataset: HfDataset | None = None,
+    override_dataset: HfDataset | None,
     *,
     stock_from_config: Callable[..., ResumableStore],
 ) -> ResumableStore:
@@ -92,7 +88,7 @@ def build_store(
     Args:
         model: The language model.
         cfg: Runner config whose `sae` is ours.
-        override_dataset: Used in place of `cfg.dataset_path`.
+        override_dataset: Used in place of `cfg.dataset_path`; None, that.
         stock_from_config: SAELens's own way to build a store of one hook.
 
     Raises:
@@ -387,48 +383,6 @@ def _after_step(
     pbar: tqdm,  # type: ignore[type-arg]
     update_interval: int = 100,  # noqa: ARG001  (the stock signature)
 ) -> None:
-    bar.update(pbar, functools.partial(_shown, trainer, step_output, pbar))
+    bar.update(pbar, functools.partial(summary, trainer, step_output, pbar))
     complete_step(trainer, step_output)
     save_if_due()
-
-
-@torch.no_grad()
-def mean_l0(step_output: TrainStepOutput) -> float:
-    """Latents kept per row of a step's batch: of the whole batch, where processes share it."""
-    if isinstance(l0 := step_output.metrics.get("l0"), torch.Tensor):
-        return l0.item()
-    acts = step_output.feature_acts
-    return (acts._nnz() if acts.is_sparse else int((acts > 0).sum())) / len(acts)
-
-
-def _shown(trainer: SAETrainer[Any, Any], step_output: TrainStepOutput, pbar: tqdm) -> str:  # type: ignore[type-arg]
-    """FVU, L0, dead latents and, where there is room, the loss: tqdm would cut it amid its digits."""
-    shown = (
-        f"FVU {step_output.metrics['fvu']().item():.3f} L0 {mean_l0(step_output):.1f} "  # type: ignore[operator]
-        f"dead {trainer.dead_neurons.float().mean().item():.0%}"
-    )
-    columns = getattr(pbar, "ncols", None)  # a bar that is switched off has none
-    has_room = columns is None or columns >= _COLUMNS_WITH_LOSS
-    return f"{shown} loss {step_output.loss.item():.3g}" if has_room else shown
-
-
-class ProgressBar:
-    """Moves a trainer's progress bar after every step, and says how it goes twice a second."""
-
-    def __init__(self, trainer: SAETrainer[Any, Any] | MultiSAETrainer) -> None:
-        self._trainer, self._shown_at = trainer, 0.0
-
-    @torch.no_grad()
-    def update(self, pbar: tqdm, shown: Callable[[], str]) -> None:  # type: ignore[type-arg]
-        """Show the step that is done, and now and then the text that `shown` gives."""
-        trainer, now = self._trainer, time.monotonic()
-        total = trainer.cfg.total_training_samples
-        finished = trainer.n_training_samples >= total
-        pbar.unit, pbar.unit_scale = "tok", True
-        # The last batch may go beyond the total, behind which tqdm would show no share and no bar.
-        pbar.update(min(trainer.n_training_samples, total) - pbar.n)
-        if now - self._shown_at < _BAR_REFRESH_SECONDS and not finished:
-            return
-        self._shown_at = now  # reading the numbers waits for the GPU, so it is not done every step
-        pbar.set_description_str("", refresh=False)
-        pbar.set_postfix_str(shown(), refresh=False)

@@ -40,9 +40,9 @@ from saelens_matryoshka.layers.store import (
     many_hook_store,
 )
 from saelens_matryoshka.ops import SparseStep
+from saelens_matryoshka.progress import ProgressBar
 from saelens_matryoshka.runner import (
     Observer,
-    ProgressBar,
     check_pretrained,
     check_source,
     complete_step,

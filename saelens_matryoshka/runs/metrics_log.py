@@ -12,7 +12,7 @@ from sae_lens.saes.sae import TrainStepOutput
 
 from saelens_matryoshka.files.atomic import write_atomically
 from saelens_matryoshka.files.valid_json import dumps
-from saelens_matryoshka.runner import mean_l0
+from saelens_matryoshka.progress import mean_l0
 from saelens_matryoshka.runs.recorded import read_lines
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import saelens_matryoshka as sm
-from saelens_matryoshka.runner import mean_l0, prepare_trainer
+from saelens_matryoshka.progress import mean_l0
+from saelens_matryoshka.runner import prepare_trainer
 from tests.helpers import sparse_batches, trainer_for
 
 D, BATCH = 8, 32
