@@ -20,6 +20,8 @@ from saelens_matryoshka.report.text import TokenText
 
 _NONE = 0xFFFFFFFF
 _BINS = 32
+# Strongest examples that are shown of each latent. Of each interval it is one.
+_N_TOP = 8
 
 
 def pack_latents(
@@ -29,8 +31,7 @@ def pack_latents(
     relations: DecoderRelations,
     logits: LogitEffects | None,
     *,
-    no_logits: str = "",
-    n_examples: int = 8,
+    no_logits: str,
 ) -> tuple[dict[str, Any], str]:
     """What the page's script needs of every latent.
 
@@ -41,12 +42,11 @@ def pack_latents(
         relations: Between the decoder's rows.
         logits: Top and bottom logits; None where there are none.
         no_logits: Then, why.
-        n_examples: Strongest examples to show of each latent. Of each interval it is one.
 
     Returns:
         What is plain, for JSON, and the block: gzip of the arrays, as base64.
     """
-    examples, n_top = _chosen(samples, n_examples)
+    examples, n_top = _chosen(samples)
     arrays: dict[str, np.ndarray] = {}
     stream = _add_examples(arrays, samples, *examples)
     used = [stream] if logits is None else [stream, _array(logits.top_tokens), _array(logits.bottom_tokens)]
@@ -97,10 +97,10 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().cpu().numpy()
 
 
-def _chosen(samples: Samples, n_examples: int) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], int]:
+def _chosen(samples: Samples) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], int]:
     """Positions, values, windows `[d_sae, n, ...]`: the strongest, then one of each interval."""
     top, drawn = samples.top, samples.intervals
-    n_top = min(n_examples, top.positions.shape[1])
+    n_top = min(_N_TOP, top.positions.shape[1])
     per_interval = drawn.positions.shape[1] // samples.n_intervals
     middle = torch.arange(samples.n_intervals - 1, -1, -1) * per_interval
     parts = ((top.positions, drawn.positions), (top.values, drawn.values), (top.windows, drawn.windows))
