@@ -97,12 +97,14 @@ def report(
             found = stored_with(place, sae)
         if found is None:
             with writing_samples(place):
+                text, described = load_text(sae, dataset, split, skip, model=model)
                 found = obtain_samples(
                     console,
                     place,
                     sae,
                     language_model,
-                    load=lambda: load_text(sae, dataset, split, skip, model=model),
+                    text,
+                    described,
                     overwrite=False,
                     n_tokens=tokens,
                     n_top=20,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from enum import Enum
 from pathlib import Path
@@ -44,6 +43,7 @@ from saelens_matryoshka.files.valid_json import dumps
 if TYPE_CHECKING:
     from sae_lens import SAE
 
+    from saelens_matryoshka.report.logits import LogitEffects
     from saelens_matryoshka.report.samples import Samples
 
 
@@ -113,12 +113,14 @@ def samples(
         sae = load_sae(path, device)
         language_model = load_language_model_for(sae, model, device)
     with writing_samples(folder):
+        text, described = load_text(sae, dataset, split, skip, model=model)
         found = obtain_samples(
             console,
             folder,
             sae,
             language_model,
-            load=lambda: load_text(sae, dataset, split, skip, model=model),
+            text,
+            described,
             overwrite=overwrite,
             n_tokens=tokens,
             n_top=top,
@@ -160,8 +162,9 @@ def obtain_samples(
     folder: Path,
     sae: SAE[Any],
     language_model: Any,
+    text: Any,
+    described: str,
     *,
-    load: Callable[[], tuple[Any, str]],
     overwrite: bool,
     **settings: Any,
 ) -> Samples:
@@ -174,7 +177,8 @@ def obtain_samples(
         folder: Where they are, or will be.
         sae: What to sample.
         language_model: Its language model.
-        load: Gives the text, and in words what it is.
+        text: To sample on.
+        described: In words, which text that is.
         overwrite: Replace what is there.
         settings: Of `collect_samples`.
 
@@ -190,7 +194,6 @@ def obtain_samples(
     from saelens_matryoshka.report.collect import collect_samples
     from saelens_matryoshka.report.store import stored_samples
 
-    text, described = load()
     batch_size = settings.pop("batch_size_prompts")
     key = {**settings, "text": described, "weights": hash_of_weights(sae)}
     if not overwrite and (found := stored_samples(folder, key)) is not None:
@@ -236,37 +239,41 @@ def _write_format(
 ) -> Path:
     from saelens_matryoshka.files.atomic import whole_folder
     from saelens_matryoshka.report.feature_files import require_new_layer, write_feature_files
-    from saelens_matryoshka.report.logits import logit_effects
     from saelens_matryoshka.report.neuronpedia import write_neuronpedia
     from saelens_matryoshka.report.seed_files import write_seed_files
     from saelens_matryoshka.report.text import TokenText
 
-    target, name = folder / chosen.value, Path(path.replace(":", "/")).name
-    goes_to_features = chosen is Format.circuit_tracer and features is not None
-    if target.exists() and not overwrite and not goes_to_features:
-        raise ValueError(f"{target} is there already: give --overwrite to replace it.")
+    name = Path(path.replace(":", "/")).name
     text = TokenText(getattr(language_model, "tokenizer", None))
-    if chosen is Format.json:
-        with whole_folder(target, overwrite=overwrite) as new:
-            write_seed_files(found, text, new)
-        return target
-    layer = _layer(sae)
-    if features is not None and chosen is Format.circuit_tracer:
+    if chosen is Format.circuit_tracer and features is not None:  # with the layers that are there
+        layer = _layer(sae)
         require_new_layer(features, layer)
-    try:
-        logits = logit_effects(sae, language_model)
-    except ValueError:
-        logits = None  # what it writes to has none; the formats allow for that
-    if chosen is Format.neuronpedia:
-        with whole_folder(target, overwrite=overwrite) as new:
-            write_neuronpedia(found, text, new, sae=sae, logits=logits, sae_set=name, layer=layer)
-    elif features is None:
-        with whole_folder(target, overwrite=overwrite) as new:
-            write_feature_files(found, text, new / "features", layer=layer, transcoder_id=name, logits=logits)
-    else:
+        logits = _logits(sae, language_model)
         write_feature_files(found, text, features, layer=layer, transcoder_id=name, logits=logits)
         return features
+    target = folder / chosen.value
+    if target.exists() and not overwrite:
+        raise ValueError(f"{target} is there already: give --overwrite to replace it.")
+    with whole_folder(target, overwrite=overwrite) as new:
+        if chosen is Format.json:
+            write_seed_files(found, text, new)
+            return target
+        layer, logits = _layer(sae), _logits(sae, language_model)
+        if chosen is Format.neuronpedia:
+            write_neuronpedia(found, text, new, sae=sae, logits=logits, sae_set=name, layer=layer)
+        else:
+            write_feature_files(found, text, new / "features", layer=layer, transcoder_id=name, logits=logits)
     return target
+
+
+def _logits(sae: SAE[Any], language_model: Any) -> LogitEffects | None:
+    """None where what it writes to has none: the formats allow for that."""
+    from saelens_matryoshka.report.logits import logit_effects
+
+    try:
+        return logit_effects(sae, language_model)
+    except ValueError:
+        return None
 
 
 def _layer(sae: SAE[Any]) -> int:
