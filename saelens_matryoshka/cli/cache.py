@@ -16,6 +16,7 @@ from saelens_matryoshka.files.valid_json import dumps
 
 if TYPE_CHECKING:
     from saelens_matryoshka.cache import Manifest
+    from saelens_matryoshka.runs.settings import Settings
 
 
 def register(app: typer.Typer) -> None:
@@ -70,7 +71,7 @@ def cache(
         from saelens_matryoshka.cache.writer import require_own_folder
 
         require_own_folder(folder)
-        settings, first = _settings(context.args, preset, mapping, layers, hook or [])
+        settings = _settings(context.args, preset, mapping, layers, hook or [])
         from saelens_matryoshka.cache import CacheError, CacheSettings, open_cache, write_cache
         from saelens_matryoshka.layers.lockstep import load_model_for
         from saelens_matryoshka.runs.training import overrides
@@ -82,7 +83,7 @@ def cache(
             dtype=dtype,
             shard_bytes=shard_mb << 20,
         )
-        replaced = overrides(first)
+        replaced = overrides(settings[0])
         model = replaced.get("override_model") or load_model_for([one.cfg for one in settings])
         try:
             open_cache(folder)
@@ -105,7 +106,7 @@ def cache(
 
 def _settings(
     args: list[str], preset: str | None, mapping: str | None, layers: str | None, hooks: list[str]
-) -> tuple[list[Any], Any]:
+) -> list[Settings]:
     """The settings of runs that read what is to be written."""
     from saelens_matryoshka.runs.fields import Given
     from saelens_matryoshka.runs.layers import each_of
@@ -130,7 +131,7 @@ def _settings(
         is_hook = "hook_name" in one
         common = [_without_hooks(layer) for layer in base] if is_hook else base
         found.append(resolve([*common, one], recommended=False))
-    return found, found[0]
+    return found
 
 
 def _without_hooks(layer: dict[str, Any]) -> dict[str, Any]:
