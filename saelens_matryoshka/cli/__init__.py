@@ -24,6 +24,7 @@ from saelens_matryoshka.cli import (
     evaluate,
     formats,
     hooks,
+    presets,
     report,
     runs,
     saebench,
@@ -61,7 +62,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 for panel, commands in {
-    "Train": (demo, train, estimate, runs, cache),
+    "Train": (demo, train, presets, estimate, runs, cache),
     "Look at what was learned": (evaluate, report, samples, saebench, describe),
     "Exchange with other tools": (formats, hooks),
 }.items():

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM in a command: it cleans up, says in a line what has become of its work, and ends."""
+"""Ctrl-C and SIGTERM in a command: it cleans up, says in a line what has become of its work, and ends;
+the same command, or `train --resume`, goes on."""
 
 from __future__ import annotations
 
@@ -9,11 +10,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
+from rich.markup import escape
 
 from saelens_matryoshka.cli.output import Console
+
+NOTHING_WRITTEN = "Nothing has been written: call it again."
 
 
 class _Terminated(KeyboardInterrupt):
@@ -55,10 +60,41 @@ def told_to_call_again() -> Iterator[None]:
         raise typer.Exit(stopped.exit_code) from None
 
 
+@contextmanager
+def told_how_to_go_on(folder: Path) -> Iterator[None]:
+    """Within, a run that stops says with which command it goes on, and one that has not begun says so."""
+    from saelens_matryoshka.runs.folder import RunFolder
+    from saelens_matryoshka.runs.layers import runs_in
+    from saelens_matryoshka.stopping import RunStopped
+
+    go_on = f"To go on: saelens-matryoshka train --resume {shlex.quote(str(folder))}"
+
+    def what_is_kept(otherwise: str = NOTHING_WRITTEN) -> str:
+        return go_on if RunFolder(folder).is_run() or runs_in(folder) else otherwise
+
+    try:
+        with interruptible(what_is_kept):
+            yield
+    except RunStopped as stopped:
+        kept = what_is_kept(f"{folder} is not there any more: from where it was moved to, --resume goes on.")
+        say_why_it_ends(f"{stopped}\n{kept}")
+        raise typer.Exit(stopped.exit_code) from None
+
+
 def say_why_it_ends(said: str) -> None:
     """Below what is on the terminal, by one process of a job."""
     if os.environ.get("RANK", "0") == "0":
         Console(stderr=True).print(f"\n{said}", markup=False, soft_wrap=True)
+
+
+def going_on(what: str, console: Console) -> Callable[[int], None]:
+    """What says, once a run has been found fit to go on, after which step it does."""
+
+    def say(n_steps: int) -> None:
+        where = f"after step {n_steps:,}" if n_steps else "from its start: it has no checkpoint"
+        console.print(f"[bold]Going on[/] with {escape(what)}, {where}", soft_wrap=True)
+
+    return say
 
 
 def _terminate(number: int, frame: Any) -> None:  # noqa: ARG001

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.markup import escape
 
+from saelens_matryoshka.cli.interruption import going_on, told_how_to_go_on
 from saelens_matryoshka.cli.output import Console, on_stdout, write_numbers
+from saelens_matryoshka.cli.settings import settings_table
 from saelens_matryoshka.files.valid_json import dumps
 
 if TYPE_CHECKING:
@@ -54,7 +56,6 @@ def train_layers(
     if dry_run:
         _show_plan(settings, parent, console, json)
         return
-    from saelens_matryoshka.cli.train import told_how_to_go_on
     from saelens_matryoshka.runs.settings import require_devices
     from saelens_matryoshka.upkeep.keeper import Upkeep
 
@@ -85,8 +86,6 @@ def _show_plan(settings: dict[str, Settings], parent: Path, console: Console, js
 def _show_settings(settings: dict[str, Settings], console: Console) -> None:
     from rich.table import Table
 
-    from saelens_matryoshka.cli.train import settings_table
-
     sites = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for heading in ("run", "reads", "predicts"):
         sites.add_column(heading, overflow="fold")
@@ -100,7 +99,6 @@ def _show_settings(settings: dict[str, Settings], console: Console) -> None:
 
 def resume_layers(parent: Path, upkeep: dict[str, Any], console: Console, json: Path | None) -> None:
     """Go on with several runs that were stopped."""
-    from saelens_matryoshka.cli.train import going_on, told_how_to_go_on
     from saelens_matryoshka.runs.layers import resume_many, runs_in
 
     names = runs_in(parent)

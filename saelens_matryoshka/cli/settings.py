@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from rich import box
+
 if TYPE_CHECKING:
     import typer
+    from rich.table import Table
 
     from saelens_matryoshka.parallel import Mesh, Sharding
     from saelens_matryoshka.runs.fields import Given
@@ -100,6 +103,20 @@ def require_one_process(mesh: Mesh) -> None:
             "several layers are trained in lockstep by one process: under torchrun, or with --shard, train "
             "one --layer."
         )
+
+
+def settings_table(given: Mapping[str, Given]) -> Table:
+    """What was given, and by whom."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("setting", no_wrap=True)
+    table.add_column("value", overflow="fold")
+    table.add_column("from", overflow="fold")
+    for name, one in given.items():
+        table.add_row(name, Text(str(one.value)), Text(one.origin))
+    return table
 
 
 def _cache_settings(folder: Path) -> dict[str, Given]:

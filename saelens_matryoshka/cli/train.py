@@ -1,19 +1,16 @@
-"""`saelens-matryoshka train` and `presets`."""
+"""`saelens-matryoshka train`: a run in a folder of its own."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
-from rich import box
 from rich.markup import escape
 
-from saelens_matryoshka.cli.interruption import interruptible, say_why_it_ends
+from saelens_matryoshka.cli.interruption import NOTHING_WRITTEN, going_on, interruptible, told_how_to_go_on
 from saelens_matryoshka.cli.output import Console, Json, on_stdout, quieten, require_writable, write_numbers
 from saelens_matryoshka.cli.settings import (
     given_beside,
@@ -21,36 +18,31 @@ from saelens_matryoshka.cli.settings import (
     read_sources,
     require_no_layer,
     require_one_process,
+    settings_table,
 )
 from saelens_matryoshka.files.valid_json import dumps
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from saelens_matryoshka.evaluation.result import EvalResult
     from saelens_matryoshka.parallel import Mesh, Sharding
-    from saelens_matryoshka.runs.fields import Given
     from saelens_matryoshka.runs.folder import RunFolder
     from saelens_matryoshka.runs.settings import Settings
 
-_PLAIN: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1), "pad_edge": False}
 _FOLDER = "The folder of the run"
 _SCALE = "Several layers, many GPUs"
 _MORE = "More"
-_NOTHING_WRITTEN = "Nothing has been written: call it again."
 
 
 def register(app: typer.Typer) -> None:
-    """Add the commands to the app."""
+    """Add the command to the app."""
     app.command(
         "train",
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
         no_args_is_help=True,
     )(train)
-    app.command("presets")(presets)
 
 
-@interruptible(_NOTHING_WRITTEN)
+@interruptible(NOTHING_WRITTEN)
 def train(
     context: typer.Context,
     preset: Annotated[
@@ -294,37 +286,6 @@ def _resume(
     _show_result(result, folder, console, json)
 
 
-def going_on(what: str, console: Console) -> Callable[[int], None]:
-    """What says, once a run has been found fit to go on, after which step it does."""
-
-    def say(n_steps: int) -> None:
-        where = f"after step {n_steps:,}" if n_steps else "from its start: it has no checkpoint"
-        console.print(f"[bold]Going on[/] with {escape(what)}, {where}", soft_wrap=True)
-
-    return say
-
-
-@contextmanager
-def told_how_to_go_on(folder: Path) -> Iterator[None]:
-    """Within, a run that stops says with which command it goes on, and one that has not begun says so."""
-    from saelens_matryoshka.runs.folder import RunFolder
-    from saelens_matryoshka.runs.layers import runs_in
-    from saelens_matryoshka.stopping import RunStopped
-
-    go_on = f"To go on: saelens-matryoshka train --resume {shlex.quote(str(folder))}"
-
-    def what_is_kept(otherwise: str = _NOTHING_WRITTEN) -> str:
-        return go_on if RunFolder(folder).is_run() or runs_in(folder) else otherwise
-
-    try:
-        with interruptible(what_is_kept):
-            yield
-    except RunStopped as stopped:
-        kept = what_is_kept(f"{folder} is not there any more: from where it was moved to, --resume goes on.")
-        say_why_it_ends(f"{stopped}\n{kept}")
-        raise typer.Exit(stopped.exit_code) from None
-
-
 def _folder(settings: Settings, out: Path | None, name: str | None) -> RunFolder:
     """Where the run goes: OUT/MODEL/MAPPING/NAME, or SAELens's output_path."""
     from saelens_matryoshka.runs.folder import RunFolder, new_run_folder, run_folder
@@ -402,73 +363,12 @@ def _show_settings(settings: Settings, folder: RunFolder, console: Console, n_va
     console.print(f"{n_left} other settings are SAELens's defaults; --json prints them too.")
 
 
-def settings_table(given: Mapping[str, Given]) -> Table:
-    """What was given, and by whom."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(**_PLAIN)
-    table.add_column("setting", no_wrap=True)
-    table.add_column("value", overflow="fold")
-    table.add_column("from", overflow="fold")
-    for name, one in given.items():
-        table.add_row(name, Text(str(one.value)), Text(one.origin))
-    return table
-
-
 def _print_all_help(context: typer.Context) -> None:
-    print(context.get_help())
-    print("SAELens's flags, with our architectures:\n")
-    import saelens_matryoshka  # noqa: F401  (registers them)
+    from saelens_matryoshka.runs.settings import read_flags
     from saelens_matryoshka.seams import parse_runner_config
 
-    words = context.args
-    asked = words[words.index("--architecture") + 1 :][:1] if "--architecture" in words else []
-    parse_runner_config(["--architecture", *(asked or ["matryoshka_transcoder"]), "--help"])
-
-
-def presets(
-    name: Annotated[str | None, typer.Argument(help="Show one of them.")] = None,
-    json: Json = None,
-) -> None:
-    """List the presets of `train`, or show one.
-
-    saelens-matryoshka presets
-    saelens-matryoshka presets gemma-2-2b-layer-8
-    """
-    from rich.table import Table
-
-    quieten()
-    from saelens_matryoshka.runs.presets import load_preset, preset_names
-
-    require_writable(json)
-    console = Console()
-    found = [load_preset(one) for one in ([name] if name else preset_names())]
-    write_numbers(dumps([preset.to_dict() for preset in found], indent=2), json)
-    if on_stdout(json):
-        return
-    if name:
-        console.print(f"[bold]{name}[/]: {found[0].description}")
-        table = Table(show_header=False, **_PLAIN)
-        for key, given in found[0].settings.items():
-            table.add_row(key, str(given.value))
-        console.print(table)
-        console.print(f"`saelens-matryoshka train --preset {name} --dry-run` shows what it resolves to.")
-        return
-    # narrow, so that names need a second line only on less than 80 columns
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    table.add_column("preset", overflow="fold")
-    table.add_column("model", overflow="fold")
-    for heading in ("layer", "latents", "k", "tokens"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for preset in found:
-        values = preset.to_dict()
-        table.add_row(
-            preset.name,
-            values["model_name"],
-            str(values["layer"]),
-            f"{values['d_sae']:,}",
-            f"{values['k']:g}",
-            f"{values['training_tokens'] / 1e6:g}M",
-        )
-    console.print(table)
+    print(context.get_help())
+    print("SAELens's flags, with our architectures:\n")
+    asked = read_flags(context.args).get("architecture")
+    architecture = "matryoshka_transcoder" if asked is None else str(asked.value)
+    parse_runner_config(["--architecture", architecture, "--help"])

@@ -177,8 +177,9 @@ def test_help_has_our_flags_and_help_all_saelens_too(
         "--wandb_project",
     ):
         assert word in said
-    assert _call("train", "--help-all", "--architecture", "matryoshka_sae", monkeypatch=monkeypatch) == 0
-    assert "--hook_name_out" not in capsys.readouterr().out
+    for words in (["--architecture", "matryoshka_sae"], ["--architecture=matryoshka_sae"]):
+        assert _call("train", "--help-all", *words, monkeypatch=monkeypatch) == 0
+        assert "--hook_name_out" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
