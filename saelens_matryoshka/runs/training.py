@@ -212,10 +212,18 @@ def recorded_upkeep(recorded: Mapping[str, Any], changed: Mapping[str, Any]) -> 
     Args:
         recorded: The contents of config.yaml.
         changed: Fields of `Upkeep` that are to be other than recorded.
+
+    Raises:
+        ValueError: config.yaml says something else.
     """
-    kept = {**(recorded.get("upkeep") or {}), **changed}
-    log_every = kept.pop("log_every", 20)
-    return log_every, Upkeep(**kept)
+    kept, known = recorded.get("upkeep") or {}, upkeep_record(20, Upkeep())
+    is_known = isinstance(kept, dict) and kept.keys() <= known.keys()
+    if not is_known or not isinstance(kept.get("log_every", 20), int):
+        raise ValueError(
+            f"upkeep={kept!r} in the run's config.yaml must be a mapping of {', '.join(known)} to numbers."
+        )
+    kept = known | kept | dict(changed)
+    return kept.pop("log_every"), Upkeep(**kept)
 
 
 def _runner(

@@ -34,10 +34,11 @@ class Upkeep:
     """batches of NaN or Inf that are left out before the run stops"""
 
     def __post_init__(self) -> None:
-        for name in ("keep", "checkpoint_minutes", "skip_bad_batches"):
+        for name, kind in (("keep", int), ("checkpoint_minutes", int | float), ("skip_bad_batches", int)):
             value = getattr(self, name)
-            if not (isinstance(value, int | float) and 0 <= value < float("inf")):
-                raise ValueError(f"--{name.replace('_', '-')} {value} must be a number, 0 or larger.")
+            if isinstance(value, bool) or not isinstance(value, kind) or not 0 <= value < float("inf"):
+                whole = ", and whole" if kind is int else ""
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be a number, 0 or larger{whole}.")
 
 
 class Keeper:

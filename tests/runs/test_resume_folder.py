@@ -197,6 +197,16 @@ def test_what_cannot_be_gone_on_with_is_refused(tmp_path: Path) -> None:
     assert "is not the folder of a run" in error("--resume", str(tmp_path / "missing"))
     (tmp_path / "config.yaml").write_text("completed_at: '2026-01-01'\n")
     assert "holds a finished run" in error("--resume", str(tmp_path))
+    for upkeep, says in {
+        "3": "upkeep=3 in the run's config.yaml must be a mapping of log_every, keep, ",
+        "{keeep: 3}": "upkeep={'keeep': 3} in the run's config.yaml must be a mapping",
+        "{keep: 1.5}": "--keep 1.5 must be a number, 0 or larger, and whole",
+        "{checkpoint_minutes: often}": "--checkpoint-minutes often must be a number",
+        "{log_every: often}": "upkeep={'log_every': 'often'} in the run's config.yaml must be a mapping",
+    }.items():
+        settings = "model_name: tiny, mapping: mlp, layer: 2, d_sae: 256, k: 8"
+        (tmp_path / "config.yaml").write_text(f"{{{settings}, upkeep: {upkeep}}}")
+        assert says in error("--resume", str(tmp_path))
     (tmp_path / "config.yaml").write_text("{model_name: tiny, mapping: mlp, layer: 2, d_sae: 256, k: 8}")
     assert "leave out --layer --lr" in error("--resume", str(tmp_path), "--layer", "2", "--lr")
     with locked(tmp_path):
