@@ -7,7 +7,7 @@ import os
 import shlex
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -48,14 +48,9 @@ class RunRunner(LanguageModelSAETrainingRunner):
     ends a step in its middle and then saves no weights.
     """
 
-    observers: list[Observer]
-
-    def __init__(
-        self, *args: Any, observers: list[Observer] | None = None, keeper: Keeper | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, observers: Sequence[Observer], keeper: Keeper, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.observers = list(observers or [])
-        self.keeper = keeper
+        self.observers, self.keeper = observers, keeper
 
     @override
     def run(self) -> Any:
@@ -67,15 +62,13 @@ class RunRunner(LanguageModelSAETrainingRunner):
         self.cfg.resume_from_checkpoint = None  # done, and no setting of the run
         for observer in self.observers:
             observe(trainer, observer)
-        if self.keeper is None:
-            return super().run_trainer_with_interruption_handling(trainer)
         observe(trainer, self.keeper)
         with wandb_cannot_stop_it():
             return self.keeper.train(trainer, trainer.fit)
 
     @override
     def save_final_sae(self, *args: Any, **kwargs: Any) -> None:
-        with wandb_cannot_stop_it(), nullcontext() if self.keeper is None else after_training():
+        with wandb_cannot_stop_it(), after_training():
             super().save_final_sae(*args, **kwargs)
 
 
