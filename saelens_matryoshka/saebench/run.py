@@ -98,8 +98,7 @@ def run(
     try:
         with scratch_folder(out) as scratch:
             if text is not None:
-                options = given.setdefault("core", {})
-                options["dataset"] = running_text(text, scratch / "text")
+                given.setdefault("core", {})["dataset"] = running_text(text, scratch / "text")
             bench = Bench(
                 sae,
                 model,
@@ -110,14 +109,10 @@ def run(
                 seed=seed,
                 llm_batch_size=llm_batch_size,
             )
-            plan = [
-                (item, width, _evals.clip(item, options, width))
-                for item in selected
-                for options in [
-                    _evals.settings_of(item, model, given.get(item.name, {}), local, llm_batch_size)
-                ]
-                for width in widths
-            ]
+            plan = []
+            for item in selected:
+                options = _evals.settings_of(item, model, given.get(item.name, {}), local, llm_batch_size)
+                plan += [(item, width, _evals.clip(item, options, width)) for width in widths]
             result = _run_all(bench, plan, overwrite, on_start)
     finally:
         if is_new and not any(out.iterdir()):
