@@ -113,8 +113,8 @@ def describe(
     require_writable(json)
     console = Console(stderr=on_stdout(json))
     require_sae_bench()
-    chosen = _numbers("latents", latents, int) if latents else None
-    price = _numbers("prices", prices, float) if prices else None
+    chosen = _numbers("latents", latents, int) if latents is not None else None
+    price = _numbers("prices", prices, float) if prices is not None else None
     if price is not None and len(price) != 2:
         raise ValueError(
             f"--prices {prices!r}: expected two numbers, of prompts and of answers, e.g. 0.15,0.60."
