@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import json
 import types
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -107,12 +107,25 @@ def require_our_architecture(given: Given) -> str:
     )
 
 
-def unknown(name: str, given: Given, architecture: str, others: Iterable[str]) -> ValueError:
-    """The error for a name that is no setting of an architecture."""
-    known = [*fields_of(architecture), "architecture", *others]
+def unknown(
+    name: str, given: Given, architecture: str, ours: Iterable[str], flags: Collection[str]
+) -> ValueError:
+    """The error for a name that is no setting of an architecture.
+
+    Args:
+        name: As it was given.
+        given: Where.
+        architecture: Whose settings are known.
+        ours: Settings beside SAELens's.
+        flags: Of `train`, which are no settings.
+    """
+    if name in flags:
+        flag = f"--{name.replace('_', '-')}"
+        return ValueError(f"{given.called(name)} is no setting of a run: `train` has it as {flag}.")
     for other in OUR_CONFIGS:
         if name in fields_of(other):
             return ValueError(f"{given.called(name)} is a setting of {other}, not of {architecture}.")
+    known = [*fields_of(architecture), *ours, *flags]
     return ValueError(
         f"{given.called(name)} is not a setting{did_you_mean(name, known)} `train --help-all` lists them all."
     )

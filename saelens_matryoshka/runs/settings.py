@@ -47,8 +47,11 @@ SettingsSource = Mapping[str, Given]
 
 # Settings of ours, beside SAELens's: name and type.
 _OURS: dict[str, Any] = {"mapping": str, "layer": int, "architecture": str}
-# Flags of the command that are no settings, for suggestions.
-_OF_THE_COMMAND = ("preset", "config", "name", "out", "dry_run", "resume", "wandb")
+# Flags of `train` that are no settings.
+_OF_THE_COMMAND = (
+    *("preset", "config", "name", "out", "dry_run", "resume", "wandb", "saelens_defaults"),
+    *("layers", "cache", "shard", "shards", "log_every", "keep", "checkpoint_minutes", "skip_bad_batches"),
+)
 # What SAELens is given here, and where it comes from instead.
 _RESERVED = {"checkpoint_path": "checkpoints are kept in the run's folder. Choose it with --out and --name."}
 # What another run must not repeat.
@@ -209,7 +212,7 @@ def resolve(sources: Sequence[SettingsSource], *, recommended: bool = True) -> S
         if name in _RESERVED:
             raise ValueError(f"{one.called(name)}: {_RESERVED[name]}")
         if name not in known and name not in _OURS:
-            raise unknown(name, one, architecture, [*_OURS, *_OF_THE_COMMAND])
+            raise unknown(name, one, architecture, _OURS, _OF_THE_COMMAND)
         hint = _OURS[name] if name in _OURS else known[name].hint
         given[name] = Given(read_value(name, one, hint), one.origin)
     given.setdefault("architecture", Given(architecture, "default"))

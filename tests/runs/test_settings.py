@@ -133,6 +133,7 @@ def test_sae_and_logger_may_be_nested_in_a_file() -> None:
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
+        ("--log_every 5", "--log_every is no setting of a run: `train` has it as --log-every."),
         ("--trainin_tokens 5", "--trainin_tokens is not a setting; did you mean training_tokens?"),
         ("--preste tiny", "--preste is not a setting"),
         ("--training_tokens many", "--training_tokens 'many': expected a whole number."),
