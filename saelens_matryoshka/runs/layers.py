@@ -36,6 +36,11 @@ from saelens_matryoshka.versions import package_versions
 
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 _LONGEST_LABEL = 60
+# Settings of a run alone, and what takes their place where runs are trained together.
+_OF_ONE_RUN = {
+    "output_path": "each has a folder in that of all, which --out and --name choose",
+    "resume_from_checkpoint": "the command that began them goes on, given again",
+}
 
 
 def parse_layers(text: str) -> list[int]:
@@ -105,6 +110,7 @@ def resolve_many(
         own = dict(one)
         name = own.pop("name", None)
         settings = resolve([*sources, own], recommended=recommended)
+        _require_nothing_of_one_run(settings)
         label = re.sub(r"[^\w.,+-]", "_", settings.mapping) if name is None else str(name.value)
         require_name(label)
         if label in found:
@@ -112,6 +118,13 @@ def resolve_many(
         found[label] = settings
     require_common({name: settings.cfg for name, settings in found.items()})
     return found
+
+
+def _require_nothing_of_one_run(settings: Settings) -> None:
+    for name, instead in _OF_ONE_RUN.items():
+        if name in settings.given and settings.given[name].value is not None:
+            called = settings.given[name].called(name)
+            raise ValueError(f"{called} is of a run that is trained alone: of several, {instead}.")
 
 
 def label_of(names: Sequence[str]) -> str:

@@ -256,6 +256,15 @@ def test_other_settings_in_a_folder_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "p" / "mlp-1").exists()
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "instead"),
+    [("output_path", "out", "--out and --name choose"), ("resume_from_checkpoint", ".", "given again")],
+)
+def test_settings_that_are_of_a_run_alone_are_refused(setting: str, value: str, instead: str) -> None:
+    with pytest.raises(ValueError, match=rf"--{setting} is of a run that is trained alone.*{instead}"):
+        _settings("0", **{setting: value})
+
+
 def test_a_refused_run_leaves_nothing_behind(tmp_path: Path) -> None:
     settings = _settings()
     settings["mlp-1"].cfg.sae.d_in = 64
