@@ -33,6 +33,7 @@ from saelens_matryoshka.runs.memory import (
     by_phase,
     device_name,
     memory_needs,
+    require_room,
     store_rows,
     trace_forward,
 )
@@ -177,7 +178,7 @@ def estimate(
 
     Raises:
         ValueError: the shape of the language model is not known, the config does not fit it, or the batch
-            cannot be divided among the processes.
+            cannot be divided among the processes or served from the buffer.
     """
     for cfg in cfgs:
         if not isinstance(cfg.sae, MatryoshkaTrainingConfig):
@@ -187,6 +188,7 @@ def estimate(
             )
     cfg = cfgs[0]
     require_divisible(cfg.train_batch_size_tokens, mesh.size)
+    require_room(cfg, mesh.size)
     shape = model_shape(cfg)
     if cfg.context_size > shape.n_ctx:
         raise ValueError(

@@ -30,6 +30,7 @@ from saelens_matryoshka.runs.buffer import BufferRows, buffer_rows
 from saelens_matryoshka.runs.language_models import ModelShape
 from saelens_matryoshka.runs.tracing import PeakMemory
 from saelens_matryoshka.sites import check_hook
+from saelens_matryoshka.store.mixing import require_buffer
 from saelens_matryoshka.store.reading import hooks_of
 
 LOADING = "loading the model"
@@ -151,6 +152,20 @@ def store_rows(cfg: LanguageModelSAERunnerConfig[Any], n_processes: int = 1) -> 
         mix=cfg.activations_mixing_fraction,
         wanted=cfg.training_tokens // n_processes,
     )
+
+
+def require_room(cfg: LanguageModelSAERunnerConfig[Any], n_processes: int = 1) -> None:
+    """Refuse a mixing buffer that could not serve one process a batch; a cache needs none.
+
+    Raises:
+        ValueError: see `saelens_matryoshka.store.mixing.require_buffer`.
+    """
+    if not cfg.use_cached_activations:
+        require_buffer(
+            cfg.n_batches_in_buffer * _per_prompt(cfg),
+            cfg.train_batch_size_tokens // n_processes,
+            cfg.activations_mixing_fraction,
+        )
 
 
 def llm_batch_rows(cfg: LanguageModelSAERunnerConfig[Any]) -> int:

@@ -10,6 +10,21 @@ import torch
 P = TypeVar("P")
 
 
+def require_buffer(buffer_size: int, batch_size: int, mix_fraction: float) -> None:
+    """Refuse a buffer that could not serve a batch.
+
+    Raises:
+        ValueError: it is smaller than a batch, or would keep less than nothing or more than all.
+    """
+    if buffer_size < batch_size:
+        raise ValueError(
+            f"The mixing buffer of {buffer_size} rows (n_batches_in_buffer × context_size) must hold a "
+            f"batch of train_batch_size_tokens={batch_size}: raise n_batches_in_buffer."
+        )
+    if not 0 <= mix_fraction <= 1:
+        raise ValueError(f"activations_mixing_fraction={mix_fraction} must be from 0 to 1.")
+
+
 class MixingBuffer(Iterator[torch.Tensor], Generic[P]):
     """Batches of rows in random order; the same stream, bit for bit, as SAELens's `mixing_buffer`.
 
@@ -44,13 +59,7 @@ class MixingBuffer(Iterator[torch.Tensor], Generic[P]):
             mix_fraction: Part of `buffer_size` that is kept; 0 for no shuffling.
             start: The source's position now.
         """
-        if buffer_size < batch_size:
-            raise ValueError(
-                f"The mixing buffer of {buffer_size} rows (n_batches_in_buffer × context_size) must hold a "
-                f"batch of train_batch_size_tokens={batch_size}: raise n_batches_in_buffer."
-            )
-        if not 0 <= mix_fraction <= 1:
-            raise ValueError(f"activations_mixing_fraction={mix_fraction} must be from 0 to 1.")
+        require_buffer(buffer_size, batch_size, mix_fraction)
         self._source = source
         self._buffer_size, self._batch_size, self._mix_fraction = buffer_size, batch_size, mix_fraction
         self._room: torch.Tensor | None = None

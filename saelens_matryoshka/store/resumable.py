@@ -92,7 +92,7 @@ class ResumableStore(OpenStore):
         """Refuse, before anything is read, a mixing buffer that could not serve this process a batch.
 
         Raises:
-            ValueError: it is smaller than a batch, or would keep less than nothing or more than all.
+            ValueError: see `saelens_matryoshka.store.mixing.require_buffer`.
         """
         self.get_data_loader()
 

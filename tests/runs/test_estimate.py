@@ -330,6 +330,8 @@ def test_extrapolation_finds_the_time_of_the_whole_step(monkeypatch: pytest.Monk
         ({"hook_name": "blocks.8.hook_nothing"}, "hook_name='blocks.8.hook_nothing'"),
         ({"context_size": 10_000}, "context_size=10000"),
         ({"model_class_name": "HookedMamba"}, "model_class_name='HookedMamba'"),
+        ({"n_batches_in_buffer": 1}, "raise n_batches_in_buffer"),
+        ({"activations_mixing_fraction": 2.0}, "activations_mixing_fraction=2.0 must be from 0 to 1"),
     ],
 )
 def test_what_training_would_refuse_is_refused(change: dict[str, Any], message: str) -> None:
