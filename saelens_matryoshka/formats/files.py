@@ -17,10 +17,9 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 
-from saelens_matryoshka.files.plain_yaml import MAX_YAML_BYTES, PlainLoader
+from saelens_matryoshka.files.plain_yaml import MAX_YAML_BYTES, plain_values
 
 MAX_CONFIG_BYTES = 4 << 20
 # A compressed .npz of weights is about as large as the weights; this leaves room for many zeros.
@@ -68,9 +67,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     text = _config_text(path, MAX_YAML_BYTES)
     try:
-        loaded = yaml.load(text, Loader=PlainLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not a plain YAML file: {' '.join(str(error).split())}.") from None
+        loaded = plain_values(text)
+    except ValueError as error:
+        raise FormatError(f"{path} is not a plain YAML file: {error}.") from None
     return _mapping(loaded, path)
 
 
