@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -164,7 +164,7 @@ def describe(
         console.print(f"Saved in {said.folder}: latents.jsonl, a line per latent.", markup=False)
 
 
-def _numbers(option: str, text: str, kind: type) -> list:
+def _numbers(option: str, text: str, kind: type) -> list[Any]:
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:

@@ -4,7 +4,9 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from saelens_matryoshka.cli import app
 from saelens_matryoshka.cli.saebench import _settings
 from tests.forked import run_command
 
@@ -42,3 +44,11 @@ def test_settings_are_read_as_yaml_by_eval() -> None:
 def test_what_is_no_setting_is_refused(setting: str, says: str) -> None:
     with pytest.raises(ValueError, match=f"--set .*{says}"):
         _settings([setting])
+
+
+@pytest.mark.parametrize("option", ["--latents", "--prices"])
+def test_an_empty_list_of_numbers_is_not_passed_over(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saelens_matryoshka.saebench.requirements.require_sae_bench", lambda: None)
+    found = CliRunner().invoke(app, ["describe", "nowhere", "--chat-model", "any", option, ""])
+    assert isinstance(found.exception, ValueError)
+    assert f"{option} '': expected numbers" in str(found.exception)
