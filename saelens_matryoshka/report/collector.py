@@ -111,7 +111,11 @@ class Collector:
         )
 
     def samples(self) -> Samples:
-        """All of it, sorted, on the CPU."""
+        """All of it, sorted, on the CPU.
+
+        Raises:
+            ValueError: no token counted.
+        """
         d_sae, fired = len(self.largest), self.scales.counts.sum(dim=1)
         if not self.n_tokens:
             raise ValueError("dataset: all its tokens are special tokens, so there is nothing to sample.")
