@@ -74,10 +74,11 @@ def inference_model(sae: SAE[Any]) -> SAE[Any]:
         A model on the same device that reads the raw hook. A training object is copied, not changed.
 
     Raises:
-        ValueError: `sae` is something else, such as the path of one.
+        ValueError: `sae` is something else, such as the path of one, or its weights are not of its dtype.
     """
     sae = uncompiled(sae)
     _require_sae(sae)
+    _require_its_dtype(sae)
     if not isinstance(sae, TrainingSAE):
         return sae
     with sae.keeping_threshold() if isinstance(sae, MatryoshkaTraining) else nullcontext():
@@ -187,6 +188,15 @@ def _require_sae(sae: object) -> None:
         raise ValueError(
             f"sae={str(sae)[:60]!r} is a {type(sae).__name__}, and must be an SAE or transcoder, such as "
             "SAE.load_from_disk(path) gives."
+        )
+
+
+def _require_its_dtype(sae: SAE[Any]) -> None:
+    # SAELens's `to` changes sae.dtype, to which inputs are cast; torch's `half` and the like do not.
+    if (found := next(sae.parameters()).dtype) != sae.dtype:
+        raise ValueError(
+            f"sae: its weights are {found}, and it casts what it reads to sae.dtype={sae.dtype}. Convert it "
+            f"with sae.to({found}), not with methods such as half() and bfloat16()."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import ABC
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any, Literal, TypeGuard
 import torch
 from sae_lens import MatryoshkaBatchTopKTrainingSAEConfig
 from sae_lens.constants import DTYPE_MAP
+from sae_lens.saes.sae import SAEMetadata
 from typing_extensions import Self, override
 
 from saelens_matryoshka.architectures.recipe import recommended_widths
@@ -108,7 +110,12 @@ class MatryoshkaTrainingConfig(MatryoshkaBatchTopKTrainingSAEConfig, ABC):
                 f"dtype={self.dtype!r}: Adam's second moments underflow in it, and its steps are then far "
                 "too large. Use 'bfloat16' or 'float32'; the activations may be float16 (the runner's dtype)."
             )
+        _require_device(self.device)
         require_float64("device", self.device)
+        if not isinstance(self.metadata, SAEMetadata):
+            raise ValueError(
+                f"metadata={self.metadata!r} must be an SAEMetadata. Leave it out: the runner fills it in."
+            )
         if self.normalize_activations in _PER_ROW_NORMALISATIONS:
             raise ValueError(
                 f"normalize_activations={self.normalize_activations!r} is not supported: the auxiliary "
@@ -215,6 +222,14 @@ def _require_k(k: object, d_sae: int) -> None:
 
 def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require_device(device: object) -> None:
+    if isinstance(device, str | torch.device):
+        with contextlib.suppress(RuntimeError):
+            torch.device(device)
+            return
+    raise ValueError(f"device={device!r} is no device: cpu, cuda or cuda:0.")
 
 
 def require_float64(name: str, device: str) -> None:

@@ -120,7 +120,7 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
                 `dead_neuron_mask` `[d_sae]` or None.
 
         Raises:
-            ValueError: the batch or the mask is of another shape.
+            ValueError: the batch is no tensor, or it or the mask is of another shape.
             NonFiniteActivationsError: the batch or the loss holds NaN or Inf, and no more may be skipped.
         """
         # torch.compile is to trace none of it: the step's sizes depend on the data, and it brings its own
@@ -161,6 +161,8 @@ class MatryoshkaTraining(BatchTopKTrainingSAE):
         )
 
     def _require_shapes(self, batch: torch.Tensor, dead: torch.Tensor | None) -> None:
+        if not isinstance(batch, torch.Tensor):
+            raise ValueError(f"sae_in is a {type(batch).__name__}, and must be a tensor.")
         if batch.dim() != 2 or len(batch) == 0:
             raise ValueError(
                 f"sae_in has shape {list(batch.shape)}, and must be a batch of rows, one per token: flatten "

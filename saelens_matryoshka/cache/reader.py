@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def open_cache(folder: Path | str) -> ActivationCache:
     Raises:
         CacheError: there is none, it is not complete, or a file is missing or damaged.
     """
-    folder = Path(folder)
+    folder = _path(folder)
     manifest = Manifest.load(folder)
     if not manifest.complete:
         raise CacheError(
@@ -162,10 +163,16 @@ def verify_cache(folder: Path | str) -> Manifest:
     Raises:
         CacheError: a file is missing or damaged.
     """
-    folder = Path(folder)
+    folder = _path(folder)
     manifest = Manifest.load(folder)
     _require_intact(folder, manifest, fully=True)
     return manifest
+
+
+def _path(folder: object) -> Path:
+    if not isinstance(folder, str | PathLike):
+        raise CacheError(f"folder={folder!r} must be the path of an activation cache.")
+    return Path(folder)
 
 
 def _require_intact(folder: Path, manifest: Manifest, *, fully: bool) -> None:

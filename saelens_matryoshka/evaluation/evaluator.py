@@ -29,7 +29,7 @@ from saelens_matryoshka.evaluation.metrics import (
 from saelens_matryoshka.evaluation.passes import Passes, Progress
 from saelens_matryoshka.evaluation.replacement import Replacement
 from saelens_matryoshka.evaluation.result import EvalResult, PrefixMetrics
-from saelens_matryoshka.evaluation.tokens import is_excluded, special_token_ids, token_batches
+from saelens_matryoshka.evaluation.tokens import is_excluded, require_count, special_token_ids, token_batches
 from saelens_matryoshka.files.unfinished import Unfinished
 from saelens_matryoshka.ops import ALONE, Group
 from saelens_matryoshka.prefixes import inference_model, matryoshka_widths, predict_prefixes
@@ -100,6 +100,7 @@ def evaluate(
             f"context_size={context_size}, but the tokens given are prompts of {dataset.shape[-1]}: cut "
             "them, or leave context_size out."
         )
+    require_count("batch_size_prompts", batch_size_prompts, 1)
     sae = inference_model(sae)
     evaluation = Evaluation(sae, model, exclude_special_tokens, model_kwargs, group)
     n_prompts = batch_size_prompts * group.size

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -194,9 +194,12 @@ def export_models(
 
     Raises:
         FormatError: the format cannot carry a model, or a prefix is wider than a model.
+        ValueError: `widths` is no list.
         FileExistsError: `out` is not empty.
     """
     path, out = Path(path), Path(out)
+    if isinstance(widths, str) or not isinstance(widths, Iterable):
+        raise ValueError(f"widths={widths!r} must be a list of widths, such as [256].")
     _require_new(out)
     make_writer = get_format(format).writer
     if make_writer is None:

@@ -224,12 +224,12 @@ def resolve(sources: Sequence[SettingsSource], *, recommended: bool = True) -> S
     _require(given, "d_sae", "the number of latents")
     _require(given, "k", "the number of latents active per token, e.g. 64")
     values = {name: one.value for name, one in given.items()}
+    _check_devices(values)
     if recommended:
         for name, value in _recommended(config_class, values).items():
             given.setdefault(name, Given(value, "recommended"))
             values.setdefault(name, value)
     cfg = _build(config_class, values)
-    _check_place(cfg)
     _check(cfg)
     return Settings(cfg, given, label)
 
@@ -357,6 +357,8 @@ def _build(config_class: type, values: Mapping[str, Any]) -> LanguageModelSAERun
 def _check(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
     """Refuse what would be refused later, or a schedule that is longer than the run."""
     require_sizes(cfg)
+    if cfg.dtype not in DTYPE_MAP:
+        raise ValueError(f"--dtype {cfg.dtype!r} must be one of {', '.join(DTYPE_MAP)}.")
     n_steps, parts = cfg.total_training_steps, ("lr_warm_up_steps", "lr_decay_steps")
     if n_steps < 1:
         raise ValueError(
@@ -404,15 +406,16 @@ def _here(path: str) -> str:
     return "" if Path(path).is_absolute() else f" in {Path.cwd()}"
 
 
-def _check_place(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
-    """Refuse devices and data types that there are nowhere."""
+def _check_devices(values: Mapping[str, Any]) -> None:
+    """Refuse devices that there are nowhere."""
     for name in ("device", "act_store_device", "llm_device"):
+        device = values.get(name)
+        if device is None or (name == "act_store_device" and device == "with_model"):
+            continue  # it is that of another
         try:
-            torch.device(getattr(cfg, name))
+            torch.device(device)
         except RuntimeError:
-            raise ValueError(f"--{name} {getattr(cfg, name)!r} is no device: cpu, cuda or cuda:0.") from None
-    if cfg.dtype not in DTYPE_MAP:
-        raise ValueError(f"--dtype {cfg.dtype!r} must be one of {', '.join(DTYPE_MAP)}.")
+            raise ValueError(f"--{name} {device!r} is no device: cpu, cuda or cuda:0.") from None
 
 
 def _parts(fields: Mapping[str, Field], values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

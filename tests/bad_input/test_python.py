@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from sae_lens import SAE
+from sae_lens.saes.sae import TrainStepInput
 from transformer_lens import HookedTransformer
 
 import saelens_matryoshka as sm
-from saelens_matryoshka.cache import CacheSettings
+from saelens_matryoshka.cache import CacheSettings, open_cache, verify_cache
 from saelens_matryoshka.formats import Folder, build, converter, open_source
 from saelens_matryoshka.formats.coder import SparseCoder
 from saelens_matryoshka.formats.export import export_models, import_models
@@ -67,6 +68,14 @@ FIELDS = [
     Case("sae", {"dtype": "float12"}, r"dtype='float12' must be one of 'float32'"),
     Case("sae", {"dtype": torch.float32}, r"dtype=torch.float32 must be one of .*'torch.float32'"),
     Case("sae", {"dtype": "float16"}, r"dtype='float16': Adam.* underflow.* Use 'bfloat16'"),
+    Case("sae", {"device": "nope"}, r"device='nope' is no device: cpu, cuda or cuda:0"),
+    Case("sae", {"device": None}, r"device=None is no device"),
+    Case("sae", {"metadata": None}, r"metadata=None must be an SAEMetadata"),
+    Case(
+        "transcoder",
+        {"metadata": {"hook_name": "a.b"}},
+        r"metadata=\{'hook_name': 'a\.b'\} must be an SAEMetadata",
+    ),
     Case("sae", {"selection": None}, r"selection=None must be 'batch' or 'token'"),
     Case("transcoder", {"d_out": "8"}, r"d_out='8' must be a positive integer"),
     Case("transcoder", {"d_out": -8}, r"d_out=-8 must be a positive integer"),
@@ -239,6 +248,22 @@ CALLS: list[Case] = [
         r"batch_size_prompts=0 must be at least",
     ),
     Case(
+        "evaluate batch None",
+        lambda g: _evaluate(g, batch_size_prompts=None),
+        r"batch_size_prompts=None must be an integer",
+    ),
+    Case(
+        "evaluate half()",
+        lambda g: sm.evaluate(g.sae.half(), g.model, g.tokens),
+        r"weights are torch.float16, .*sae\.dtype=torch\.float32.*sae\.to\(torch\.float16\)",
+    ),
+    Case("truncate bfloat16()", lambda g: sm.truncate(g.sae.bfloat16(), 16), r"weights are torch.bfloat16"),
+    Case(
+        "training step list",
+        lambda _: sm.MatryoshkaTrainingSAE(CONFIGS["sae"]()).training_forward_pass(_step([[1.0] * 8])),
+        r"sae_in is a list, and must be a tensor",
+    ),
+    Case(
         "evaluate hook",
         lambda g: _evaluate(g, hook_name="blocks.9.x"),
         r"hook_name='blocks\.9\.x' is not a hook",
@@ -288,6 +313,15 @@ CALLS: list[Case] = [
     Case(
         "export_models", lambda g: export_models(g.place / "sae", "npz", g.out), r"There is no format 'npz'"
     ),
+    Case(
+        "export_models widths",
+        lambda g: export_models(g.place / "sae", "saelens", g.out, widths=16),
+        r"widths=16 must be a list of widths",
+    ),
+    Case(
+        "open_cache None", lambda _: open_cache(None), r"folder=None must be the path of an activation cache"
+    ),
+    Case("verify_cache 3", lambda _: verify_cache(3), r"folder=3 must be the path of an activation cache"),
     Case("keep_topk", lambda g: keep_topk(g.coder, 0), r"k=0 must be in 1 \.\. d_sae=64"),
     Case(
         "fit_threshold",
@@ -311,6 +345,12 @@ CALLS: list[Case] = [
 
 def _fields(**size: Any) -> Any:
     return sm.recommended_runner_fields(CONFIGS["sae"](), **{**RUN, **size})
+
+
+def _step(batch: Any) -> TrainStepInput:
+    return TrainStepInput(
+        sae_in=batch, coefficients={}, dead_neuron_mask=None, n_training_steps=0, is_logging_step=False
+    )
 
 
 def _with_gain(*norm: Any) -> None:
