@@ -232,6 +232,32 @@ def test_l0_calibrated_threshold_keeps_k_latents_at_inference(selection: str) ->
     assert l0(batches[200:]) == pytest.approx(5, rel=0.04)
 
 
+@pytest.mark.parametrize("rescale", [False, True])
+def test_a_whitened_sae_is_saved_as_one_of_the_raw_activations(rescale: bool) -> None:
+    sae = _ours(
+        normalize_activations="covariance_whitening",
+        rescale_acts_by_decoder_norm=rescale,
+        threshold_calibration="l0",
+        dtype="float64",
+    )
+    x = (torch.randn(100, 32) @ torch.randn(32, 32) + 1).double()
+    sae.W_dec.data *= torch.rand(256, 1) + 0.1
+    unwhitening = torch.linalg.cholesky(x.T.cov()).T
+    whitening, mean = torch.linalg.inv(unwhitening), x.mean(dim=0)
+    white = (x - mean) @ whitening
+    step = TrainStepInput(
+        sae_in=white, coefficients={}, dead_neuron_mask=None, n_training_steps=0, is_logging_step=False
+    )
+    sae.training_forward_pass(step)
+    acts = sae.encode(white)
+    assert (acts > 0).sum(dim=-1).double().mean() == 5  # k
+    expected = sae.decode(acts) @ unwhitening + mean
+    sae.fold_activation_whitening(mean, whitening, unwhitening)
+    saved = sm.inference_model(sae)
+    assert torch.equal(saved.encode(x) > 0, acts > 0)
+    torch.testing.assert_close(saved(x), expected)
+
+
 def test_inference_does_not_move_the_threshold_or_depend_on_the_batch() -> None:
     batches = sparse_batches(10, 128, 32)
     sae = _ours()
