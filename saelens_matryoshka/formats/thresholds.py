@@ -37,6 +37,8 @@ def fit_threshold(coder: SparseCoder, rows: torch.Tensor, l0: float) -> SparseCo
     Raises:
         FormatError: l0 is not between 0 and d_sae, or there are no rows.
     """
+    if not isinstance(rows, torch.Tensor):
+        raise FormatError(f"rows is a {type(rows).__name__}, and must be a tensor.")
     if not 0 < l0 <= coder.d_sae:
         raise FormatError(f"l0={l0:g} must be larger than 0 and at most d_sae={coder.d_sae}.")
     if rows.dim() != 2 or len(rows) == 0 or rows.shape[1] != coder.d_in:
@@ -140,8 +142,8 @@ def keep_topk(coder: SparseCoder, k: int) -> SparseCoder:
     Raises:
         FormatError: k is not in 1 .. d_sae.
     """
-    if not 0 < k <= coder.d_sae:
-        raise FormatError(f"k={k} must be in 1 .. d_sae={coder.d_sae}.")
+    if not isinstance(k, int) or not 0 < k <= coder.d_sae:
+        raise FormatError(f"k={k!r} must be in 1 .. d_sae={coder.d_sae}, an integer.")
     return coder.with_tensors(threshold=None, k=k).with_metadata(
         inference_activation=f"TopK with k={k}, in place of what it was trained with"
     )

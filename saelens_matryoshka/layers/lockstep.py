@@ -419,6 +419,8 @@ def require_common(cfgs: Mapping[str, LanguageModelSAERunnerConfig[Any]]) -> Non
     """
     if not cfgs:
         raise ValueError("There is nothing to train: no config is given.")
+    if not isinstance(cfgs, Mapping):
+        raise ValueError(f"cfgs is a {type(cfgs).__name__}, and must be a dict of configs by their names.")
     first_name, first = next(iter(cfgs.items()))
     folders: dict[str, str] = {}
     for name, cfg in cfgs.items():

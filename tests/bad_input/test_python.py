@@ -142,6 +142,11 @@ CALLS: list[Case] = [
     ),
     Case("find_site None", lambda g: sm.find_site(g.model, 0, None), r"name=None is not a known site"),
     Case("train_layers", lambda _: train_layers({"a": CONFIGS["sae"]()}), r"'a' is a MatryoshkaTrainingSAEC"),
+    Case(
+        "train_layers list",
+        lambda _: train_layers([CONFIGS["sae"]()]),
+        r"cfgs is a list, and must be a dict of configs by their names",
+    ),
     Case("cache tokens '2000'", lambda _: _cache(training_tokens="2000"), r"training_tokens='2000' must be"),
     Case("cache tokens inf", lambda _: _cache(training_tokens=float("inf")), r"training_tokens=inf must be"),
     Case("cache tokens 0", lambda _: _cache(training_tokens=0), r"training_tokens=0 must be at least 1"),
@@ -322,6 +327,15 @@ CALLS: list[Case] = [
         "open_cache None", lambda _: open_cache(None), r"folder=None must be the path of an activation cache"
     ),
     Case("verify_cache 3", lambda _: verify_cache(3), r"folder=3 must be the path of an activation cache"),
+    Case("keep_topk '3'", lambda g: keep_topk(g.coder, "3"), r"k='3' must be in 1 \.\. d_sae=64, an integer"),
+    Case(
+        "export_models topk",
+        lambda g: export_models(g.place / "sae", "sparsify", g.out, topk="3"),
+        r"k='3' must be in 1 \.\. d_sae",
+    ),
+    Case(
+        "fit_threshold list", lambda g: fit_threshold(g.coder, [[1.0] * 128], 4), r"rows is a list, and must"
+    ),
     Case("keep_topk", lambda g: keep_topk(g.coder, 0), r"k=0 must be in 1 \.\. d_sae=64"),
     Case(
         "fit_threshold",
