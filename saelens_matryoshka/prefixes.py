@@ -71,7 +71,8 @@ def inference_model(sae: SAE[Any]) -> SAE[Any]:
         sae: A training SAE or transcoder, or a stock one; of a compiled one, what was compiled is taken.
 
     Returns:
-        A model on the same device that reads the raw hook. A training object is copied, not changed.
+        A model on the same device that reads the raw hook. A training object is copied, not changed. (If its
+        trainer scales the activations, that has to be folded before: the trainer does so at the end.)
 
     Raises:
         ValueError: `sae` is something else, such as the path of one, or its weights are not of its dtype.

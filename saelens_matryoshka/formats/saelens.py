@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from sae_lens import SAE, TrainingSAE
 from sae_lens import __version__ as sae_lens_version
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.training.activation_scaler import ActivationScaler
 from typing_extensions import override
 
 from saelens_matryoshka.formats import layout
@@ -133,7 +134,31 @@ def open_folder(folder: Path, device: str = "cpu") -> SAE[Any]:
     for name, tensor in sae.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise FormatError(f"{path}: tensor {name!r} has NaN or infinite values.")
+    if isinstance(sae, TrainingSAE):
+        _fold_scaling(sae, folder)
     return inference_model(sae).eval()
+
+
+def _fold_scaling(sae: TrainingSAE[Any], folder: Path) -> None:
+    """Fold what the trainer scales the activations by, which a checkpoint has in a file of its own."""
+    if sae.cfg.normalize_activations not in ("expected_average_only_in", "covariance_whitening"):
+        return
+    path, scaler = folder / ACTIVATION_SCALER_CFG_FILENAME, ActivationScaler()
+    try:
+        scaler.load(path)
+        if scaler.scaling_factor is not None:
+            sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+        elif scaler.whitening is not None:
+            white = scaler.whitening.to(sae.device)
+            sae.fold_activation_whitening(white.mean, white.matrix, white.inverse_matrix)
+        else:
+            raise ValueError("it has no factor")
+    except Exception as error:
+        reason = f"there is no {path.name} in it" if not path.is_file() else f"{path.name}: {error}"
+        raise FormatError(
+            f"'{folder}' was trained with normalize_activations={sae.cfg.normalize_activations!r}, and does "
+            f"not say by what: {reason}. Take the whole folder of the checkpoint."
+        ) from None
 
 
 def _no_model(config_path: Path, error: Exception) -> FormatError:
