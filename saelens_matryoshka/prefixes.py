@@ -64,6 +64,10 @@ def matryoshka_widths(sae: SAE[Any]) -> list[int]:
     return cumulative_widths(recorded, sae.cfg.d_sae) if recorded else [sae.cfg.d_sae]
 
 
+SCALED = ("expected_average_only_in", "covariance_whitening")
+"""of SAELens's `normalize_activations`, those which are folded into the weights at the end of a training"""
+
+
 def inference_model(sae: SAE[Any]) -> SAE[Any]:
     """The stock model that saving and loading `sae` gives; `sae` itself if it already is one.
 
@@ -72,7 +76,8 @@ def inference_model(sae: SAE[Any]) -> SAE[Any]:
 
     Returns:
         A model on the same device that reads the raw hook. A training object is copied, not changed. (If its
-        trainer scales the activations, that has to be folded before: the trainer does so at the end.)
+        trainer scales the activations, that has to be folded before, as the trainer does at the end; you are
+        warned if it is not.)
 
     Raises:
         ValueError: `sae` is something else, such as the path of one, or its weights are not of its dtype.
@@ -80,6 +85,18 @@ def inference_model(sae: SAE[Any]) -> SAE[Any]:
     sae = uncompiled(sae)
     _require_sae(sae)
     _require_its_dtype(sae)
+    if sae.cfg.normalize_activations in SCALED:
+        warnings.warn(
+            f"normalize_activations={sae.cfg.normalize_activations!r}: it was trained on scaled activations, "
+            "and by what is not folded into its weights, so that it is wrong on those of the language model. "
+            "Of a checkpoint, saelens_matryoshka.formats.saelens.open_folder folds it.",
+            stacklevel=2,
+        )
+    return as_saved(sae)
+
+
+def as_saved(sae: SAE[Any]) -> SAE[Any]:
+    """`inference_model` of one of which all is in order, but perhaps for the scale of its activations."""
     if not isinstance(sae, TrainingSAE):
         return sae
     with sae.keeping_threshold() if isinstance(sae, MatryoshkaTraining) else nullcontext():

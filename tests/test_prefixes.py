@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from sae_lens import (
     SAE,
     JumpReLUSAE,
+    JumpReLUSAEConfig,
     JumpReLUTranscoder,
     JumpReLUTranscoderConfig,
     MatryoshkaBatchTopKTrainingSAE,
@@ -112,6 +114,25 @@ def test_a_training_object_keeps_the_threshold_it_trains_with() -> None:
     assert not torch.equal(trained.topk_threshold, before["topk_threshold"])
     rescaled = trained.topk_threshold * trained.W_dec.norm(dim=-1)
     torch.testing.assert_close(stock.threshold, rescaled, check_dtype=False)
+
+
+@pytest.mark.parametrize("scaled", ["expected_average_only_in", "covariance_whitening"])
+def test_a_model_whose_scaling_is_not_folded_is_warned_of(scaled: str) -> None:
+    trained = sm.MatryoshkaTrainingSAE(
+        sm.MatryoshkaTrainingSAEConfig(
+            d_in=8, d_sae=64, k=4, matryoshka_widths=WIDTHS, normalize_activations=scaled
+        )
+    )
+    for sae in (trained, JumpReLUSAE(JumpReLUSAEConfig(d_in=8, d_sae=64, normalize_activations=scaled))):
+        with pytest.warns(UserWarning, match=rf"normalize_activations='{scaled}'.* is not folded"):
+            sm.inference_model(sae)
+    if scaled == "covariance_whitening":
+        trained.fold_activation_whitening(torch.zeros(8), torch.eye(8), torch.eye(8))
+    else:
+        trained.fold_activation_norm_scaling_factor(2.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sm.inference_model(trained)
 
 
 def test_a_compiled_model_has_the_prefixes_of_what_was_compiled() -> None:

@@ -22,7 +22,7 @@ from saelens_matryoshka.architectures import MatryoshkaTraining, MatryoshkaTrain
 from saelens_matryoshka.evaluation.evaluator import evaluate
 from saelens_matryoshka.evaluation.result import EvalResult
 from saelens_matryoshka.ops import ALONE, Group
-from saelens_matryoshka.prefixes import inference_model
+from saelens_matryoshka.prefixes import as_saved
 from saelens_matryoshka.seams import split_off_prompts
 
 _held_out: WeakKeyDictionary[ActivationsStore, torch.Tensor] = WeakKeyDictionary()
@@ -162,8 +162,10 @@ def _as_saved(sae: MatryoshkaTraining, scaler: ActivationScaler) -> SAE[Any]:
     factor, whitening = scaler.scaling_factor, scaler.whitening
     if isinstance(sae, MatryoshkaTrainingTranscoder):  # which has a gain to fold after it
         with sae.scaled_by(1.0 if factor is None else factor):
-            return inference_model(sae)
-    model = inference_model(sae)
+            model = as_saved(sae)
+        model.cfg.normalize_activations = "none"
+        return model
+    model = as_saved(sae)
     if factor is not None:
         model.fold_activation_norm_scaling_factor(factor)
     if whitening is not None:

@@ -28,7 +28,7 @@ from saelens_matryoshka.formats.files import (
 )
 from saelens_matryoshka.formats.layout import folders_with, join
 from saelens_matryoshka.formats.sources import Source
-from saelens_matryoshka.prefixes import inference_model, matryoshka_widths
+from saelens_matryoshka.prefixes import SCALED, inference_model, matryoshka_widths
 from saelens_matryoshka.upkeep.checkpoints import Checkpoints
 
 _SHAPES = {
@@ -141,7 +141,7 @@ def open_folder(folder: Path, device: str = "cpu") -> SAE[Any]:
 
 def _fold_scaling(sae: TrainingSAE[Any], folder: Path) -> None:
     """Fold what the trainer scales the activations by, which a checkpoint has in a file of its own."""
-    if sae.cfg.normalize_activations not in ("expected_average_only_in", "covariance_whitening"):
+    if sae.cfg.normalize_activations not in SCALED:
         return
     path, scaler = folder / ACTIVATION_SCALER_CFG_FILENAME, ActivationScaler()
     try:
