@@ -41,6 +41,7 @@ from saelens_matryoshka.layers.store import (
 )
 from saelens_matryoshka.ops import SparseStep
 from saelens_matryoshka.progress import ProgressBar
+from saelens_matryoshka.random_state import random_state, set_random_state
 from saelens_matryoshka.runner import (
     Observer,
     check_pretrained,
@@ -363,20 +364,20 @@ def _runners(
     cfgs: Mapping[str, LanguageModelSAERunnerConfig[Any]], model: Any, stores: Mapping[str, Any]
 ) -> dict[str, PartRunner]:
     """A runner of each, whose SAE starts from the random state from which it would start alone."""
-    at_start = torch.get_rng_state()
+    first = next(iter(cfgs.values()))
+    torch.empty(0, device=first.device)  # a GPU's random state is known once it has been used
+    at_start = after_first = random_state()
     runners: dict[str, PartRunner] = {}
-    after_first = at_start
-    seed = next(iter(cfgs.values())).seed
     for name, cfg in cfgs.items():
-        if cfg.seed == seed:
-            torch.set_rng_state(at_start)
+        if cfg.seed == first.seed:
+            set_random_state(*at_start)
         else:
             torch.manual_seed(cfg.seed)
         with _naming(name):
             runners[name] = PartRunner(cfg, model, stores[name])
         if len(runners) == 1:
-            after_first = torch.get_rng_state()
-    torch.set_rng_state(after_first)
+            after_first = random_state()
+    set_random_state(*after_first)
     return runners
 
 

@@ -19,7 +19,7 @@ from saelens_matryoshka.cache import CachedModel, open_cache, write_cache
 from saelens_matryoshka.cli import main
 from saelens_matryoshka.formats import Folder, build, converter, from_saelens, load
 from saelens_matryoshka.formats.registry import FORMATS
-from saelens_matryoshka.layers import train_layers
+from saelens_matryoshka.layers import lockstep, train_layers
 from saelens_matryoshka.report.decoder import decoder_relations
 from saelens_matryoshka.report.logits import logit_effects
 from saelens_matryoshka.runner import prepare_trainer
@@ -136,6 +136,24 @@ def test_layers_train_in_lockstep(
     on_gpus = trained(model, device="cuda:1", llm_device="cuda:0", act_store_device="cpu")
     assert {str(tensor.device) for tensor in on_gpus.values()} == {"cuda:1"}
     _assert_close({name: tensor.cpu() for name, tensor in on_gpus.items()}, trained(tiny_model))
+
+
+def test_each_of_several_dictionaries_starts_from_the_same_random_state_of_the_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on_gpu, started_from = {"state": torch.tensor([5])}, []  # of a generator that counts
+
+    def draw(*_: Any) -> None:
+        started_from.append(on_gpu["state"].item())
+        on_gpu["state"] = on_gpu["state"] + 1
+
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [on_gpu["state"]])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, _: on_gpu.update(state=state))
+    monkeypatch.setattr(lockstep, "PartRunner", draw)
+    cfgs = {name: runner_config(transcoder_config(device="cuda"), device="cuda") for name in "abc"}
+    lockstep._runners(cfgs, None, dict.fromkeys(cfgs))
+    assert started_from == [5, 5, 5]
+    assert on_gpu["state"].item() == 6, "as after the first"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
