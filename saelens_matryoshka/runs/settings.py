@@ -59,6 +59,8 @@ _OF_ONE_FOLDER = {*_RESERVED, "output_path", "resume_from_checkpoint", "wandb_id
 # What the file of a finished run says beside its settings.
 RECORDS = ("started_at", "completed_at", "versions", "command", "wandb", "upkeep", "lockstep")
 
+_BATCHES_IN_BUFFER = 4
+
 TINY_TEXT = "the Python standard library"
 
 
@@ -339,9 +341,19 @@ def _recommended(config_class: type, values: Mapping[str, Any]) -> dict[str, Any
         if value <= 0:
             raise ValueError(f"--{name} {value} must be larger than 0.")
     found |= recommended_runner_fields(sae, **size)
+    found |= _large_enough_buffer({n: values.get(n, field.default) for n, field in fields.items()})
     if values.get("lr_scheduler_name", "constant") != "constant":
         del found["lr_decay_steps"]  # the scheduler itself decays, to lr_end
     return found
+
+
+def _large_enough_buffer(values: Mapping[str, Any]) -> dict[str, int]:
+    """Room for some batches, where SAELens's default has none for one: 20 prompts of 128 tokens for 4,096."""
+    batch = values["train_batch_size_tokens"]
+    per_prompt = len(range(*slice(*values["seqpos_slice"]).indices(max(0, values["context_size"]))))
+    if not 0 < values["n_batches_in_buffer"] * per_prompt < batch:
+        return {}
+    return {"n_batches_in_buffer": -(-_BATCHES_IN_BUFFER * batch // per_prompt)}
 
 
 def _build(config_class: type, values: Mapping[str, Any]) -> LanguageModelSAERunnerConfig[Any]:
