@@ -59,7 +59,7 @@ _OF_ONE_FOLDER = {*_RESERVED, "output_path", "resume_from_checkpoint", "wandb_id
 # What the file of a finished run says beside its settings.
 RECORDS = ("started_at", "completed_at", "versions", "command", "wandb", "upkeep", "lockstep")
 
-_BATCHES_IN_BUFFER = 4
+_BATCHES_IN_BUFFER = 8  # enough to mix them
 
 TINY_TEXT = "the Python standard library"
 
@@ -350,7 +350,9 @@ def _recommended(config_class: type, values: Mapping[str, Any]) -> dict[str, Any
 def _large_enough_buffer(values: Mapping[str, Any]) -> dict[str, int]:
     """Room for some batches, where SAELens's default has none for one: 20 prompts of 128 tokens for 4,096."""
     batch = values["train_batch_size_tokens"]
-    per_prompt = len(range(*slice(*values["seqpos_slice"]).indices(max(0, values["context_size"]))))
+    per_prompt = len(
+        range(*slice(*(values["seqpos_slice"] or (None,))).indices(max(0, values["context_size"])))
+    )
     if not 0 < values["n_batches_in_buffer"] * per_prompt < batch:
         return {}
     return {"n_batches_in_buffer": -(-_BATCHES_IN_BUFFER * batch // per_prompt)}

@@ -184,10 +184,10 @@ def test_bad_input_names_the_setting_and_what_to_do(flags: str, says: str) -> No
 def test_the_buffer_holds_a_batch_unless_a_source_says_otherwise() -> None:
     file = "model_name: tiny\nmapping: mlp\nlayer: 2\nd_sae: 256\nk: 8\ntraining_tokens: 100_000\n"
     settings = _resolve("", file)
-    assert settings.cfg.n_batches_in_buffer * settings.cfg.context_size == 4 * 4096
+    assert settings.cfg.n_batches_in_buffer * settings.cfg.context_size == 8 * 4096
     assert settings.given["n_batches_in_buffer"].origin == "recommended"
     sliced = _resolve("--seqpos_slice 0,64", file).cfg
-    assert sliced.n_batches_in_buffer * 64 == 4 * 4096
+    assert sliced.n_batches_in_buffer * 64 == 8 * 4096
     assert _resolve("--n_batches_in_buffer 7", file).cfg.n_batches_in_buffer == 7
     assert _resolve("--train_batch_size_tokens 2048", file).cfg.n_batches_in_buffer == 20
     assert _resolve("--matryoshka_widths 16 256", file, recommended=False).cfg.n_batches_in_buffer == 20
