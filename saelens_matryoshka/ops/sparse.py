@@ -78,7 +78,7 @@ class SparseStep:
         loss: Any = _NestedLoss.apply(*weights, x, y, objective, dead_columns, self, box)
         (parts,) = box
         chosen = parts.selection
-        self._last_threshold = chosen.batch_threshold
+        self._last_threshold = _known_threshold(chosen.batch_threshold, self._last_threshold)
         shape = (len(x), weights.W_dec.shape[0])
         index = torch.stack([chosen.rows, chosen.columns])
         return NestedStep(
@@ -139,6 +139,14 @@ class SparseStep:
         """Keep what was taken on a CPU for the next step, once nobody else has it. Ignores other tensors."""
         if self._lent.get(buffer.data_ptr()) is buffer.untyped_storage():
             self._spare.append(buffer)
+
+
+def _known_threshold(found: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
+    """The last threshold above 0, without waiting for a GPU.
+
+    It is 0 where no score was kept, as of a batch with NaN, and would let half of the next batch's through.
+    """
+    return found if before is None else torch.where(found > 0, found, before.to(found.device))
 
 
 class _Parts(NamedTuple):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saelens_matryoshka.ops import Group
+from saelens_matryoshka.ops import Group, NestedObjective, NestedWeights, SparseStep
 from saelens_matryoshka.ops.encoder import Encoder
 from saelens_matryoshka.ops.reference import selection_mask
 from saelens_matryoshka.ops.selection import _candidates, select_batch
@@ -71,6 +71,20 @@ def test_a_second_search_does_not_keep_half_of_all_scores(n_kept: list[int]) -> 
     assert n_kept[0] == 0
     assert 1024 <= n_kept[1] < 2 * 1024
     assert len(n_kept) == 2
+
+
+def test_nor_does_the_first_search_after_a_batch_without_a_score(n_kept: list[int]) -> None:
+    weights = NestedWeights(
+        torch.randn(16, 1000), torch.zeros(1000), torch.randn(1000, 16) / 32, torch.zeros(16)
+    )
+    step, objective = SparseStep(), NestedObjective((100, 1000), (1.0, 1.0), k=4)
+    good = torch.randn(256, 16)
+    for x in (good, torch.full_like(good, torch.nan), torch.zeros_like(good)):
+        step(weights, x, x, objective, dead=None)
+    n_kept.clear()
+    step(weights, good, good, objective, dead=None)
+    assert len(n_kept) == 1
+    assert 1024 <= n_kept[0] < 2 * 1024
 
 
 def test_a_sample_that_misleads_a_little_does_not_either(
