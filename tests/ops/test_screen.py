@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from saelens_matryoshka.ops import NestedObjective, NestedWeights, SparseStep, screen
@@ -60,6 +60,7 @@ def never_give_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @given(batches, st.floats(0, 1), st.integers(1, 50))
+@example(ordinary._replace(n_rows=2, d_in=2, d_sae=1, scale=1e15, outlier=1e4), 0.0, 1)
 def test_nothing_that_exceeds_a_bound_is_dismissed(batch: Batch, quantile: float, block_rows: int) -> None:
     x, W_enc, b_enc = batch.tensors()
     exact = x.double() @ W_enc.double() + b_enc.double()
@@ -69,7 +70,9 @@ def test_nothing_that_exceeds_a_bound_is_dismissed(batch: Batch, quantile: float
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(screen, "_MAX_SHARE", 2)
         found = Screen(x, W_enc, b_enc, _no_scratch).entries_above(bounds, block_rows)
-    assert found is not None
+    if found is None:  # whose norms float32 cannot hold
+        assert x.double().norm(dim=1).max() > 2**62
+        return
     index, raised = found
     assert raised == 1
     assert (index.diff() > 0).all()
@@ -132,7 +135,7 @@ def test_most_of_what_does_not_is(batch: Batch) -> None:
     assert len(found[0]) < 1.5 * (hidden_pre >= bounds).sum()
 
 
-@pytest.mark.parametrize("what", ["many", "inf", "nan"])
+@pytest.mark.parametrize("what", ["many", "1e20", "inf", "nan"])
 def test_a_screen_that_is_of_no_use_gives_up(what: str) -> None:
     x, W_enc, b_enc = ordinary.tensors()
     if what != "many":
