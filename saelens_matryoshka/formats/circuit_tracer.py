@@ -24,7 +24,7 @@ from typing_extensions import override
 
 from saelens_matryoshka.files.names import natural
 from saelens_matryoshka.formats import gemma_scope, layout
-from saelens_matryoshka.formats.coder import SparseCoder, StateDict
+from saelens_matryoshka.formats.coder import SparseCoder, StateDict, move_b_dec
 from saelens_matryoshka.formats.files import (
     FormatError,
     field,
@@ -194,6 +194,7 @@ def to_state(coder: SparseCoder) -> StateDict:
             "on one with norms folded (input_frame='normalized_folded'). Train it on a model loaded with "
             "no processing (model_from_pretrained_kwargs={'fold_ln': False})."
         )
+    coder = move_b_dec(coder, subtract=False)
     tensors = {
         "W_enc": coder.W_enc.T,
         "b_enc": coder.b_enc,

@@ -63,7 +63,8 @@ def select_batch(
     if last_threshold is None:
         cutoff = _sampled_cutoff(encoder, norms, k, group)
     else:
-        cutoff = _MARGIN * last_threshold.to(encoder.b_enc.device)  # the dictionary may have been moved
+        last = last_threshold.to(encoder.b_enc.device)  # the dictionary may have been moved
+        cutoff = (_MARGIN * last).clamp(min=0)
     # With others, a cutoff of one's own would leave out what is among the largest of all.
     index, pre, scores, raised = _candidates(encoder, norms, cutoff, enough=n if group is ALONE else None)
     found = group.count(len(index), "all")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.fuzz.choices import Choices
@@ -87,6 +87,23 @@ coders = st.builds(
 )
 
 
+# circuit-tracer has no transcoder that subtracts b_dec, and no set without a layer 0.
+CENTRED = _coder(
+    d_in=3,
+    d_out=3,
+    sizes=[4],
+    activation="relu",
+    transcoder=True,
+    skip=False,
+    uniform=False,
+    subtract=True,
+    hooks=("ln2.hook_normalized", "hook_mlp_out"),
+    layer=0,
+    model_name="gpt2",
+    seed=0,
+)
+
+
 def _rows(coder: SparseCoder) -> torch.Tensor:
     return torch.randn(8, coder.d_in, generator=torch.Generator().manual_seed(5))
 
@@ -98,6 +115,7 @@ def _assert_same_function(found: SparseCoder, expected: SparseCoder) -> None:
 
 @settings(max_examples=100)
 @given(st.sampled_from(WRITABLE), coders)
+@example("circuit-tracer", CENTRED)
 def test_a_coder_is_carried_whole_or_refused(format: str, coder: SparseCoder) -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"

@@ -6,7 +6,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from saelens_matryoshka.ops import NestedObjective, NestedWeights, SparseStep, nested_decode, reference_step
@@ -62,6 +62,7 @@ def _mask(selection: Selection, shape: torch.Size) -> torch.Tensor:
     st.booleans(),
     st.none() | st.floats(-2, 50) | st.sampled_from([0.0, float("inf")]),
 )
+@example(case=Case(1, 1, [1], True, 5), k=1.0, with_norms=False, remembered=-1.0)
 def test_batch_selection_is_the_full_top_k_whatever_was_remembered(
     case: Case, k: float, with_norms: bool, remembered: float | None
 ) -> None:
