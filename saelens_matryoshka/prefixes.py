@@ -17,6 +17,7 @@ from sae_lens.registry import get_sae_class
 
 from saelens_matryoshka.architectures import MatryoshkaTraining, MatryoshkaTrainingTranscoder
 from saelens_matryoshka.ops import ALONE, Group, nested_decode
+from saelens_matryoshka.scaling import SCALED
 from saelens_matryoshka.sites import uncompiled
 from saelens_matryoshka.widths import cumulative_widths, plain_numbers
 
@@ -62,10 +63,6 @@ def matryoshka_widths(sae: SAE[Any]) -> list[int]:
         or details.get("matryoshka_widths")
     )
     return cumulative_widths(recorded, sae.cfg.d_sae) if recorded else [sae.cfg.d_sae]
-
-
-SCALED = ("expected_average_only_in", "covariance_whitening")
-"""of SAELens's `normalize_activations`, those which are folded into the weights at the end of a training"""
 
 
 def inference_model(sae: SAE[Any]) -> SAE[Any]:

@@ -1,4 +1,4 @@
-"""SAELens's activation scaling, estimated from batches without NaN and Inf."""
+"""SAELens's activation scaling: estimated from batches without NaN and Inf, and folded into the weights."""
 
 from __future__ import annotations
 
@@ -6,11 +6,24 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from sae_lens import SAE
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.types import DataProvider
 from typing_extensions import override
 
 from saelens_matryoshka.architectures import MatryoshkaTraining
+
+SCALED = ("expected_average_only_in", "covariance_whitening")
+"""of SAELens's `normalize_activations`, those which are folded into the weights at the end of a training"""
+
+
+def fold_scaling(sae: SAE[Any], scaler: ActivationScaler) -> None:
+    """Fold what a trainer scales activations by into the weights, as SAELens's does at the end."""
+    if scaler.scaling_factor is not None:
+        sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+    if scaler.whitening is not None:
+        whitening = scaler.whitening.to(sae.device)
+        sae.fold_activation_whitening(whitening.mean, whitening.matrix, whitening.inverse_matrix)
 
 
 class FiniteScaler(ActivationScaler):

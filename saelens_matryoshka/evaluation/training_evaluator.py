@@ -23,6 +23,7 @@ from saelens_matryoshka.evaluation.evaluator import evaluate
 from saelens_matryoshka.evaluation.result import EvalResult
 from saelens_matryoshka.ops import ALONE, Group
 from saelens_matryoshka.prefixes import as_saved
+from saelens_matryoshka.scaling import fold_scaling
 from saelens_matryoshka.seams import split_off_prompts
 
 _held_out: WeakKeyDictionary[ActivationsStore, torch.Tensor] = WeakKeyDictionary()
@@ -159,19 +160,11 @@ def logged_metrics(result: EvalResult) -> dict[str, Any]:
 
 def _as_saved(sae: MatryoshkaTraining, scaler: ActivationScaler) -> SAE[Any]:
     """The model that would be saved if training ended now: the trainer's scaling folded, then the rest."""
-    factor, whitening = scaler.scaling_factor, scaler.whitening
     if isinstance(sae, MatryoshkaTrainingTranscoder):  # which has a gain to fold after it
-        with sae.scaled_by(1.0 if factor is None else factor):
+        with sae.scaled_by(1.0 if scaler.scaling_factor is None else scaler.scaling_factor):
             model = as_saved(sae)
         model.cfg.normalize_activations = "none"
         return model
     model = as_saved(sae)
-    if factor is not None:
-        model.fold_activation_norm_scaling_factor(factor)
-    if whitening is not None:
-        model.fold_activation_whitening(
-            mean=whitening.mean,
-            whitening_matrix=whitening.matrix,
-            unwhitening_matrix=whitening.inverse_matrix,
-        )
+    fold_scaling(model, scaler)
     return model

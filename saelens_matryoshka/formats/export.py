@@ -95,7 +95,9 @@ def import_models(
         try:
             coder = load(source, name, format, given)
         except FormatError as error:
-            raise FormatError(f"{error}{_ids(source, whole, format)}" if is_guess else str(error)) from None
+            if not is_guess:
+                raise
+            raise FormatError(f"{error}{_ids(source, whole, format)}") from None
         coder = coder if change is None else change(coder)
         build(coder).save_model(folder)
         return coder.without_weights()

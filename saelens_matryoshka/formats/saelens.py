@@ -28,7 +28,8 @@ from saelens_matryoshka.formats.files import (
 )
 from saelens_matryoshka.formats.layout import folders_with, join
 from saelens_matryoshka.formats.sources import Source
-from saelens_matryoshka.prefixes import SCALED, inference_model, matryoshka_widths
+from saelens_matryoshka.prefixes import inference_model, matryoshka_widths
+from saelens_matryoshka.scaling import SCALED, fold_scaling
 from saelens_matryoshka.upkeep.checkpoints import Checkpoints
 
 _SHAPES = {
@@ -135,24 +136,20 @@ def open_folder(folder: Path, device: str = "cpu") -> SAE[Any]:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise FormatError(f"{path}: tensor {name!r} has NaN or infinite values.")
     if isinstance(sae, TrainingSAE):
-        _fold_scaling(sae, folder)
+        _fold_scaling_of(sae, folder)
     return inference_model(sae).eval()
 
 
-def _fold_scaling(sae: TrainingSAE[Any], folder: Path) -> None:
+def _fold_scaling_of(sae: TrainingSAE[Any], folder: Path) -> None:
     """Fold what the trainer scales the activations by, which a checkpoint has in a file of its own."""
     if sae.cfg.normalize_activations not in SCALED:
         return
     path, scaler = folder / ACTIVATION_SCALER_CFG_FILENAME, ActivationScaler()
     try:
         scaler.load(path)
-        if scaler.scaling_factor is not None:
-            sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
-        elif scaler.whitening is not None:
-            white = scaler.whitening.to(sae.device)
-            sae.fold_activation_whitening(white.mean, white.matrix, white.inverse_matrix)
-        else:
+        if scaler.scaling_factor is None and scaler.whitening is None:
             raise ValueError("it has no factor")
+        fold_scaling(sae, scaler)
     except Exception as error:
         reason = f"there is no {path.name} in it" if not path.is_file() else f"{path.name}: {error}"
         raise FormatError(

@@ -7,6 +7,7 @@ that the memory of what was served is free. There are two buffers only while one
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -29,6 +30,11 @@ class BufferRows(NamedTuple):
     """copied before the first row is served"""
     refills: int
     """times the buffer is shuffled until the rows wanted were served"""
+
+
+def rows_per_prompt(context_size: int, seqpos_slice: Sequence[int | None]) -> int:
+    """Tokens of a prompt that are trained on."""
+    return len(range(*slice(*seqpos_slice).indices(context_size)))
 
 
 def buffer_rows(*, buffer_size: int, llm_batch: int, train_batch: int, mix: float, wanted: int) -> BufferRows:

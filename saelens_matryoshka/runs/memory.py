@@ -26,7 +26,7 @@ from saelens_matryoshka.ops.encoder import BLOCK_VALUES
 from saelens_matryoshka.ops.entries import are_dense
 from saelens_matryoshka.ops.sparse import CPU_DECODE_VALUES, SPARSE_AUX
 from saelens_matryoshka.parallel import Mesh
-from saelens_matryoshka.runs.buffer import BufferRows, buffer_rows
+from saelens_matryoshka.runs.buffer import BufferRows, buffer_rows, rows_per_prompt
 from saelens_matryoshka.runs.language_models import ModelShape
 from saelens_matryoshka.runs.tracing import PeakMemory
 from saelens_matryoshka.sites import check_hook
@@ -174,8 +174,7 @@ def llm_batch_rows(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
 
 
 def _per_prompt(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
-    """Rows of a prompt."""
-    return len(range(*slice(*cfg.seqpos_slice).indices(cfg.context_size)))
+    return rows_per_prompt(cfg.context_size, cfg.seqpos_slice)
 
 
 def _is_transcoder(cfg: LanguageModelSAERunnerConfig[Any]) -> bool:

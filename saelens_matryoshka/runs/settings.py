@@ -24,6 +24,7 @@ from saelens_matryoshka.architectures import MatryoshkaTrainingTranscoderConfig,
 from saelens_matryoshka.files.plain_yaml import MAX_YAML_BYTES, PlainLoader, plain_values
 from saelens_matryoshka.files.text import is_text_file
 from saelens_matryoshka.runner import require_sizes
+from saelens_matryoshka.runs.buffer import rows_per_prompt
 from saelens_matryoshka.runs.fields import (
     OUR_CONFIGS,
     Field,
@@ -350,9 +351,7 @@ def _recommended(config_class: type, values: Mapping[str, Any]) -> dict[str, Any
 def _large_enough_buffer(values: Mapping[str, Any]) -> dict[str, int]:
     """Room for some batches, where SAELens's default has none for one: 20 prompts of 128 tokens for 4,096."""
     batch = values["train_batch_size_tokens"]
-    per_prompt = len(
-        range(*slice(*(values["seqpos_slice"] or (None,))).indices(max(0, values["context_size"])))
-    )
+    per_prompt = rows_per_prompt(max(0, values["context_size"]), values["seqpos_slice"] or (None,))
     if not 0 < values["n_batches_in_buffer"] * per_prompt < batch:
         return {}
     return {"n_batches_in_buffer": -(-_BATCHES_IN_BUFFER * batch // per_prompt)}
